@@ -1,0 +1,61 @@
+# Every target makes .venv itself, from requirements.lock, on a machine that has Python 3.11 or 3.12, make and git.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+STORE ?= store
+
+.PHONY: demo test test-fast lint bench lock clean help
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+# torch and torchvision come as a pair only through uv's resolution of the lock, hence uv.
+$(STAMP): requirements.lock pyproject.toml
+	@set -e; \
+	python=; \
+	for candidate in python3.12 python3.11 python3; do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then \
+	    python=$$candidate; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "unclip needs Python 3.11 or 3.12 with venv, and found neither. Install one, for instance:" >&2; \
+	  echo "  Debian/Ubuntu: apt-get install python3 python3-venv     macOS: brew install python@3.12" >&2; \
+	  exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .; \
+	touch $(STAMP)
+
+demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, a promoted release
+	$(BIN)/unclip run demo --store $(STORE)
+
+test: $(STAMP)  ## every test (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest tests -q
+
+test-fast: $(STAMP)  ## tests without Ray and long training (under 2 minutes)
+	$(BIN)/python -m pytest tests -q -m "not slow and not ray"
+
+lint: $(STAMP)  ## ruff, import floors, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy unclip training pipelines infra
+
+bench: $(STAMP)  ## speed and memory, as ratios in one run
+	$(BIN)/python -m pytest tests/benchmarks -q -s --override-ini python_files=bench_*.py
+
+proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result is byte-identical
+	$(BIN)/python -m tests.proofs.kill --store $(STORE)-proof-kill
+
+proof-parallel: $(STAMP)  ## trainers in parallel against one after another, three repeats
+	$(BIN)/python -m tests.proofs.parallel --store $(STORE)-proof-parallel
+
+lock: $(STAMP)  ## compile requirements.lock anew: exact versions, for every platform, no addresses
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
+	  --no-emit-find-links --group dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,222 @@
+"""Ray: a local instance, an existing cluster, or a job handed to one.
+
+Ray is imported inside the functions, after its environment is set: it reads that at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.errors import Refused
+
+_OBJECT_STORE = 512 << 20  # rows travel through files, so it holds little
+_PATIENCE_S = 5.0
+_STOP_WAIT_S = 120  # what a stopped job has to save a checkpoint; Ray's own default is 3
+_NOT_SENT = (".git", ".venv", "venv", "store", "mlruns", "__pycache__", "*.tar", "*.parquet", "*.safetensors")
+
+_started_here = False
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """The Ray instance that this process is connected to."""
+
+    address: str
+    """host:port of its head."""
+    dashboard: str
+    """URL of its dashboard; empty if it has none."""
+    cpus: float
+    """CPUs of all its nodes."""
+    gpus: float
+    """GPUs of all its nodes."""
+    local: bool
+    """Whether it was started here, and ends with this process."""
+
+
+def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
+    """Starts Ray on this machine (no address), or joins the cluster at host:port, ray://host:port or "auto".
+
+    cpus: of a local instance, default all that this process may use; its dashboard listens on loopback. Refused, within
+    seconds, if nothing answers at the address. Calling it again while connected changes nothing.
+    """
+    global _started_here
+    if address is not None:
+        _check_answers(address)
+    ray = _import_ray()
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            if address is None:
+                _start(
+                    ray,
+                    address="local",
+                    num_cpus=cpus or _usable_cpus(),
+                    object_store_memory=_OBJECT_STORE,
+                    include_dashboard=True,  # without it, Ray Train's cleaner logs an error a second
+                    dashboard_host="127.0.0.1",
+                    **quiet,
+                )
+            else:
+                ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            if address is None:
+                raise Refused(f"Ray could not be started on this machine: {error}", code=5) from error
+            raise Refused(_no_answer(address, str(error).strip().splitlines()[0])) from error
+        _started_here = True
+        _quieten()
+    context, total = ray.get_runtime_context(), ray.cluster_resources()
+    dashboard = ray._private.worker.get_dashboard_url() or ""
+    return ClusterInfo(
+        address=context.gcs_address,
+        dashboard=f"http://{dashboard}" if dashboard else "",
+        cpus=total.get("CPU", 0.0),
+        gpus=total.get("GPU", 0.0),
+        local=address is None,
+    )
+
+
+def _start(ray: Any, **options: Any) -> None:
+    """ray.init, again where a busy machine did not start its processes within the 30 seconds that Ray gives them."""
+    for left in (2, 1, 0):
+        try:
+            with _unheard():
+                ray.init(**options)
+            return
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without file descriptor 2: the C++ core announces there that it was told to be quiet. Exceptions pass."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def disconnect() -> None:
+    """Leaves the cluster; ends a local one. Does nothing where `connect` found Ray connected already."""
+    global _started_here
+    if _started_here:
+        _import_ray().shutdown()
+        _started_here = False
+
+
+def submit(address: str, entrypoint: str, working_dir: str, env: dict[str, str]) -> str:
+    """Hands a shell command to a cluster's job server, with a copy of working_dir, and returns the job's id.
+
+    address: of the dashboard, http://host:8265 or host:8265. A job that is stopped gets SIGTERM and two minutes.
+    """
+    url = address if "://" in address else f"http://{address}"
+    if url.startswith("http"):
+        try:
+            with urllib.request.urlopen(url.rstrip("/") + "/api/version", timeout=_PATIENCE_S) as answer:
+                answer.read()
+        except (OSError, ValueError) as error:
+            if not isinstance(error, urllib.error.HTTPError) or error.code not in (401, 403):
+                raise Refused(
+                    f"no Ray job server answers at {address} ({getattr(error, 'reason', None) or error}). Give the "
+                    "dashboard's address (port 8265 as a rule), such as --address http://head:8265."
+                ) from error
+    else:
+        _check_answers(url)
+    _import_ray()
+    from ray.job_submission import JobSubmissionClient
+
+    _quieten()
+    stop = {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
+    try:
+        return JobSubmissionClient(url).submit_job(
+            entrypoint=entrypoint,
+            runtime_env={"working_dir": working_dir, "excludes": list(_NOT_SENT), "env_vars": {**stop, **env}},
+            metadata={"submitted-by": "unclip"},
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise Refused(f"the Ray job server at {address} would not take the job: {error}") from error
+
+
+def _import_ray() -> Any:
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",  # what the C++ core has to say is in Ray's own log files
+        "RAY_worker_niceness": "0",  # so that one fit can give way to another (FitHow.nice)
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads of several fits on few cores must not wait in a spin
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this very environment
+    }.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    return ray
+
+
+def _quieten() -> None:
+    import ray._private.worker as worker
+
+    # Raylet's warnings go to the terminal whatever log_to_driver says; the one about many workers on few CPUs is of no
+    # use to anybody here, since small actors are what a laptop runs.
+    tell = worker.print_to_stdstream
+    if not hasattr(tell, "unclip"):
+
+        def told(data: dict[str, Any], *rest: Any, **named: Any) -> None:
+            if not any("worker processes have been started" in str(line) for line in data.get("lines", ())):
+                tell(data, *rest, **named)
+
+        told.unclip = True  # type: ignore[attr-defined]
+        worker.print_to_stdstream = told
+    for name in ("ray", "ray.data", "ray.train", "ray.dashboard"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_answers(address: str) -> None:
+    """Refused unless a gRPC server answers there: Ray itself waits a minute for one, and then ends the process."""
+    if address == "auto":
+        return  # Ray looks for a running instance on this machine, and says at once if there is none
+    place = urlsplit(address if "://" in address else f"ray-head://{address}")
+    try:
+        host, port = place.hostname, place.port
+    except ValueError:
+        host = port = None
+    if place.scheme not in ("ray", "ray-head") or not host or not port:
+        raise Refused(f"{address!r} is no Ray address; give host:6379, ray://host:10001 or auto")
+    try:
+        socket.create_connection((host, port), timeout=_PATIENCE_S).close()
+    except OSError as error:
+        raise Refused(_no_answer(address, error.strerror or str(error))) from error
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_PATIENCE_S)
+        except grpc.FutureTimeoutError as error:
+            raise Refused(_no_answer(address, "something else listens there")) from error
+
+
+def _no_answer(address: str, why: str) -> str:
+    return (
+        f"no Ray cluster answers at {address} ({why}). Is it running (ray start --head), and the address the head's "
+        "(host:6379, ray://host:10001 from outside, or auto on one of its nodes)?"
+    )

@@ -1,0 +1,17 @@
+"""The one error type of this floor that is meant for the person at the terminal."""
+
+from __future__ import annotations
+
+
+class Refused(ValueError):
+    """What was asked for is impossible; the message says what was wrong, where, and what to do.
+
+    The command line prints it as one paragraph, without a traceback, and exits with `code`:
+    2 usage or input, 3 gate refused, 4 lease held by another, 5 a stage failed.
+    """
+
+    code: int = 2
+
+    def __init__(self, message: str, *, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code

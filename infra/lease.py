@@ -1,0 +1,147 @@
+"""Leases: of several drivers on one store, one does a piece of work.
+
+All is made of `put_new` and the store's own clock. Under `leases/<key>/` lie
+    <number>.json             who holds it; the first to put the next number has it
+    <number>.beat-<n>.json    the holder's renewals; the newest is kept
+    <number>.end.json         released
+    clock-<nonce>             put to learn what time it is in the store, and deleted
+A lease is void once released, once `ttl_s` have passed since its last sign of life, or at once if its holder ran on
+this very host and is dead. A holder that was only slow learns from `renew` that it has lost; so that nothing it still
+writes does harm, a lease's number goes into what its holder commits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from time import monotonic
+
+from infra.errors import Refused
+from infra.manifest import SCHEMA_VERSION, canonical, check_schema
+from infra.process import Process
+from infra.store import Store
+
+TTL_S = 60.0
+
+
+@dataclass
+class Lease:
+    """A lease that is held (from `acquire`), or that another holds (from `held`)."""
+
+    store: Store
+    key: str
+    number: int
+    owner: str
+    ttl_s: float
+    holder: Process
+    beats: int = 0
+
+    @classmethod
+    def acquire(cls, store: Store, key: str, ttl_s: float = TTL_S, owner: str = "") -> Lease | None:
+        """The lease of that key, or None while another holds it. owner: for people, who wonder who that is."""
+        number, standing = _newest(store, key)
+        if standing:
+            return None
+        lease = cls(store, key, number + 1, owner, ttl_s, Process.this())
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "owner": owner,
+            "ttl_s": ttl_s,
+            "holder": asdict(lease.holder),
+            "nonce": uuid.uuid4().hex,
+        }
+        return lease if store.put_new(lease._name(), canonical(document)) else None
+
+    def renew(self) -> bool:
+        """A sign of life; False if the lease is lost to another. Call it several times within `ttl_s`."""
+        self.beats += 1
+        self.store.put_new(self._name(f".beat-{self.beats:06d}"), canonical({"nonce": uuid.uuid4().hex}))
+        if self.beats > 1:
+            self.store.delete(self._name(f".beat-{self.beats - 1:06d}"))
+        return not self.store.exists(f"leases/{self.key}/{self.number + 1:08d}.json")
+
+    def release(self) -> None:
+        """Gives it up. Another can have it at once."""
+        self.store.put_new(self._name(".end"), canonical({"schema_version": SCHEMA_VERSION}))
+
+    @contextmanager
+    def kept(self) -> Iterator[threading.Event]:
+        """Renews in the background until the context ends, and releases then.
+
+        The event is set once the lease is lost: to another, or because the store could not be reached for `ttl_s`.
+        """
+        done, lost = threading.Event(), threading.Event()
+
+        def keep() -> None:
+            alive = monotonic()
+            while not done.wait(self.ttl_s / 4):
+                try:
+                    if not self.renew():
+                        lost.set()
+                        return
+                    alive = monotonic()
+                except (Refused, OSError) as error:
+                    logging.getLogger(__name__).warning("lease %s could not be renewed: %s", self.key[:12], error)
+                    if monotonic() - alive > self.ttl_s:
+                        lost.set()
+                        return
+
+        thread = threading.Thread(target=keep, name=f"lease {self.key[:12]}", daemon=True)
+        thread.start()
+        try:
+            yield lost
+        finally:
+            done.set()
+            thread.join()
+            self.release()
+
+    def _name(self, suffix: str = "") -> str:
+        return f"leases/{self.key}/{self.number:08d}{suffix}.json"
+
+
+def held(store: Store, key: str) -> Lease | None:
+    """The lease that somebody holds now, or None."""
+    return _newest(store, key)[1]
+
+
+def _newest(store: Store, key: str) -> tuple[int, Lease | None]:
+    """The newest number (0: none yet), and its lease if that still stands."""
+    signs: dict[int, datetime] = {}
+    ended: set[int] = set()
+    beats = 0
+    for entry in store.list(f"leases/{key}/"):
+        found = re.fullmatch(r"(\d{8})(?:\.(end)|\.beat-(\d+))?\.json", entry.name.rpartition("/")[2])
+        if not found:
+            continue
+        number = int(found[1])
+        signs[number] = max(signs.get(number, entry.modified), entry.modified)
+        if found[2]:
+            ended.add(number)
+        beats = int(found[3] or 0)
+    if not signs:
+        return 0, None
+    number = max(signs)
+    if number in ended:
+        return number, None
+    name = f"leases/{key}/{number:08d}.json"
+    document = check_schema(json.loads(store.get(name)), name)
+    holder = Process(**document["holder"])
+    if holder.dead() or _now(store, key) - signs[number] > timedelta(seconds=document["ttl_s"]):
+        return number, None
+    return number, Lease(store, key, number, document["owner"], document["ttl_s"], holder, beats)
+
+
+def _now(store: Store, key: str) -> datetime:
+    """The time by the store's clock, which is the one that dates leases."""
+    probe = f"leases/{key}/clock-{uuid.uuid4().hex}"
+    store.put_new(probe, b"")
+    (entry,) = store.list(probe)
+    store.delete(probe)
+    return entry.modified

@@ -1,0 +1,56 @@
+"""Columns of every kind of shard, in one place: what is written by one stage is read by another.
+
+uid is 16 bytes: the first half of SHA-256 over URL, NUL, caption. Every row ends in exactly one state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import pyarrow as pa
+
+KEPT = "kept"
+UID = pa.binary(16)
+
+# A slice of the URL list. Columns named in `columns.keep` follow.
+SOURCE = pa.schema([("uid", UID), ("url", pa.string()), ("caption", pa.string())])
+
+# index.parquet of a download shard: every row of the slice, kept or not. offset and length place the picture's bytes
+# inside images.tar (null unless kept); width and height are those of the original; sha256 is of the original bytes.
+INDEX = pa.schema(
+    [
+        ("uid", UID),
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("state", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.binary(32)),
+    ]
+)
+
+# selection: one row for each kept row of the shard that it is of, in that order; rule is null where the row stays.
+SELECTION = pa.schema([("uid", UID), ("rule", pa.string())])
+
+
+def embedded(width: int) -> pa.Schema:
+    """rows.parquet of an embed shard: all that a trainer needs. Embeddings are raw (not normalised) float32 [width]."""
+    vector = pa.list_(pa.float32(), width)
+    return pa.schema(
+        [
+            ("uid", UID),
+            ("caption", pa.string()),
+            ("image_embedding", vector),
+            ("text_embedding", vector),
+            ("score", pa.float32()),
+            ("image", pa.binary()),
+            ("url", pa.string()),
+        ]
+    )
+
+
+def uid(url: str, caption: str) -> bytes:
+    """The name of a row: the first 16 bytes of SHA-256 over URL, NUL, caption."""
+    return hashlib.sha256(url.encode() + b"\0" + caption.encode()).digest()[:16]

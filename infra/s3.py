@@ -1,0 +1,297 @@
+"""The store in S3, or in anything that speaks it: the only room of boto3.
+
+`put_new` is a PUT with `If-None-Match: *`. Credentials, region and proxies come from the environment, as for every AWS
+tool, and never travel with the store. What is read through `local` is kept in a folder of this machine: names are
+written once, so a copy never goes stale.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore import exceptions as boto
+from botocore.config import Config
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from infra.errors import Refused
+from infra.manifest import canonical, digest
+from infra.store import Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
+
+# S3 takes at most 5 GiB in one PUT. What is larger goes in parts.
+_SINGLE = 4 << 30
+_PART = 256 << 20
+_CHUNK = 1 << 20
+_MARKER = "store.json"
+_BROKEN = (boto.ReadTimeoutError, boto.ResponseStreamingError, boto.IncompleteReadError, boto.ConnectionClosedError)
+_UNREACHABLE = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError, boto.SSLError)
+
+# Reading a body can break after botocore's own retries are done with.
+_again = retry(
+    retry=retry_if_exception_type(_BROKEN),
+    stop=stop_after_attempt(6),
+    wait=wait_random_exponential(multiplier=0.2, max=10),
+    reraise=True,
+)
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A store under `s3://bucket/prefix`. endpoint: None for Amazon's; cache: None for the user's cache folder."""
+
+    bucket: str
+    prefix: str
+    endpoint: str | None = None
+    cache: Path | None = None
+
+    @classmethod
+    def open(cls, uri: str, *, create: bool = True, cache: Path | None = None, endpoint: str | None = None) -> S3Store:
+        """Checks within seconds that the bucket answers, and (create) that a name there can be written just once."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        prefix = prefix.strip("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+            raise Refused(
+                f"store {uri!r}: {bucket!r} is no name of a bucket (3 to 63 small letters, digits, hyphens and dots). "
+                "Write s3://bucket or s3://bucket/prefix."
+            )
+        if prefix:
+            check_name(prefix)
+        store = cls(bucket, prefix, endpoint or os.environ.get("AWS_ENDPOINT_URL") or None, cache)
+        store.check(create)
+        return store
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def check(self, create: bool) -> None:
+        """Refused if there is no such bucket, we may not use it, or its server does not know If-None-Match."""
+        with self._speaking():
+            client = _client(self.endpoint, 3, 2)  # little patience: a person waits
+            client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
+        if not create:
+            return
+        marker = canonical({"schema_version": 1})
+        with self._speaking(_MARKER):
+            # Two puts of one name: at the latest the second must be turned down.
+            if self._put(client, _MARKER, marker) and self._put(client, _MARKER, marker):
+                raise Refused(
+                    f"store {self.uri}: its server ignores If-None-Match, so that two runs could overwrite each "
+                    "other's results. Use a server with conditional writes (Amazon S3, Ceph, MinIO and others)."
+                )
+        self._tmp.mkdir(parents=True, exist_ok=True)
+        sweep(self._tmp)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        key = self._key(check_name(name))
+        if length == 0:
+            return b""
+        end = "" if length is None else start + length - 1
+        span = {"Range": f"bytes={start}-{end}"} if start or length is not None else {}
+
+        @_again
+        def read() -> bytes:
+            return self._client.get_object(Bucket=self.bucket, Key=key, **span)["Body"].read()
+
+        with self._speaking(name):
+            try:
+                return read()
+            except boto.ClientError as error:
+                if _code(error) == "InvalidRange":  # begins at or behind the end
+                    return b""
+                raise
+
+    def put_new(self, name: str, data: bytes | Path) -> bool:
+        check_name(name)
+        with self._speaking(name):
+            if isinstance(data, Path) and data.stat().st_size > _SINGLE:
+                put = self._put_parts(name, data)
+            else:
+                put = self._put(self._client, name, data)
+        # Turned down: by another's bytes, or by our own, if the first answer to our PUT was lost.
+        return put or self._same(name, data)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        if folder := prefix.rpartition("/")[0]:
+            check_name(folder)
+        cut = len(self._key(""))
+        with self._speaking(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            for page in pages:
+                for found in page.get("Contents", ()):
+                    yield Entry(found["Key"][cut:], found["Size"], found["LastModified"].astimezone(UTC))
+
+    def local(self, name: str) -> Path:
+        path = self._copies / check_name(name)
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._tmp.mkdir(parents=True, exist_ok=True)
+
+        @_again
+        def fetch() -> None:
+            found = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
+            with tempfile.NamedTemporaryFile(dir=self._tmp, delete=False) as file:
+                try:
+                    for chunk in found["Body"].iter_chunks(_CHUNK):
+                        file.write(chunk)
+                    file.close()
+                    os.chmod(file.name, 0o444)
+                    os.replace(file.name, path)  # whole or not at all
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+
+        with self._speaking(name):
+            fetch()
+        return path
+
+    def exists(self, name: str) -> bool:
+        with self._speaking(name):
+            try:
+                self._client.head_object(Bucket=self.bucket, Key=self._key(check_name(name)))
+            except boto.ClientError as error:
+                if _code(error) in ("404", "NoSuchKey", "NotFound"):
+                    return False
+                raise
+        return True
+
+    def delete(self, name: str) -> None:
+        with self._speaking(name):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(check_name(name)))
+        (self._copies / name).unlink(missing_ok=True)
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        return scratch_folder(self._tmp)
+
+    @property
+    def _client(self) -> Any:
+        return _client(self.endpoint, 20, 8)
+
+    @property
+    def _copies(self) -> Path:
+        folder = self.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unclip" / "s3"
+        return folder / digest(canonical([self.endpoint, self.bucket, self.prefix]))[:16]
+
+    @property
+    def _tmp(self) -> Path:
+        return self._copies / "tmp"
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _put(self, client: Any, name: str, data: bytes | Path) -> bool:
+        """One conditional PUT; False if the name is taken."""
+        for _ in range(8):
+            try:
+                if isinstance(data, bytes):
+                    client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
+                else:
+                    with open(data, "rb") as file:
+                        client.put_object(Bucket=self.bucket, Key=self._key(name), Body=file, IfNoneMatch="*")
+                return True
+            except boto.ClientError as error:
+                if _code(error) in ("PreconditionFailed", "412"):
+                    return False
+                if _code(error) != "ConditionalRequestConflict":  # else: a put of the same name is under way
+                    raise
+        raise Refused(f"store {self.uri}: others kept writing {name}; run again", code=5)
+
+    def _put_parts(self, name: str, path: Path) -> bool:
+        """As `_put`. Servers that know If-None-Match in whole PUTs alone do no harm: such names are digests."""
+        if self.exists(name):
+            return False
+        place = {"Bucket": self.bucket, "Key": self._key(name)}
+        upload = self._client.create_multipart_upload(**place)["UploadId"]
+        try:
+            parts: list[dict[str, Any]] = []
+            with open(path, "rb") as file:
+                while chunk := file.read(_PART):
+                    number = len(parts) + 1
+                    part = self._client.upload_part(**place, UploadId=upload, PartNumber=number, Body=chunk)
+                    parts.append({"PartNumber": number, "ETag": part["ETag"]})
+            self._client.complete_multipart_upload(
+                **place, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+            )
+            return True
+        except BaseException as error:
+            with suppress(boto.BotoCoreError, boto.ClientError):
+                self._client.abort_multipart_upload(**place, UploadId=upload)
+            if isinstance(error, boto.ClientError) and _code(error) in ("PreconditionFailed", "412"):
+                return False
+            raise
+
+    def _same(self, name: str, data: bytes | Path) -> bool:
+        try:
+            if isinstance(data, bytes):
+                return self.get(name) == data
+            return same_bytes(self.local(name), data)
+        except NotFound:  # deleted since
+            return False
+
+    @contextmanager
+    def _speaking(self, name: str = "") -> Iterator[None]:
+        """Turns what the server says into what the person can do about it."""
+        where = f"store {self.uri}" + (f" at {self.endpoint}" if self.endpoint else "")
+        try:
+            yield
+        except (*_UNREACHABLE, *_BROKEN) as error:
+            raise Refused(
+                f"{where} does not answer ({error}). Is its server running, and AWS_ENDPOINT_URL right?",
+                code=5 if name else 2,
+            ) from error
+        except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound) as error:
+            raise Refused(
+                f"{where}: {error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+            ) from error
+        except Refused:
+            raise
+        except ValueError as error:  # an endpoint or a region that is none
+            raise Refused(f"{where}: {error}. Check the bucket's name, AWS_ENDPOINT_URL and AWS_REGION.") from error
+        except boto.ClientError as error:
+            match _code(error):
+                case "NoSuchKey" | "404" | "NotFound":
+                    raise NotFound(name, self.uri) from error
+                case "NoSuchBucket":
+                    raise Refused(f"{where}: there is no such bucket. Create it, or name another.") from error
+                case "AccessDenied" | "403" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken":
+                    raise Refused(
+                        f"{where}: access denied ({_code(error)}{f' for {name}' if name else ''}). It needs listing, "
+                        "reading and writing; check the credentials and the bucket's policy."
+                    ) from error
+                case "MethodNotAllowed" | "NotImplemented":
+                    raise Refused(f"{where}: its server cannot do this ({error}).") from error
+            raise Refused(f"{where}: {error}", code=5) from error
+
+
+@cache
+def _client(endpoint: str | None, patience_s: int, attempts: int) -> Any:
+    """One client a process (they are thread-safe). Checksums only on demand: not every server knows the new ones."""
+    session = boto3.session.Session()
+    return session.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=session.region_name or "us-east-1",
+        config=Config(
+            connect_timeout=min(patience_s, 5),
+            read_timeout=patience_s * 3,
+            retries={"mode": "standard", "total_max_attempts": attempts},  # with jitter
+            max_pool_connections=32,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path" if endpoint else "auto"},
+        ),
+    )
+
+
+def _code(error: boto.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))

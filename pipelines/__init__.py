@@ -1,0 +1,1 @@
+"""The workflow: stages, the graph that joins them, recipes, the command line and the reports."""

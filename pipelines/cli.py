@@ -1,0 +1,256 @@
+"""The command line: one command, one function; what a command needs is imported inside it, so that help is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="unclip: from image–text pairs on the web to a promoted unCLIP (DALL·E 2-style) release.",
+)
+releases = typer.Typer(no_args_is_help=True, help="Released models: list, show, promote, roll back, verify.")
+data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store.")
+app.add_typer(releases, name="releases")
+app.add_typer(data, name="data")
+
+StoreOption = Annotated[str, typer.Option("--store", envvar="UNCLIP_STORE", help="Folder or s3://bucket/prefix.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe that comes with unclip, or a YAML file.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[str | None, typer.Option(help="This stage alone; its inputs must be there.")] = None,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster; default: Ray in this process.")] = None,
+    store: StoreOption = "./store",
+    change: SetOption = None,
+) -> None:
+    """Runs a recipe: whatever is not there yet is made, everything else is left as it is."""
+    from pipelines.run import run_recipe
+
+    run_recipe(recipe, store, change or (), until=until, only=only, address=address)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    store: StoreOption = "./store",
+    change: SetOption = None,
+) -> None:
+    """Says what a run would do and why, and changes nothing."""
+    from pipelines import plan as planning
+    from pipelines.run import prepared
+
+    with prepared(recipe, store, change or (), create=False) as job:
+        lines = planning.plan(job.stages, job.store)
+    if as_json:
+        sys.stdout.write(json.dumps(planning.as_json(lines), indent=1) + "\n")
+    else:
+        _print(planning.as_table(lines))
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    address: Annotated[str, typer.Option(help="The cluster's job server, for instance http://127.0.0.1:8265.")],
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[str | None, typer.Option(help="This stage alone.")] = None,
+    store: StoreOption = "./store",
+    change: SetOption = None,
+) -> None:
+    """Runs a recipe as a Ray job on a cluster; prints the job's id."""
+    from pipelines.run import submit_recipe
+
+    _say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
+    release: Annotated[str, typer.Option(help="NAME@champion, a version, or a folder.")] = "champion",
+    number: Annotated[int, typer.Option("-n", help="Pictures a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="The first picture's seed.")] = 0,
+    guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
+    prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the picture grid goes.")] = Path("grid.png"),
+    store: StoreOption = "./store",
+) -> None:
+    """Draws pictures with a release; what is not said comes from the release."""
+    from infra.store import open_store
+    from pipelines.generate import generate as draw
+
+    scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
+    opened = open_store(store, create=False)
+    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out)}")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    store: StoreOption = "./store",
+) -> None:
+    """Serves MLflow's pages on the store's tracking database."""
+    from infra.tracking import default_uri
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    _say(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)")
+    os.execv(sys.executable, command)
+
+
+@releases.command("list")
+def releases_list(
+    name: Annotated[str, typer.Option(help="Model line.")] = "unclip", store: StoreOption = "./store"
+) -> None:
+    """Every promotion and rollback of a model line, oldest first."""
+    from pipelines import releases as release
+
+    with _opened(store) as opened:
+        _print(release.table(opened, name))
+
+
+@releases.command("show")
+def releases_show(
+    ref: Annotated[str, typer.Argument(help="champion, NAME@champion or a version.")] = "champion",
+    store: StoreOption = "./store",
+) -> None:
+    """What a release consists of, its data and its scores, as JSON."""
+    from pipelines import releases as release
+
+    with _opened(store) as opened:
+        _say(json.dumps(release.show(opened, ref), indent=1, ensure_ascii=False))
+
+
+@releases.command("promote")
+def releases_promote(
+    version: Annotated[str, typer.Argument(help="Version of a bundle.")],
+    name: Annotated[str, typer.Option(help="Model line.")] = "unclip",
+    reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "promoted by hand",
+    store: StoreOption = "./store",
+) -> None:
+    """Makes a release the champion."""
+    from pipelines import releases as release
+
+    with _opened(store) as opened:
+        _say(release.promote(opened, name, version, reason))
+
+
+@releases.command("rollback")
+def releases_rollback(
+    name: Annotated[str, typer.Option(help="Model line.")] = "unclip",
+    reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "rolled back by hand",
+    store: StoreOption = "./store",
+) -> None:
+    """Makes the champion before this one the champion again."""
+    from pipelines import releases as release
+
+    with _opened(store) as opened:
+        _say(release.rollback(opened, name, reason))
+
+
+@releases.command("verify")
+def releases_verify(
+    name: Annotated[str, typer.Option(help="Model line.")] = "unclip", store: StoreOption = "./store"
+) -> None:
+    """Recomputes the ledger's chain and every digest of its releases."""
+    from pipelines import releases as release
+
+    with _opened(store) as opened:
+        _say(release.verify(opened, name))
+
+
+@data.command("ls")
+def data_ls(store: StoreOption = "./store") -> None:
+    """Versions of every stage's data in the store."""
+    from pipelines import data as versions
+
+    with _opened(store) as opened:
+        _print(versions.table(opened))
+
+
+@data.command("show")
+def data_show(
+    version: Annotated[str, typer.Argument(help="A version, or the first digits of one.")],
+    store: StoreOption = "./store",
+) -> None:
+    """One version: how it was made, its shards, rows and states, as JSON."""
+    from pipelines import data as versions
+
+    with _opened(store) as opened:
+        _say(json.dumps(versions.show(opened, version), indent=1, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _opened(uri: str) -> Iterator[Any]:
+    from infra.store import open_store
+
+    yield open_store(uri, create=False)
+
+
+def _number(option: str, text: str | None) -> float | None:
+    from infra.errors import Refused
+
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise Refused(f"{option} {text!r} is no number; give a guidance scale such as 2 (1 is unguided)") from None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(renderable)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one paragraph and an exit code; anything else is our defect."""
+    import warnings
+
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore")
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        if type(error).__name__ != "Refused":
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(f"unclip: {error}\n")
+        sys.exit(getattr(error, "code", 2))
+
+
+if __name__ == "__main__":
+    main()

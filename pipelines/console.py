@@ -1,0 +1,147 @@
+"""What a person sees while a run goes on: one table of stages in a terminal, sparse lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+QUIET_SECONDS = 60.0
+"""Where nobody watches a terminal, a running stage says so at most this often."""
+
+_STYLES = {"done": "green", "present": "dim", "running": "bold cyan", "failed": "bold red", "skipped": "yellow"}
+
+
+@dataclass
+class _Row:
+    """Where one stage stands. done and total count shards until a trainer or task reports finer steps."""
+
+    state: str = ""
+    done: float = 0
+    total: float = 0
+    unit: str = "shards"
+    rate: float | None = None
+    loss: float | None = None
+    began: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+    told: float = 0.0
+
+    def eta(self) -> float | None:
+        """Seconds left at the rate so far, or None where nothing can be said."""
+        if self.state != "running" or not self.done or not self.total:
+            return None
+        if self.rate and self.unit == "samples":
+            return (self.total - self.done) / self.rate
+        return (time.monotonic() - self.began) * (self.total - self.done) / self.done
+
+
+class Console:
+    """Thread-safe; `with console:` around a run. `quiet` leaves only notes and failures."""
+
+    def __init__(self, stages: Sequence[str], terminal: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal(highlight=False)
+        self.rows = {name: _Row() for name in stages}
+        self.began = time.monotonic()
+        self._lock = threading.RLock()
+        self._live: Live | None = None
+        self._note = ""
+
+    def __enter__(self) -> Console:
+        if self.terminal.is_terminal:
+            self._live = Live(console=self.terminal, get_renderable=self._table, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._note = ""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def note(self, text: str) -> None:
+        """A word on what the driver itself is doing (starting Ray, writing the list)."""
+        with self._lock:
+            self._note = text
+            if not self._live:
+                self.terminal.print(f"{self._clock()} {text}", markup=False)
+
+    def state(self, name: str, state: str, done: float = 0, total: float = 0, seconds: float | None = None) -> None:
+        """A stage's state: waiting, running, present, done, failed, skipped. done and total in shards."""
+        with self._lock:
+            row = self.rows.setdefault(name, _Row())
+            changed = state != row.state
+            if changed and state == "running":
+                row.began = time.monotonic()
+            row.state, row.seconds = state, seconds if seconds is not None else row.seconds
+            if row.unit == "shards" or state != "running":
+                row.done, row.total = (done, total) if total else (row.done, row.total)
+                row.unit = "shards" if total else row.unit
+            if not self._live and (changed or self._due(row)):
+                self._say(name, row)
+
+    def board(self, board: dict[str, dict[str, Any]]) -> None:
+        """Progress as the workers told it to the monitor: stage → done, total, unit, rate, loss."""
+        with self._lock:
+            for name, told in board.items():
+                row = self.rows.get(name)
+                if row is None or row.state != "running":
+                    continue
+                row.done, row.total, row.unit = told["done"], told["total"], told.get("unit") or row.unit
+                row.rate, row.loss = told.get("rate"), told.get("loss")
+                if not self._live and self._due(row):
+                    self._say(name, row)
+
+    def _due(self, row: _Row) -> bool:
+        return row.state == "running" and time.monotonic() - row.told > QUIET_SECONDS
+
+    def _say(self, name: str, row: _Row) -> None:
+        row.told = time.monotonic()
+        line = f"{self._clock()} {name:16} {row.state:10} {_count(row)} {_rate(row)} {_left(row)}".rstrip()
+        self.terminal.print(line, markup=False, soft_wrap=True)
+
+    def _clock(self) -> str:
+        return f"{_time(time.monotonic() - self.began):>7}"
+
+    def _table(self) -> Table:
+        with self._lock:
+            table = Table(box=None, pad_edge=False, header_style="dim")
+            for title, justify in (("stage", "left"), ("", "left"), ("", "left"), ("done", "right"), ("rate", "right"),
+                                   ("left", "right"), ("took", "right")):  # fmt: skip
+                table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            for name, row in self.rows.items():
+                share = row.done / row.total if row.total else 0.0
+                bar = Text("━" * round(16 * share), style="cyan") + Text("━" * (16 - round(16 * share)), style="grey30")
+                shown = row.state == "running" and row.total
+                took = _time(row.seconds) if row.seconds is not None else ""
+                table.add_row(name, Text(row.state, style=_STYLES.get(row.state, "")), bar if shown else "",
+                              _count(row), _rate(row), _left(row), took)  # fmt: skip
+            table.caption = f"{self._clock().strip()} {self._note}"
+            table.caption_justify = "left"
+            return table
+
+
+def _count(row: _Row) -> str:
+    return f"{row.done:,.0f}/{row.total:,.0f} {row.unit}" if row.total else ""
+
+
+def _rate(row: _Row) -> str:
+    parts = [f"{row.rate:,.0f}/s"] if row.rate and row.state == "running" else []
+    parts += [f"loss {row.loss:.4f}"] if row.loss is not None and row.state == "running" else []
+    return " ".join(parts)
+
+
+def _left(row: _Row) -> str:
+    eta = row.eta()
+    return "" if eta is None else f"{_time(eta)} left"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

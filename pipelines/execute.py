@@ -1,0 +1,362 @@
+"""Does what the graph says is to do: the one room of Ray tasks and Ray Data.
+
+Each stage runs in a thread of the driver as soon as the manifests it needs are there, so independent stages (the
+trainers above all) overlap. Every action commits its own record, so nothing that finished is lost or done again,
+whatever dies. Ray is started by the first stage that needs it and not at all when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from infra.errors import Refused
+from infra.lease import Lease
+from infra.manifest import Action, Manifest, Record, canonical, commit
+from infra.store import Store
+from pipelines.console import Console
+from pipelines.graph import Resolved, order, resolve
+from pipelines.stage import Stage
+
+log = logging.getLogger(__name__)
+
+_ready: set[str] = set()
+
+
+def perform(stage: Stage, action: Action, store: Store) -> Record:
+    """Does one action in this process and commits it; the stage is set up once a process."""
+    name = repr(stage)
+    if name not in _ready:
+        stage.setup()
+        _ready.add(name)
+    with store.scratch() as scratch:
+        return commit(store, action, stage.run(action, store, scratch), scratch)
+
+
+class ShardWorker:
+    """What an actor of a pool holds: the stage, set up once; its rows are actions."""
+
+    def __init__(self, stage: Stage, store: Store, monitor: Any) -> None:
+        self.stage, self.store = stage, store
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of one action (JSON) → the record that was committed (JSON), or what was refused, in its own words.
+
+        A refusal travels as data, since Ray Data would wrap it into an error of its own.
+        """
+        import numpy as np
+
+        document = json.loads(str(batch["action"][0]))
+        action = Action(document["stage"], document["spec"], tuple(document["inputs"]))
+        record, refused, code = "", "", 0
+        try:
+            record = perform(self.stage, action, self.store).to_json(action).decode()
+        except ValueError as error:
+            if type(error).__name__ != "Refused":
+                raise
+            refused, code = str(error), getattr(error, "code", 2)
+        return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
+
+
+class Admission:
+    """Lets fits start while their CPUs and GPUs fit into the cluster, first come, first served."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self.total = {"CPU": cpus, "GPU": gpus}
+        self.free = dict(self.total)
+        self.waiting: list[object] = []
+        self.changed = threading.Condition()
+
+    def check(self, name: str, need: dict[str, float]) -> None:
+        """Raises Refused where the cluster could never hold it: an error beats a wait without end."""
+        for resource, amount in need.items():
+            if amount > self.total[resource] + 1e-9:
+                raise Refused(
+                    f"{name} wants {amount:g} {resource}, and the cluster has {self.total[resource]:g}. "
+                    f"Ask for less (--set {name.replace('-', 's.', 1) if 'upsampler' in name else name}.workers=…) "
+                    "or connect to a larger cluster (--address)."
+                )
+
+    def enter(self, need: dict[str, float]) -> None:
+        """Blocks until it is this one's turn and its resources are free, and takes them."""
+        turn = object()
+        with self.changed:
+            self.waiting.append(turn)
+            self.changed.wait_for(
+                lambda: self.waiting[0] is turn and all(self.free[r] + 1e-9 >= n for r, n in need.items())
+            )
+            self.waiting.remove(turn)
+            for resource, amount in need.items():
+                self.free[resource] -= amount
+            self.changed.notify_all()
+
+    def leave(self, need: dict[str, float]) -> None:
+        """Gives them back."""
+        with self.changed:
+            for resource, amount in need.items():
+                self.free[resource] += amount
+            self.changed.notify_all()
+
+
+class Execution:
+    """One run of the workflow over one store.
+
+    `connect` starts or joins Ray and returns (cluster info, monitor); it is called at most once, and only when a stage
+    has work that needs it. `ready` gives the stage as it is to run here and now (its `how` filled in), and is called
+    only for a stage that has work.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        stages: Sequence[Stage],
+        connect: Callable[[], tuple[Any, Any]],
+        console: Console,
+        ready: Callable[[Stage], Stage] = lambda stage: stage,
+    ) -> None:
+        self.store, self.stages, self.console = store, order(stages), console
+        self.ready = ready
+        self.manifests: dict[str, Manifest] = {}
+        self.failures: dict[str, BaseException] = {}
+        self._connect, self._lock = connect, threading.Lock()
+        self._link: tuple[Any, Any] | None = None
+        self._admission: Admission | None = None
+
+    @property
+    def monitor(self) -> Any:
+        """The monitor, if Ray was needed so far."""
+        return self._link[1] if self._link else None
+
+    def link(self) -> tuple[Any, Any]:
+        """Cluster info and monitor; starts Ray the first time."""
+        with self._lock:
+            if self._link is None:
+                self.console.note("starting Ray")
+                self._link = self._connect()
+                info = self._link[0]
+                self._admission = Admission(info.cpus, info.gpus)
+                for stage in self.stages:
+                    if stage.kind == "fit":
+                        self._admission.check(stage.name, needs_of(stage))
+            return self._link
+
+    def run(self, names: set[str]) -> dict[str, Manifest]:
+        """Runs the stages named, each as soon as its inputs are there; the others are only looked up.
+
+        Raises Refused with code 5 (or the stage's own) naming every stage that failed, after those that do not depend
+        on it have ended.
+        """
+        waiting = {stage.name: stage for stage in self.stages if stage.name in names or self._before(stage, names)}
+        running: dict[Future[Manifest], Stage] = {}
+        with ThreadPoolExecutor(max(8, len(self.stages))) as pool:
+            while waiting or running:
+                for name, stage in list(waiting.items()):
+                    if any(need in self.failures for need in stage.needs):
+                        self.failures[name] = Refused(f"{name}: not run, since what it needs failed", code=5)
+                        self.console.state(name, "skipped")
+                        del waiting[name]
+                    elif all(need in self.manifests for need in stage.needs):
+                        del waiting[name]
+                        running[pool.submit(self._stage, stage, name in names)] = stage
+                if not running:
+                    continue
+                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    stage = running.pop(future)
+                    error = future.exception()
+                    if error is not None:
+                        self.failures[stage.name] = error
+                        self.console.state(stage.name, "failed")
+                    else:
+                        self.manifests[stage.name] = future.result()
+                if self._link:
+                    self.console.board(self._link[1].board())
+        if self.failures:
+            raise self._failed()
+        return self.manifests
+
+    def _before(self, stage: Stage, names: set[str]) -> bool:
+        """Whether a stage that is not to run is needed (at any distance) by one that is."""
+        below = {need for other in self.stages if other.name in names for need in other.needs}
+        grown = True
+        while grown:
+            more = {need for other in self.stages if other.name in below for need in other.needs} - below
+            below |= more
+            grown = bool(more)
+        return stage.name in below
+
+    def _failed(self) -> Refused:
+        """The failures as one message; the first real one gives the exit code."""
+        real = {name: error for name, error in self.failures.items() if "not run, since" not in str(error)}
+        lines, code = [], 5
+        for name, error in real.items():
+            cause = getattr(error, "cause", None) or error
+            if type(cause).__name__ == "Refused":  # infra's or unclip's
+                code = getattr(cause, "code", 2)
+                lines.append(f"{name}: {cause}")
+            else:
+                log.error("stage %s failed", name, exc_info=error)
+                lines.append(f"{name} failed: {type(cause).__name__}: {last_line(cause)}")
+        skipped = [name for name in self.failures if name not in real]
+        if skipped:
+            lines.append(f"Not run, since they need it: {', '.join(skipped)}.")
+        lines.append("What finished is kept; the same command goes on from there.")
+        return Refused("\n".join(lines) if code == 5 else "\n".join(lines[:1]), code=code)
+
+    def _stage(self, stage: Stage, allowed: bool) -> Manifest:
+        """Resolves one stage, does what is missing, saves and returns its manifest."""
+        resolved = resolve(stage, [self.manifests[need] for need in stage.needs], self.store)
+        todo = resolved.todo
+        if todo and not allowed:
+            raise Refused(
+                f"{stage.name} has {len(todo)} of {len(resolved.actions)} shards still to do, and this run does not "
+                f"include it. Run it first: unclip run RECIPE --until {stage.group}"
+            )
+        if not todo:
+            self.console.state(stage.name, "present", len(resolved.actions), len(resolved.actions))
+            manifest = resolved.manifest()
+            if allowed:
+                manifest.save(self.store)
+            return manifest
+        began = time.monotonic()
+        resolved = dataclasses.replace(resolved, stage=self.ready(stage))
+        self.console.state(stage.name, "running", len(resolved.present), len(resolved.actions))
+        made = {"task": self._tasks, "actor": self._actors, "driver": self._here, "fit": self._fits}[stage.kind](
+            resolved
+        )
+        manifest = resolved.manifest(made)
+        manifest.save(self.store)
+        count = len(resolved.actions)
+        self.console.state(stage.name, "done", count, count, seconds=time.monotonic() - began)
+        return manifest
+
+    def _here(self, resolved: Resolved) -> list[Record]:
+        """In the driver's process: small reduces, the ledger."""
+        return [perform(resolved.stage, action, self.store) for action in resolved.todo]
+
+    def _tasks(self, resolved: Resolved) -> list[Record]:
+        """One Ray task a shard, a bounded number in flight."""
+        import ray
+
+        info, _ = self.link()
+        stage = resolved.stage
+        cpus = getattr(stage.how, "cpus", 1)
+        work = ray.remote(num_cpus=cpus, max_retries=3)(perform)
+        shared = ray.put(stage)
+        todo, made = list(resolved.todo), list[Record]()
+        flying: dict[Any, Action] = {}
+        while todo or flying:
+            while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
+                action = todo.pop(0)
+                flying[work.remote(shared, action, self.store)] = action
+            ready, _ = ray.wait(list(flying), timeout=1.0)
+            for reference in ready:
+                del flying[reference]
+                made.append(ray.get(reference))
+                self._shards(resolved, len(made))
+        return made
+
+    def _actors(self, resolved: Resolved) -> list[Record]:
+        """A Ray Data job over actions: one row is one shard, and the actor that did it has committed it."""
+        import ray.data
+
+        info, monitor = self.link()
+        stage, todo = resolved.stage, resolved.todo
+        cpus, gpus = getattr(stage.how, "cpus", 1), getattr(stage.how, "gpus", 0)
+        actors = max(1, min(getattr(stage.how, "actors", 0) or int(info.cpus / max(cpus, 0.1)), len(todo)))
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        rows = [{"action": canonical(action.document).decode()} for action in todo]
+        done = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map_batches(
+                ShardWorker,
+                fn_constructor_args=(stage, self.store, monitor),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=actors),
+                num_cpus=cpus,
+                num_gpus=gpus or None,
+            )
+            .iter_rows()
+        )
+        made = []
+        for row in done:
+            if row["refused"]:
+                raise Refused(row["refused"], code=int(row["code"]))
+            made.append(Record.from_json(row["record"].encode()))
+            self._shards(resolved, len(made))
+        return made
+
+    def _fits(self, resolved: Resolved) -> list[Record]:
+        """Ray Train, under a lease and within the cluster's resources."""
+        return [self._fit(resolved.stage, action) for action in resolved.todo]
+
+    def _fit(self, stage: Any, action: Action) -> Record:
+        _, monitor = self.link()
+        assert self._admission is not None
+        need = needs_of(stage)
+        self.console.state(stage.name, "waiting")
+        time.sleep(getattr(stage.how, "nice", 0))  # what gives way does so from the start: imports take both cores
+        self._admission.enter(need)
+        try:
+            lease = None
+            while lease is None:
+                found = self._record(action)
+                if found is not None:
+                    return found
+                lease = Lease.acquire(self.store, action.key)
+                if lease is None:
+                    self.console.state(stage.name, "trained by another run")
+                    time.sleep(1.0)
+            with lease.kept():
+                found = self._record(action)
+                if found is not None:
+                    return found
+                return self._train(stage, action, monitor, lease.number)
+        finally:
+            self._admission.leave(need)
+
+    def _train(self, stage: Any, action: Action, monitor: Any, lease: int) -> Record:
+        """One fit, as a child run in MLflow from its start to its end."""
+        self.console.state(stage.name, "running")
+        tags = {"unclip.key": action.key, "unclip.inputs": " ".join(action.inputs)}
+        monitor.start(stage.name, {"model": stage.spec.model, "train": stage.spec.train}, tags)
+        status = "FAILED"
+        try:
+            with tempfile.TemporaryDirectory(prefix="unclip-fit-") as folder:
+                out = Path(folder)
+                won = commit(self.store, action, stage.fit(action, self.store, out, monitor, lease), out)
+            stage.settle(action, self.store)
+            status = "FINISHED"
+            return won
+        finally:
+            monitor.end(stage.name, status)
+
+    def _record(self, action: Action) -> Record | None:
+        name = action.record_name()
+        return Record.from_json(self.store.get(name), name) if self.store.exists(name) else None
+
+    def _shards(self, resolved: Resolved, made: int) -> None:
+        self.console.state(resolved.stage.name, "running", len(resolved.present) + made, len(resolved.actions))
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: of a remote traceback, the part that says what happened."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else "no message"
+
+
+def needs_of(stage: Any) -> dict[str, float]:
+    """CPUs and GPUs that a fit takes from the cluster."""
+    how = stage.how
+    return {"CPU": how.workers * how.cpus, "GPU": how.workers * how.gpus}

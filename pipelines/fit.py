@@ -1,0 +1,121 @@
+"""The stages that train: CLIP, prior, decoder, upsamplers; and the one that loads a CLIP instead of training it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.errors import Refused
+from infra.manifest import Action, Manifest, Record
+from infra.store import Store
+from pipelines.stage import plain
+from training.launch import FitHow, Job, discard, fit
+
+ROLES = {
+    "download": "rows",
+    "filter": "selection",
+    "embed": "rows",
+    "curate": "selection",
+    "statistics": "statistics",
+    "clip": "clip",
+}
+"""What a manifest is to a trainer, by the stage that made it."""
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """All that decides a model's bytes beside its data: what it is and how it is trained (plain JSON)."""
+
+    model: dict[str, Any]
+    train: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Trains one model on Ray Train; its record holds config.json and model.safetensors (EMA weights)."""
+
+    name: str
+    model: str
+    """clip, prior, decoder or upsampler."""
+    spec: FitSpec
+    how: FitHow
+    needs: tuple[str, ...]
+    version: int = 1
+    kind: str = "fit"
+
+    @property
+    def group(self) -> str:
+        """What the command line calls it."""
+        return self.name
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        """One in all, on the versions of its inputs."""
+        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(manifest.version for manifest in inputs))
+
+    def setup(self) -> None:
+        """Workers set themselves up."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        """A fit runs under a lease, which the executor holds: see `fit`."""
+        raise Refused(f"{self.name} is trained by the executor, under a lease", code=5)
+
+    def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
+        """Trains to the end (or on from the newest valid checkpoint) and returns the record of what lies in `out`."""
+        data = {ROLES[need]: version for need, version in zip(self.needs, action.inputs, strict=True)}
+        job = Job(self.name, action.key, self.model, self.spec.model, self.spec.train, data)
+        facts = fit(job, self.how, store.uri, out, monitor, lease)
+        return Record.of(action, out, facts=facts)
+
+    def settle(self, action: Action, store: Store) -> None:
+        """Once the record is committed: its checkpoints are no longer needed."""
+        discard(store, action.key)
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """A CLIP that exists: an open_clip name with its pretrained tag, or the digest of a weights file."""
+
+    name: str
+    """open_clip's model name, for instance ViT-L-14."""
+    tag: str = ""
+    """open_clip's pretrained tag, for instance laion2b_s32b_b82k."""
+    sha256: str = ""
+    """SHA-256 of the weights file, where one is given instead of a tag."""
+
+
+@dataclass(frozen=True)
+class LoadHow:
+    """Where a weights file lies; its digest is in the spec."""
+
+    file: str = ""
+    cpus: float = 1
+
+
+@dataclass(frozen=True)
+class LoadClip:
+    """Takes a CLIP from open_clip's hub or from a file and stores it as this pipeline's CLIP."""
+
+    spec: LoadSpec
+    how: LoadHow = field(default_factory=LoadHow)
+    name: str = "clip"
+    group: str = "clip"
+    needs: tuple[str, ...] = ()
+    version: int = 1
+    kind: str = "task"
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        """One in all; it reads no data."""
+        yield Action(f"{self.name}/{self.version}", plain(self.spec), ())
+
+    def setup(self) -> None:
+        """Nothing to set up."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        """Loads and saves it; raises Refused where hub or file do not give it."""
+        from unclip.clip import Clip
+
+        clip = Clip.pretrained(self.spec.name, self.how.file or self.spec.tag)
+        clip.save(out)
+        return Record.of(action, out, facts={"fingerprint": clip.fingerprint})

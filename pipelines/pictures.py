@@ -1,0 +1,155 @@
+"""Bytes from the web → a picture that is worth keeping, resized and encoded, or the name of what is wrong with it.
+
+Bytes are judged by their headers first (kind, sides, depth), so that nothing huge is decoded, then decoded to their
+end by Pillow, since OpenCV takes half a picture for a whole one. img2dataset's resizer does the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from infra.errors import Refused
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow and OpenCV both read
+RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop", "border": "border"}
+QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
+
+# img2dataset's resizer points the process's standard streams elsewhere while it works: one at a time.
+_STREAMS = threading.Lock()
+
+
+@dataclass(frozen=True)
+class PictureSpec:
+    """What a picture must be to be kept, and what it is made into. Pictures are only ever made smaller."""
+
+    size: int = 256
+    """Side in pixels that larger pictures are brought down to: the shorter side, or the longer with `border`."""
+    resize: str = "keep_ratio"
+    """none, keep_ratio, center_crop (the middle square), or border (white margins to a square)."""
+    format: str = "jpg"
+    """jpg, png or webp."""
+    quality: int | None = None
+    """1–100 for jpg and webp (default 95); for png the compression level, 0–9 (default 6)."""
+    min_side: int = 1
+    """Pictures with a shorter side, in pixels, are `too_small`."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels are `too_large`; they are not decoded."""
+    min_bytes: int = 1
+    """Shorter bodies are `too_few_bytes`."""
+    max_bytes: int = 32 << 20
+    """Longer bodies are `too_many_bytes`; reading stops there."""
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZES:
+            raise Refused(f"download.resize is {self.resize!r}; use one of {', '.join(RESIZES)}")
+        if self.format not in QUALITIES:
+            raise Refused(f"download.format is {self.format!r}; use one of {', '.join(QUALITIES)}")
+        least, most, _ = QUALITIES[self.format]
+        if self.quality is not None and not least <= self.quality <= most:
+            raise Refused(f"download.quality is {self.quality}; for {self.format} it lies between {least} and {most}")
+        for name in ("size", "min_side", "max_pixels", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise Refused(f"download.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.min_bytes > self.max_bytes:
+            raise Refused(f"download.min_bytes is {self.min_bytes}, more than max_bytes ({self.max_bytes})")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What became of a body: `data` if it is kept, else the `state` that says why not. Sides are in pixels."""
+
+    state: str | None
+    data: bytes = b""
+    width: int | None = None
+    height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+
+
+def prepare(body: bytes, spec: PictureSpec) -> Picture:
+    """Judges, resizes and encodes one picture. The same bytes and spec give the same bytes, whatever else goes on."""
+    if len(body) < spec.min_bytes:
+        return Picture("too_few_bytes")
+    state, width, height = _judge(body, spec)
+    if state:
+        return Picture(state, original_width=width, original_height=height)
+    with _STREAMS:
+        data, *sides, error = resizer(spec)(io.BytesIO(body))
+    if error:  # Pillow could read it and OpenCV cannot
+        return Picture("broken", original_width=width, original_height=height)
+    return Picture(None, data, *sides)
+
+
+def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int | None]:
+    """(state or None, width, height), the latter as far as they are known."""
+    from PIL import Image, UnidentifiedImageError
+
+    width = height = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            image = Image.open(io.BytesIO(body), formats=FORMATS)
+        width, height = image.size
+        if min(width, height) < spec.min_side:
+            return "too_small", width, height
+        if width * height > spec.max_pixels:
+            return "too_large", width, height
+        if image.mode[0] in "IF" or ";16" in str(image.tile):
+            return "too_deep", width, height  # more than 8 bits a channel: the resizer would keep them
+        image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG: all bytes are read, at an eighth the work
+        image.load()
+    except UnidentifiedImageError:
+        return "not_an_image", None, None
+    except Image.DecompressionBombError:
+        return "too_large", None, None
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise; the row's state says so
+        return "truncated" if "truncated" in str(error) else "broken", width, height
+    return None, width, height
+
+
+@cache
+def resizer(spec: PictureSpec) -> Any:
+    """img2dataset's Resizer for this spec: area interpolation downwards, no upscaling, alpha over white."""
+    quality = QUALITIES[spec.format][2] if spec.quality is None else spec.quality
+    return _resizer_module().Resizer(
+        image_size=spec.size,
+        resize_mode=RESIZES[spec.resize],
+        resize_only_if_bigger=True,
+        downscale_interpolation="area",
+        encode_format=spec.format,
+        encode_quality=quality,
+    )
+
+
+@cache
+def _resizer_module() -> Any:
+    """The module img2dataset.resizer, loaded from its own file.
+
+    `import img2dataset.resizer` runs the package's __init__ first, which imports Ray, torch, pandas and wandb: 10 s in
+    every worker, for a module that needs OpenCV and albumentations only.
+    """
+    if "img2dataset.resizer" in sys.modules:
+        return sys.modules["img2dataset.resizer"]
+    package = importlib.util.find_spec("img2dataset")
+    if package is None or package.origin is None:
+        raise Refused("img2dataset is not installed; install unclip with its dependencies", code=5)
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+    spec = importlib.util.spec_from_file_location(
+        "unclip_img2dataset_resizer", Path(package.origin).with_name("resizer.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it imports imghdr
+        spec.loader.exec_module(module)
+    return module

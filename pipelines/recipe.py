@@ -1,0 +1,371 @@
+"""Recipes: YAML, checked strictly against the dataclasses that the floors below configure themselves with.
+
+The one room of pydantic. A section is the stage's spec (which is in its key) and its how (which is not), side by side:
+`download.size` and `download.threads`. A number is written once: widths come from CLIP, the decoder's side from
+`embed.base`, each upsampler's low side from the model before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+import yaml
+
+from infra.errors import Refused
+from infra.manifest import SCHEMA_VERSION
+from pipelines.download import DownloadHow, DownloadSpec
+from pipelines.embed import EmbedHow, EmbedSpec
+from pipelines.evaluate import EvaluateHow, EvaluateSpec
+from pipelines.release import GateSpec
+from pipelines.rules import RULES
+from pipelines.source import SourceHow, SourceSpec
+from training.job import CONFIGS, FitHow
+from unclip.cascade import Sampling
+from unclip.decoder import DecoderConfig
+from unclip.prior import PriorConfig
+from unclip.upsampler import UpsamplerConfig
+
+FOLDER = Path(__file__).parent / "recipes"
+DERIVED = {"low", "size", "embedding", "text_width", "context"}
+"""Fields of model configurations that follow from other numbers of the recipe."""
+
+
+def _section(name: str, *parts: Any, drop: set[str] = frozenset(), partial: bool = False, **more: Any) -> Any:  # type: ignore[assignment]
+    """A frozen dataclass of all fields of `parts` and `more`; `partial` makes each optional (None: not said)."""
+    fields: list[Any] = []
+    for part in parts:
+        hints = get_type_hints(part)
+        for item in dataclasses.fields(part):
+            if item.name in drop:
+                continue
+            if partial:
+                fields.append((item.name, hints[item.name] | None, field(default=None)))
+            else:
+                fields.append((item.name, hints[item.name], _default(item)))
+    fields += [(key, hint, default) for key, (hint, default) in more.items()]
+    fields.sort(
+        key=lambda item: (
+            item[2].default is not dataclasses.MISSING or item[2].default_factory is not dataclasses.MISSING
+        )
+    )
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return field(default_factory=item.default_factory)
+    if item.default is not dataclasses.MISSING:
+        return field(default=item.default)
+    return field()
+
+
+def _optional(hint: Any) -> tuple[Any, Any]:
+    return hint | None, field(default=None)
+
+
+Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
+
+CLIP_TRAIN, PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
+    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "decoder", "upsampler")
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """A world of made-up pictures that is served on loopback while a run downloads from it."""
+
+    module: str
+    """A Python module with `write_list`, `write_prompts` and a `server` beside it (see pipelines/world.py)."""
+    pictures: int
+    """Rows of the list."""
+    pairs: float = 0.3
+    """Share of pictures with two objects."""
+    seed: int = 0
+    """Seed of the list."""
+    single_prompts: int = 500
+    """Held-out prompts with one object, for the evaluation."""
+    pair_prompts: int = 300
+    """Held-out prompts with two objects."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """The model line that a run promotes to."""
+
+    name: str = "unclip"
+    """Ledger and registered model of that name."""
+
+
+@dataclass(frozen=True)
+class Select:
+    """Rules, applied in order; a row is marked with the first that rejects it."""
+
+    rules: Rules = ()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An open_clip model by name and pretrained tag."""
+
+    name: str
+    tag: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; default MLFLOW_TRACKING_URI, else SQLite beside the store."""
+    experiment: str = "unclip"
+    required: bool = True
+    """Whether a server that does not answer at the start is an error."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ray."""
+
+    cpus: int | None = None
+    """CPUs that a local Ray may use; default all."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the released models are sampled unless the caller says otherwise."""
+
+    prior: Sampling
+    decoder: Sampling
+    upsamplers: dict[int, Sampling]
+
+
+def _model(config: type) -> Any:
+    """What a recipe may change of a preset's model: every field that is not derived, none of them required."""
+    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED, partial=True))
+
+
+if typing.TYPE_CHECKING:  # sections are made at import, which no type checker can follow
+    Source: typing.TypeAlias = Any
+    Download: typing.TypeAlias = Any
+    Embed: typing.TypeAlias = Any
+    Clip: typing.TypeAlias = Any
+    Prior: typing.TypeAlias = Any
+    Decoder: typing.TypeAlias = Any
+    Upsampler: typing.TypeAlias = Any
+    Evaluate: typing.TypeAlias = Any
+else:
+    Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
+    Download = _section("download", DownloadSpec, DownloadHow)
+    Embed = _section("embed", EmbedSpec, EmbedHow)
+    Clip = _section(
+        "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(Pretrained)
+    )
+    Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
+    Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
+    Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
+    Evaluate = _section("evaluate", EvaluateSpec, EvaluateHow, drop={"prompts"}, prompts=_optional(str))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run, from the URL list to the promoted release."""
+
+    schema_version: int
+    models: str
+    """The preset (unclip/presets.py) that `prior.model`, `decoder.model` and `upsamplers.N.model` change."""
+    clip: Clip
+    prior: Prior
+    decoder: Decoder
+    upsamplers: dict[int, Upsampler]
+    """By the side of their output in pixels."""
+    sampling: Sampler
+    embed: Embed
+    download: Download = field(default_factory=Download)
+    source: Source = field(default_factory=Source)
+    filter: Select = field(default_factory=Select)
+    curate: Select = field(default_factory=Select)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    gate: GateSpec = field(default_factory=GateSpec)
+    release: Release = field(default_factory=Release)
+    world: World | None = None
+    tracking: Tracking = field(default_factory=Tracking)
+    cluster: Cluster = field(default_factory=Cluster)
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise Refused(f"schema_version {self.schema_version} is unknown; this unclip reads {SCHEMA_VERSION}")
+        if (self.clip.pretrained is None) == (self.clip.model is None):
+            raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
+        if self.clip.model is not None and self.clip.train is None:
+            raise Refused("clip: `model` is given without `train`")
+        if set(self.sampling.upsamplers) != set(self.upsamplers):
+            raise Refused(
+                f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "
+                f"upsamplers {sorted(self.upsamplers)} px"
+            )
+        if self.source.urls is None and self.world is None:
+            raise Refused("source.urls is missing: name a Parquet, CSV or JSON-lines list of URLs and captions")
+
+
+def part(section: Any, cls: type) -> Any:
+    """The fields of `section` that belong to `cls`, as an instance of it."""
+    return cls(
+        **{item.name: getattr(section, item.name) for item in dataclasses.fields(cls) if hasattr(section, item.name)}
+    )
+
+
+def said(section: Any) -> dict[str, Any]:
+    """What a partial section says (fields that are not None)."""
+    if section is None:
+        return {}
+    return {
+        item.name: value for item in dataclasses.fields(section) if (value := getattr(section, item.name)) is not None
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that also reads 2e-4 as a number, as everybody means it; YAML 1.1 wants 2.0e-4."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def names() -> list[str]:
+    """The recipes that come with unclip."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str, changes: typing.Sequence[str] = ()) -> Recipe:
+    """A recipe by name or file, with `key=value` changes; raises Refused with the dotted path of what is wrong."""
+    path = Path(name)
+    if not path.suffix and not path.is_file():
+        path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise Refused(f"There is no recipe {name!r}.{hint} Give a YAML file or one of: {', '.join(names())}.")
+    try:
+        document = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise Refused(f"{path} holds no mapping of sections; see the recipes in {FOLDER.name}/ for the form.")
+    for change in changes:
+        _change(document, change)
+    return parse(document, str(name))
+
+
+def parse(document: dict[str, Any], where: str) -> Recipe:
+    """A recipe from a plain document."""
+    try:
+        text = json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"Recipe {where}: {error}. Values are numbers, texts, lists and mappings.") from None
+    try:
+        return _ADAPTER.validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        raise Refused(_explain(error, where)) from None
+
+
+def _change(document: dict[str, Any], change: str) -> None:
+    """Applies one `--set dotted.key=value` (the value in YAML) in place."""
+    path, equals, text = change.partition("=")
+    if not equals or not path.strip():
+        raise Refused(f"--set {change!r}: write it as key=value, for instance --set prior.train.steps=500")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise Refused(f"--set {change!r}: {text!r} is no YAML value") from None
+    *parents, last = [int(step) if step.isdigit() else step for step in path.strip().split(".")]
+    place: Any = document
+    nowhere = Refused(f"--set {change!r}: {path.strip()!r} leads nowhere in this recipe")
+    for step in parents:
+        if isinstance(place, dict):
+            if place.get(step) is None:
+                place[step] = {}
+            place = place[step]
+        elif isinstance(place, list) and isinstance(step, int) and step < len(place):
+            place = place[step]
+        else:
+            raise nowhere
+    if isinstance(place, dict) or (isinstance(place, list) and isinstance(last, int) and last < len(place)):
+        place[last] = value  # type: ignore[index]
+    else:
+        raise nowhere
+
+
+def _explain(error: pydantic.ValidationError, where: str) -> str:
+    """One paragraph with the path of each thing that is wrong, and the nearest known key for an unknown one."""
+    lines = []
+    for item in error.errors()[:5]:
+        steps = [str(step) for step in item["loc"] if step not in ("[key]",)]
+        path = ".".join(steps)
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = _keys(steps[:-1])
+            near = difflib.get_close_matches(steps[-1], known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{path} is no known key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{path} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = json.dumps(item["input"], default=str)
+            shown = f" (got {value})" if len(value) < 60 and item["type"] != "value_error" else ""
+            lines.append(f"{path}: {message}{shown}" if path else f"{message}{shown}")
+    more = f" … and {error.error_count() - 5} more" if error.error_count() > 5 else ""
+    return f"Recipe {where}: " + "; ".join(lines) + more + "."
+
+
+def _keys(steps: list[str]) -> list[str]:
+    """The known keys at a path."""
+    hint: Any = Recipe
+    for step in steps:
+        hint = _strip(hint)
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint, include_extras=False).get(step, dict)
+        elif get_origin(hint) in (tuple, dict):
+            hint = get_args(hint)[1 if get_origin(hint) is dict else 0]
+    hint = _strip(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next((choice for choice in get_args(hint) if steps and _tag(choice) == steps[-1]), hint)
+    return [item.name for item in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+
+
+def _strip(hint: Any) -> Any:
+    """The hint without None and Annotated."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    choices = [choice for choice in get_args(hint) if choice is not type(None)]
+    return choices[0] if get_origin(hint) in (Union, types.UnionType) and len(choices) == 1 else hint
+
+
+def _tag(cls: Any) -> str:
+    hint = get_type_hints(cls).get("rule")
+    return get_args(hint)[0] if get_origin(hint) is Literal else ""
+
+
+def _forbid(hint: Any, seen: set[Any]) -> None:
+    """Marks every dataclass below `hint`: unknown keys are errors."""
+    if dataclasses.is_dataclass(hint) and hint not in seen:
+        seen.add(hint)
+        hint.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
+        for inner in get_type_hints(hint, include_extras=False).values():
+            _forbid(inner, seen)
+    for inner in get_args(hint):
+        _forbid(inner, seen)
+
+
+_forbid(Recipe, set())
+_ADAPTER: pydantic.TypeAdapter[Recipe] = pydantic.TypeAdapter(Recipe)

@@ -1,0 +1,145 @@
+"""`unclip run`, `plan` and `submit`: from a recipe's name and a store to an execution, and what is said at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.errors import Refused
+from infra.ledger import Ledger
+from infra.manifest import Manifest
+from infra.store import Store, open_store
+from pipelines import recipe as recipes
+from pipelines import workflow
+from pipelines.console import Console
+from pipelines.execute import Execution
+from pipelines.graph import chosen
+from pipelines.source import check_columns, list_digests
+from pipelines.stage import Stage
+from pipelines.world import Server, write_list, write_prompts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe joined with a store: all that a plan or a run needs, nothing done yet."""
+
+    recipe: recipes.Recipe
+    store: Store
+    inputs: workflow.Inputs
+    stages: list[Stage]
+
+
+@contextlib.contextmanager
+def prepared(name: str, store: str, changes: Sequence[str], *, create: bool) -> Iterator[Prepared]:
+    """Checks recipe, lists and store; raises Refused for whatever is wrong, before anything is started.
+
+    `create` is False for a plan: the store is only looked at. The world's list and prompts live in a temporary folder.
+    """
+    recipe = recipes.load(name, changes)
+    opened = open_store(store, create=create)
+    with tempfile.TemporaryDirectory(prefix="unclip-inputs-") as folder:
+        urls, prompts = recipe.source.urls, recipe.evaluate.prompts
+        if recipe.world:
+            urls = urls or str(write_list(recipe.world, Path(folder)))
+            prompts = prompts or str(write_prompts(recipe.world, Path(folder)))
+        if prompts is None:
+            raise Refused(
+                'evaluate.prompts is missing: name a file with a line {"prompt": …, "kind": …} for each prompt'
+            )
+        if not Path(prompts).is_file() and (recipes.FOLDER / prompts).is_file():
+            prompts = str(recipes.FOLDER / prompts)
+        if not Path(prompts).is_file():
+            raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
+        check_columns(urls, recipe.source.columns)
+        head = Ledger(opened, recipe.release.name).head()
+        inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
+        yield Prepared(recipe, opened, inputs, workflow.stages(recipe, inputs))
+
+
+def run_recipe(
+    name: str, store: str, changes: Sequence[str], *, until: str | None, only: str | None, address: str | None
+) -> dict[str, Manifest]:
+    """Runs what is to do and tells the person at the terminal where it stands and what came of it."""
+    from infra.cluster import connect, disconnect
+    from infra.monitor import Monitor
+    from infra.tracking import check_server, default_uri
+
+    with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
+        names = chosen(job.stages, until, only)
+        tracking = job.recipe.tracking
+        uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store)
+        if tracking.required:
+            check_server(uri)
+        server = stack.enter_context(Server(job.recipe.world)) if job.recipe.world else None
+        console = Console([stage.name for stage in job.stages if stage.name in names])
+
+        def link() -> tuple[Any, Any]:
+            info = connect(address, job.recipe.cluster.cpus)
+            stack.callback(disconnect)
+            monitor = Monitor.launch(uri, tracking.experiment, name, job.store.uri)
+            stack.callback(monitor.close)
+            return info, monitor
+
+        def ready(stage: Stage) -> Stage:
+            """A stage as it runs now: the world's hosts live where its server listens."""
+            if stage.name != "download" or server is None:
+                return stage
+            resolve = {
+                host: f"127.0.0.1:{server.start()}" if at == "world" else at for host, at in stage.how.resolve.items()
+            }
+            return dataclasses.replace(stage, how=dataclasses.replace(stage.how, resolve=resolve))  # type: ignore[type-var]
+
+        execution = Execution(job.store, job.stages, link, console, ready)
+        status = "FAILED"
+        try:
+            with console:
+                manifests = execution.run(names)
+            status = "FINISHED"
+        finally:
+            if execution.monitor is not None:
+                execution.monitor.end("", status)
+        summary(console, job, names, manifests, store, uri)
+        return manifests
+
+
+def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Manifest], store: str, uri: str) -> None:
+    """What came of it: the release and its scores, where to look, and how to go on."""
+    from pipelines import releases
+
+    if "promote" in names:
+        for line in releases.summary(job.store, job.recipe.release.name, made, store, uri):
+            console.terminal.print(line, markup=False, soft_wrap=True)
+
+
+def submit_recipe(
+    name: str, store: str, changes: Sequence[str], address: str, *, until: str | None, only: str | None
+) -> str:
+    """Submits `unclip run` as a Ray job and returns its id; the recipe is checked here first."""
+    from infra.cluster import submit
+
+    if "://" not in store:
+        if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise Refused(
+                f"A job on {address} cannot reach the folder {store!r} of this machine: give --store s3://bucket/prefix"
+            )
+        store = str(Path(store).resolve())
+    recipes.load(name, changes)
+    command = ["python", "-m", "pipelines.cli", "run", name, "--store", store, "--address", "auto"]
+    for change in changes:
+        command += ["--set", change]
+    for option, value in (("--until", until), ("--only", only)):
+        command += [option, value] if value else []
+    passed = (
+        "MLFLOW_TRACKING_URI",
+        "AWS_ENDPOINT_URL",
+        "AWS_DEFAULT_REGION",
+    )  # no secrets: those are the cluster's own
+    return submit(address, shlex.join(command), str(Path.cwd()), {k: os.environ[k] for k in passed if k in os.environ})

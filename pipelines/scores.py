@@ -1,0 +1,121 @@
+"""From judged samples to the numbers of one release, and from two releases' numbers to their paired difference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from infra.errors import Refused
+from infra.manifest import SCHEMA_VERSION, check_schema
+from unclip.metrics import cmmd, mcnemar, paired_difference, wilson
+
+ALL = "all"
+"""The verdict that everything at once is right."""
+
+
+def score(rows: Sequence[dict[str, Any]], release: str) -> dict[str, Any]:
+    """The document scores.json of samples (rows of samples.parquet, in the order of the prompts).
+
+    kinds → count, attributes (and ceiling, floor, zero_shot: attribute → value, low, high, count), clip_score, cmmd.
+    items holds verdict and CLIP score of every prompt in order, for paired comparisons. What could not be measured is
+    null: verdicts without a judge, ceiling and CMMD without true pictures.
+    """
+    kinds: dict[str, Any] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        part = [row for row in rows if row["kind"] == kind]
+        kinds[kind] = {
+            "count": len(part),
+            "attributes": _rates(part, "verdict"),
+            "ceiling": _rates(part, "true_verdict"),
+            "floor": _rates(part, "floor_verdict"),
+            "zero_shot": _rates(part, "zero_shot"),
+            **_similarity(part),
+        }
+    verdicts = [_verdict(row, "verdict") for row in rows]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "release": release,
+        "count": len(rows),
+        **_similarity(rows),
+        "kinds": kinds,
+        "items": {
+            "prompt": [row["prompt"] for row in rows],
+            "kind": [row["kind"] for row in rows],
+            "seed": [row["seed"] for row in rows],
+            ALL: [None if verdict is None else verdict[ALL] for verdict in verdicts],
+            "clip_score": [round(row["clip_score"], 6) for row in rows],
+        },
+    }
+
+
+def read(data: bytes, where: str = "scores.json") -> dict[str, Any]:
+    """The document of a scores.json; raises Refused for an unknown schema version."""
+    return check_schema(json.loads(data), where)
+
+
+def flat(scores: dict[str, Any]) -> dict[str, float]:
+    """The main numbers under dotted names ("single.all", "single.all.low", "pair.ceiling.all", "cmmd"), as metrics."""
+    found = {name: scores[name] for name in ("clip_score", "cmmd")}
+    for kind, part in scores["kinds"].items():
+        found |= {f"{kind}.{name}": part[name] for name in ("clip_score", "cmmd")}
+        for name, rate in (part["attributes"] or {}).items():
+            found |= {f"{kind}.{name}": rate["value"], f"{kind}.{name}.low": rate["low"]}
+        for group in ("ceiling", "floor", "zero_shot"):
+            found |= {f"{kind}.{group}.{name}": rate["value"] for name, rate in (part[group] or {}).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def compare(new: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Kind → difference new − old of the verdict "all" and of the CLIP score over the same prompts and seeds.
+
+    Each as <name>, <name>.low, <name>.high (95 %, paired bootstrap), and all.p (McNemar, exact). Raises Refused where
+    the two were not asked the same.
+    """
+    for name in ("prompt", "kind", "seed"):
+        if new["items"][name] != old["items"][name]:
+            raise Refused(
+                f"the releases {new['release'][:12]} and {old['release'][:12]} were evaluated on different prompts or "
+                "seeds, so their scores cannot be compared one by one. Evaluate both on the same prompts."
+            )
+    found: dict[str, dict[str, float]] = {}
+    kinds = new["items"]["kind"]
+    for kind in dict.fromkeys(kinds):
+        found[kind] = {}
+        for name in (ALL, "clip_score"):
+            pairs = [
+                (a, b)
+                for of, a, b in zip(kinds, new["items"][name], old["items"][name], strict=True)
+                if of == kind and a is not None and b is not None
+            ]
+            if not pairs:
+                continue
+            mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+            value, low, high = paired_difference(mine, theirs)
+            found[kind] |= {name: value, f"{name}.low": low, f"{name}.high": high}
+            if name == ALL:
+                found[kind]["all.p"] = mcnemar(mine, theirs)
+    return found
+
+
+def _verdict(row: dict[str, Any], column: str) -> dict[str, bool] | None:
+    return None if row[column] is None else json.loads(row[column])
+
+
+def _rates(rows: Sequence[dict[str, Any]], column: str) -> dict[str, Any] | None:
+    """Attribute → how often it is right among the rows that say so; None where no row does."""
+    verdicts = [verdict for row in rows if (verdict := _verdict(row, column)) is not None]
+    names = dict.fromkeys(name for verdict in verdicts for name in verdict)
+    rates = {}
+    for name in names:
+        said = [verdict[name] for verdict in verdicts if name in verdict]
+        rates[name] = {**wilson(sum(said), len(said))._asdict(), "count": len(said)}
+    return rates or None
+
+
+def _similarity(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    true = [row["true_embedding"] for row in rows if row["true_embedding"] is not None]
+    return {
+        "clip_score": sum(row["clip_score"] for row in rows) / len(rows),
+        "cmmd": cmmd([row["embedding"] for row in rows], true) if true else None,
+    }

@@ -1,0 +1,205 @@
+"""Which rows stay: `filter` over what was downloaded, `curate` over what was embedded. Two stages each.
+
+`-look` reads each shard once; `select` goes through all looks in manifest order and writes a selection per shard: uid
+and the first rule that rejects, null where the row stays. Rows are marked, never deleted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.errors import Refused
+from infra.manifest import Action, Manifest, Record, object_name
+from infra.rows import INDEX, KEPT, SELECTION, embedded
+from infra.store import Store
+from pipelines.rules import Rule
+from pipelines.stage import plain
+
+LOOK = "look.parquet"
+
+
+@dataclass(frozen=True)
+class Over:
+    """What rules are applied to: the stage whose shards they are, the file of rows in each, and its columns."""
+
+    stage: str
+    file: str
+    columns: tuple[str, ...]
+
+
+OVER = {
+    "filter": Over("download", "index.parquet", tuple(INDEX.names)),
+    "curate": Over("embed", "rows.parquet", tuple(embedded(1).names)),
+}
+
+
+@dataclass(frozen=True)
+class SelectSpec:
+    """Rules, in the order in which they are applied."""
+
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Selecting:
+    """What both stages of a selection share."""
+
+    group: str
+    """filter or curate."""
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [rule.rule for rule in self.rules]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise Refused(f"{self.group}.rules has {twice[0]!r} twice; a row's state would not say which one it was")
+        for rule in self.rules:
+            if missing := set(rule.columns) - set(self.over.columns):
+                there = [name for name, over in OVER.items() if set(rule.columns) <= set(over.columns)]
+                raise Refused(
+                    f"{self.group}.rules: {rule.rule} reads {', '.join(sorted(missing))}, which the rows of "
+                    f"{self.over.stage} do not have; put it under {there[0]}.rules"
+                )
+
+    @property
+    def over(self) -> Over:
+        """What the rules are applied to."""
+        return OVER[self.group]
+
+    @property
+    def spec(self) -> SelectSpec:
+        """All that may change a byte."""
+        return SelectSpec(self.rules)
+
+    @property
+    def how(self) -> None:
+        """Nothing is left to choose."""
+        return None
+
+    @property
+    def version(self) -> int:
+        return 1
+
+    def setup(self) -> None:
+        """Nothing to prepare."""
+
+
+@dataclass(frozen=True)
+class Look(_Selecting):
+    """Stage, a map: a shard of rows → what each rule has to know of its kept rows (uid, `<rule>.<column>` …)."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-look"
+
+    @property
+    def kind(self) -> str:
+        return "task"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.over.stage,)
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        (data,) = inputs
+        for record in data.records:
+            yield Action(f"{self.name}/{self.version}", plain(self.spec), (record.sha(self.over.file),))
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        with pq.ParquetFile(store.local(object_name(action.inputs[0]))) as file:
+            asked = {"uid", "state", *(column for rule in self.rules for column in rule.columns)}
+            rows = file.read([name for name in file.schema_arrow.names if name in asked])
+        if "state" in rows.column_names:
+            rows = rows.filter(pc.equal(rows["state"], KEPT))
+        columns: dict[str, Any] = {"uid": rows["uid"]}
+        for rule in self.rules:
+            look = rule.look(rows)
+            columns |= {f"{rule.rule}.{name}": look[name] for name in look.column_names}
+        pq.write_table(pa.table(columns), out / LOOK, compression="zstd")
+        return Record.of(action, out, states={"looked": rows.num_rows})
+
+
+@dataclass(frozen=True)
+class Select(_Selecting):
+    """Stage, a reduce: all looks → one selection per shard, `<SHA-256 of the shard's rows>.parquet`."""
+
+    @property
+    def name(self) -> str:
+        return self.group
+
+    @property
+    def kind(self) -> str:
+        return "driver"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"{self.group}-look", self.over.stage)
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        looks, data = inputs
+        pairs = zip(looks.records, data.records, strict=True)
+        shas = [sha for look, rows in pairs for sha in (look.sha(LOOK), rows.sha(self.over.file))]
+        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(shas))
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        looks, shards = action.inputs[0::2], action.inputs[1::2]
+        read = (pq.read_table(store.local(object_name(sha))) for sha in looks)
+        states: Counter[str] = Counter()
+        for shard, (look, rules) in zip(shards, judged(self.rules, read), strict=True):
+            selection = pa.table([look["uid"], pa.array(rules, pa.string())], schema=SELECTION)
+            pq.write_table(selection, out / f"{shard}.parquet", compression="zstd")
+            states.update(rule or KEPT for rule in rules)
+        if not states[KEPT]:
+            counted = (
+                ", ".join(f"{rule} {count}" for rule, count in sorted(states.items()) if count) or "there were none"
+            )
+            raise Refused(
+                f"{self.group}: of the {states.total()} rows of {self.over.stage} none stays ({counted}). "
+                f"Loosen {self.group}.rules, or see what became of the rows before.",
+                code=5,
+            )
+        return Record.of(action, out, states=dict(states))
+
+
+Judged = tuple[pa.Table, np.ndarray]
+"""A look, and for each of its rows the name of the rule that rejected it, or None: object [rows]."""
+
+
+def judged(rules: Sequence[Rule], looks: Iterable[pa.Table]) -> Iterator[Judged]:
+    """Applies rules in order to looks in manifest order; streams, as far as the rules do."""
+    stream: Iterator[Judged] = ((look, np.full(look.num_rows, None, object)) for look in looks)
+    for rule in rules:
+        stream = _apply(rule, stream)
+    return stream
+
+
+def _apply(rule: Rule, stream: Iterator[Judged]) -> Iterator[Judged]:
+    pending: deque[Judged] = deque()
+    prefix = f"{rule.rule}."
+
+    def survivors() -> Iterator[pa.Table]:
+        for look, rules in stream:
+            pending.append((look, rules))
+            names = [name for name in look.column_names if name.startswith(prefix)]
+            mine = look.select(names).rename_columns([name.removeprefix(prefix) for name in names])
+            yield mine.filter(pa.array(rules == None))  # noqa: E711 - elementwise
+
+    for rejected in rule.reject(survivors()):
+        look, rules = pending.popleft()
+        alive = np.flatnonzero(rules == None)  # noqa: E711 - elementwise
+        rules[alive[rejected]] = rule.rule
+        yield look, rules
+
+
+def selected(store: Store, sha: str) -> pa.Array:
+    """uids, in order, that the selection object of that SHA-256 lets stay."""
+    table = pq.read_table(store.local(object_name(sha)))
+    return table["uid"].combine_chunks().filter(pc.is_null(table["rule"].combine_chunks()))

@@ -1,0 +1,53 @@
+"""What a stage is: a spec that goes into keys, a how that does not, actions to do, and how one is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from infra.manifest import Action, Manifest, Record
+from infra.store import Store
+
+
+class Stage(Protocol):
+    """One step of the workflow; an instance is picklable and small, since it travels to Ray workers.
+
+    `name` is unique in the graph ("filter-look"), `group` is what the command line calls it ("filter").
+    `version` rises when the bytes that the same spec and inputs give change.
+    `needs` names the stages whose manifests `actions` takes, in that order.
+    `kind`: "task" (Ray task each), "actor" (a pool of actors, each set up once), "driver" (runs in the driver's thread:
+    reduces over small things, ledger) or "fit" (Ray Train, started from a thread of the driver under a lease).
+    """
+
+    name: str
+    group: str
+    version: int
+    needs: tuple[str, ...]
+    kind: str
+    spec: Any
+    how: Any
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        """What is to be made from these manifests (in the order of `needs`). Pure: no store, no clock, no network."""
+        ...
+
+    def setup(self) -> None:
+        """Once a process, before the first `run`: load CLIP, install the guard."""
+        ...
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        """Does one action: files go to the empty folder `out`; returns `Record.of(action, out, …)` to be committed."""
+        ...
+
+
+def plain(spec: Any) -> Any:
+    """A frozen dataclass (or mapping, tuple, scalar) as plain JSON, for `Action.spec`."""
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        return {field.name: plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+    if isinstance(spec, dict):
+        return {str(key): plain(value) for key, value in spec.items()}
+    if isinstance(spec, (list, tuple)):
+        return [plain(value) for value in spec]
+    return spec

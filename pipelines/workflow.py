@@ -1,0 +1,139 @@
+"""From a recipe to its stages: what the workflow of unclip consists of, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from infra.errors import Refused
+from infra.ledger import Entry
+from pipelines.download import Download, DownloadHow, DownloadSpec
+from pipelines.embed import Embed, EmbedHow, EmbedSpec
+from pipelines.evaluate import Evaluate, EvaluateHow, EvaluateSample, EvaluateSpec
+from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
+from pipelines.prompts import read_prompts
+from pipelines.recipe import Recipe, part, said
+from pipelines.release import Bundle, BundleSpec, Gate, Promote
+from pipelines.report import Report
+from pipelines.select import Look, Select
+from pipelines.source import Source, SourceHow, SourceSpec
+from pipelines.stage import Stage, plain
+from pipelines.statistics import Statistics
+from training.job import CONFIGS, FitHow
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a recipe reads from outside itself: its lists by path and digest, its prompts, its ledger's head."""
+
+    urls: str
+    list_digests: tuple[str, ...]
+    prompts: str
+    head: Entry | None
+
+
+def sizes(recipe: Recipe) -> list[int]:
+    """Sides of the cascade in pixels, from the decoder's up; raises Refused unless they grow."""
+    chain = [recipe.embed.base, *sorted(recipe.upsamplers)]
+    if any(b % a or a >= b for a, b in itertools.pairwise(chain)):
+        raise Refused(
+            f"embed.base and upsamplers make {' → '.join(map(str, chain))} px; each must be a multiple of the last"
+        )
+    return chain
+
+
+def clip_widths(recipe: Recipe) -> dict[str, int]:
+    """embedding, text_width and context of the recipe's CLIP, from its configuration alone."""
+    config = recipe.clip.model or open_clip_config(recipe.clip.pretrained.name)
+    text = config.get("text_cfg", {})
+    if "embed_dim" not in config or "width" not in text:
+        raise Refused(
+            "clip.model needs open_clip's fields: embed_dim, vision_cfg {…} and text_cfg {width, heads, layers, …}"
+        )
+    return {"embedding": config["embed_dim"], "text_width": text["width"], "context": text.get("context_length", 77)}
+
+
+def open_clip_config(name: str) -> dict[str, Any]:
+    """The model configuration that open_clip ships under that name, read without importing open_clip (7 s)."""
+    spec = importlib.util.find_spec("open_clip")
+    folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path()
+    path = folder / "model_configs" / f"{name}.json"
+    if not path.is_file():
+        raise Refused(f"clip.pretrained.name {name!r} is no model of open_clip; see open_clip.list_models()")
+    return json.loads(path.read_text())
+
+
+def models(recipe: Recipe) -> dict[str, Any]:
+    """Stage name → model configuration, with all that is derived filled in."""
+    from unclip.presets import preset
+
+    row, chain = preset(recipe.models), sizes(recipe)
+    clip: dict[str, Any] = dict(clip_widths(recipe))
+    if len(row.upsamplers) < len(recipe.upsamplers):
+        raise Refused(
+            f"preset {recipe.models} has {len(row.upsamplers)} upsamplers, the recipe {len(recipe.upsamplers)}"
+        )
+    out: dict[str, Any] = {
+        "decoder": dataclasses.replace(row.decoder, size=chain[0], **clip, **said(recipe.decoder.model)),
+        "prior": dataclasses.replace(row.prior, **clip, **said(recipe.prior.model)),
+    }
+    for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
+        changes = said(recipe.upsamplers[size].model)
+        out[f"upsampler-{size}"] = dataclasses.replace(template, low=low, size=size, **changes)
+    return out
+
+
+def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
+    spec = FitSpec(config, plain(part(section.train, CONFIGS[model])))
+    return Fit(name, model, spec, part(section, FitHow), needs)
+
+
+def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
+    """All stages of the recipe, in the order in which a person thinks of them."""
+    made = models(recipe)
+    if recipe.clip.pretrained:
+        loaded = recipe.clip.pretrained
+        digest = ""
+        if loaded.file:
+            from infra.manifest import digest_file
+
+            if not Path(loaded.file).is_file():
+                raise Refused(f"clip.pretrained.file {loaded.file!r} is no file")
+            digest = digest_file(Path(loaded.file))
+        clip: Any = LoadClip(LoadSpec(loaded.name, "" if loaded.file else loaded.tag, digest), LoadHow(loaded.file))
+    else:
+        clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
+    rows = ("embed", "curate", "statistics", "clip")
+    fits: list[Any] = [
+        _fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
+        _fit("prior", "prior", recipe.prior, plain(made["prior"]), rows),
+        *(
+            _fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
+            for size in sorted(recipe.upsamplers)
+        ),
+    ]
+    sampling = plain(recipe.sampling)
+    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
+    evaluate = part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, EvaluateHow)
+    return [
+        Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
+        Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
+        Look("filter", recipe.filter.rules),
+        Select("filter", recipe.filter.rules),
+        clip,
+        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
+        Look("curate", recipe.curate.rules),
+        Select("curate", recipe.curate.rules),
+        Statistics(),
+        *fits,
+        bundle,
+        EvaluateSample(*evaluate, read_prompts(inputs.prompts)),
+        Evaluate(*evaluate),
+        Gate(recipe.gate, inputs.head),
+        Promote(recipe.release.name, inputs.head),
+        Report(),
+    ]

@@ -1,0 +1,117 @@
+"""What is particular to S3, against a real server (Ceph's gateway)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+
+import infra.s3
+from infra.errors import Refused
+from infra.store import open_store
+
+
+class LosesFirstAnswer:
+    """A relay to a server that passes the first PUT of an object on, and hangs up instead of answering."""
+
+    def __init__(self, endpoint: str, name: bytes) -> None:
+        self.server = urlsplit(endpoint)
+        self.name, self.lost = name, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self.socket.accept()
+            server = socket.create_connection((self.server.hostname, self.server.port))
+            state = {"lose": False}
+            threading.Thread(target=self._up, args=(client, server, state), daemon=True).start()
+            threading.Thread(target=self._down, args=(client, server, state), daemon=True).start()
+
+    def _up(self, client: socket.socket, server: socket.socket, state: dict[str, bool]) -> None:
+        while data := client.recv(1 << 16):
+            if data.startswith(b"PUT") and self.name in data.split(b"\r\n")[0] and not self.lost:
+                self.lost, state["lose"] = 1, True
+            server.sendall(data)
+
+    def _down(self, client: socket.socket, server: socket.socket, state: dict[str, bool]) -> None:
+        while data := server.recv(1 << 16):
+            if state["lose"] and not data.startswith(b"HTTP/1.1 100"):
+                client.shutdown(socket.SHUT_RDWR)
+                return
+            client.sendall(data)
+
+
+def test_a_put_whose_answer_was_lost_meets_its_own_object_and_has_won(s3_endpoint: str, s3_uri: str) -> None:
+    relay = LosesFirstAnswer(s3_endpoint, b"lost")
+    store = open_store(s3_uri, endpoint=relay.endpoint)
+    assert store.put_new("lost", b"mine")
+    assert relay.lost == 1
+    assert not store.put_new("lost", b"theirs")
+
+
+def test_a_file_larger_than_one_put_takes_goes_in_parts(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infra.s3, "_SINGLE", 6 << 20)
+    monkeypatch.setattr(infra.s3, "_PART", 5 << 20)
+    (tmp_path / "large").write_bytes(os.urandom((11 << 20) + 7))
+    store = open_store(s3_uri)
+    assert store.put_new("objects/large", tmp_path / "large")
+    assert store.put_new("objects/large", tmp_path / "large")
+    assert store.local("objects/large").read_bytes() == (tmp_path / "large").read_bytes()
+    (tmp_path / "large").write_bytes(os.urandom((11 << 20) + 7))
+    assert not store.put_new("objects/large", tmp_path / "large")
+
+
+def test_a_copy_is_fetched_once(s3_uri: str) -> None:
+    store = open_store(s3_uri)
+    store.put_new("objects/aa/some", b"bytes")
+    first = store.local("objects/aa/some")
+    fetched = first.stat().st_ino
+    assert store.local("objects/aa/some").stat().st_ino == fetched
+    assert not first.stat().st_mode & 0o222
+
+
+def test_a_store_that_is_only_looked_at_stays_empty(s3_uri: str) -> None:
+    assert list(open_store(s3_uri, create=False).list("")) == []
+
+
+def test_a_server_that_does_not_answer_is_refused(s3_uri: str) -> None:
+    with pytest.raises(Refused, match=r"127\.0\.0\.1:9 does not answer"):
+        open_store(s3_uri, endpoint="http://127.0.0.1:9")
+
+
+def test_a_bucket_that_does_not_exist_is_refused(s3_endpoint: str) -> None:
+    with pytest.raises(Refused, match="no such bucket"):
+        open_store("s3://no-such-bucket/x")
+    with pytest.raises(Refused, match="'No_Bucket' is no name of a bucket"):
+        open_store("s3://No_Bucket")
+
+
+def test_wrong_credentials_are_refused(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    infra.s3._client.cache_clear()
+    try:
+        with pytest.raises(Refused, match="access denied"):
+            open_store(s3_uri)
+    finally:
+        infra.s3._client.cache_clear()
+
+
+def test_a_bucket_that_may_only_be_read_can_be_looked_at_and_not_run_on(s3_endpoint: str, s3_uri: str) -> None:
+    bucket = s3_uri.split("/")[2]
+    policy = (
+        '{"Version": "2012-10-17", "Statement": [{"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", '
+        f'"Resource": "arn:aws:s3:::{bucket}/*"}}]}}'
+    )
+    boto3.client("s3", endpoint_url=s3_endpoint).put_bucket_policy(Bucket=bucket, Policy=policy)
+    assert list(open_store(s3_uri, create=False).list("")) == []
+    with pytest.raises(Refused, match=r"access denied .* for store\.json"):
+        open_store(s3_uri)

@@ -1,0 +1,193 @@
+"""The whole chain on the tiny recipe: from a web server to a promoted release, and what a second run costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.ledger import Ledger
+from infra.manifest import Manifest
+from infra.store import open_store
+from pipelines import recipe
+from tests.fixtures.net import wait_for_port
+from tests.fixtures.s3 import free_port
+from tests.proofs import kill, parallel
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+UNCLIP = [sys.executable, "-m", "pipelines.cli"]
+
+
+def unclip(*words: object, cwd: Path | None = None) -> str:
+    """Runs the command line to its end; fails with its output unless it exits with 0."""
+    done = subprocess.run([*UNCLIP, *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def todo(store: Path, *options: object) -> dict[str, int]:
+    """Stage → actions to do, from `unclip plan --json`."""
+    lines = json.loads(unclip("plan", "tiny", "--json", "--store", store, *options))["stages"]
+    return {line["stage"]: line["todo"] for line in lines if line["todo"]}
+
+
+def newest(store: Path, stage: str) -> Manifest:
+    """The newest manifest of a stage."""
+    opened = open_store(str(store), create=False)
+    heads = [entry for entry in opened.list("manifests/") if entry.name.startswith(f"manifests/{stage}-1/")]
+    head = max(heads, key=lambda entry: entry.modified)
+    return Manifest.load(opened, json.loads(opened.get(head.name))["version"])
+
+
+def objects(store: Path) -> set[str]:
+    """Names of everything that is data: records, manifests, objects, ledgers."""
+    opened = open_store(str(store), create=False)
+    return {e.name for e in opened.list("") if e.name.startswith(("records/", "manifests/", "objects/", "ledgers/"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A store in which the tiny recipe ran to its end, and what the terminal said."""
+    store = tmp_path_factory.mktemp("chain") / "store"
+    return store, unclip("run", "tiny", "--store", store)
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A store of one's own in that state."""
+    return Path(shutil.copytree(finished[0], tmp_path / "store"))
+
+
+def test_a_run_ends_with_a_champion_and_says_how_to_use_it(finished: tuple[Path, str]) -> None:
+    store, said = finished
+    head = Ledger(open_store(str(store)), "tiny").head()
+    assert head is not None
+    for word in ("champion", "grid", "report", "unclip ui", "unclip generate"):
+        assert word in said
+    assert "(raylet)" not in said
+    assert "WARNING" not in said
+
+
+def test_a_second_run_starts_no_ray_and_changes_nothing(finished: tuple[Path, str]) -> None:
+    store, _ = finished
+    before = objects(store)
+    said = unclip("run", "tiny", "--store", store)
+    assert "starting Ray" not in said
+    assert objects(store) == before
+    assert todo(store) == {}
+
+
+def test_every_row_of_the_list_is_in_exactly_one_final_state(finished: tuple[Path, str]) -> None:
+    from pipelines.data import reconcile
+
+    store, _ = finished
+    stages = ("source", "download", "filter", "embed", "curate")
+    states = reconcile(*(newest(store, stage) for stage in stages))
+    assert recipe.load("tiny").world is not None
+    assert sum(states.values()) == recipe.load("tiny").world.pictures  # type: ignore[union-attr]
+    assert states["kept"] > 0.5 * sum(states.values())
+    assert len(states) > 3
+
+
+def test_the_trainers_overlap_in_time(finished: tuple[Path, str]) -> None:
+    spans = parallel.spans(finished[0])
+    assert len(spans) == 4
+    assert max(start for start, _ in spans.values()) < min(end for _, end in spans.values())
+
+
+def test_another_number_of_prior_steps_redoes_the_prior_and_what_is_behind_it(copy: Path) -> None:
+    change = ("--set", "prior.train.steps=9")
+    expected = {"prior", "bundle", "evaluate-sample", "evaluate", "gate", "promote", "report"}
+    assert set(todo(copy, *change)) == expected
+    before = objects(copy)
+    unclip("run", "tiny", "--store", copy, *change)
+    new = {name.split("/")[1].rsplit("-", 1)[0] for name in objects(copy) - before if name.startswith("records/")}
+    assert new == expected
+
+
+def test_a_tenth_more_rows_download_and_embed_only_the_new_shards(copy: Path) -> None:
+    world = recipe.load("tiny").world
+    assert world is not None
+    change = ("--set", f"world.pictures={world.pictures * 11 // 10}")
+    shards = len(newest(copy, "download").records)
+    download = todo(copy, *change)["download"]
+    assert 1 <= download <= max(2, shards // 5 + 1)
+    before = objects(copy)
+    unclip("run", "tiny", "--store", copy, "--until", "embed", *change)
+    grown = [name for name in objects(copy) - before if name.startswith("records/")]
+    assert sum(name.startswith("records/download-") for name in grown) == download
+
+
+def test_killed_drivers_leave_nothing_that_differs(finished: tuple[Path, str], tmp_path: Path) -> None:
+    expected = kill.records(finished[0])
+    assert "byte-identical" in kill.disturb(tmp_path, 2, 1, expected, 60.0, "--until", "prior")
+
+
+def test_two_runs_at_once_both_end_well_and_train_nothing_twice(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    both = [kill.start(store, "--until", "prior"), kill.start(store, "--until", "prior")]
+    assert [process.wait() for process in both] == [0, 0], store.with_suffix(".log").read_text()[-3000:]
+    opened = open_store(str(store), create=False)
+    runs = parallel.runs(store)
+    for stage in ("clip", "prior"):
+        assert len(list(opened.list(f"records/{stage}-1/"))) == 1
+        assert runs.count(stage) == 1, runs
+
+
+def test_generate_draws_with_the_champion(finished: tuple[Path, str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    out = tmp_path / "grid.png"
+    unclip("generate", "a large red circle on a white background", "-n", 2, "--release", "tiny@champion",
+           "--out", out, "--store", finished[0])  # fmt: skip
+    assert Image.open(out).width >= 2 * 64
+
+
+def test_the_models_and_data_can_be_looked_at(finished: tuple[Path, str]) -> None:
+    store, _ = finished
+    assert "embed" in unclip("data", "ls", "--store", store)
+    assert "promote" in unclip("releases", "list", "--name", "tiny", "--store", store)
+    assert json.loads(unclip("releases", "show", "tiny@champion", "--store", store))
+    assert unclip("releases", "verify", "--name", "tiny", "--store", store)
+
+
+def test_a_run_on_an_existing_cluster_and_as_a_job(tmp_path: Path, head: tuple[str, str]) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    address, jobs = head
+    store = tmp_path / "store"
+    unclip("run", "tiny", "--store", store, "--address", address, "--until", "filter")
+    said = unclip("submit", "tiny", "--store", store, "--address", jobs, "--until", "filter",
+                  "--set", "world.pictures=440")  # fmt: skip
+    job, client = said.strip(), JobSubmissionClient(jobs)
+    until = time.monotonic() + 240
+    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < until:
+        time.sleep(1)
+    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
+    assert newest(store, "download").rows == 440
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """A Ray head in processes of its own, as a cluster without tokens has it: (its address, its job server)."""
+    import ray.util
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")  # as an image's python is unclip's
+    port, dashboard = free_port(), free_port()
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}",
+               f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Ray takes loopback for the machine's own address, so a head that listens on loopback alone is not found.
+    ip = ray.util.get_node_ip_address()
+    wait_for_port(dashboard)
+    yield f"{ip}:{port}", f"http://127.0.0.1:{dashboard}"
+    process.terminate()
+    process.wait(30)

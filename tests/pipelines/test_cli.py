@@ -1,0 +1,135 @@
+"""A user's mistake is one paragraph and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def unclip(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNCLIP_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unclip", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        return (0 if code is None else int(code)), out, err
+
+    return run
+
+
+def refused(result: tuple[int, str, str], *words: str, code: int = 2) -> None:
+    """The result is one paragraph with that code and those words."""
+    found, _, err = result
+    assert found == code, err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in err, err
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_unknown_recipe_names_the_nearest(unclip: Run) -> None:
+    refused(unclip("plan", "dmo"), "no recipe 'dmo'", "Did you mean 'demo'")
+
+
+def test_an_unknown_key_names_the_nearest(unclip: Run) -> None:
+    refused(unclip("plan", "tiny", "--set", "prior.train.setps=3"), "prior.train.setps", "did you mean 'steps'")
+    refused(unclip("plan", "tiny", "--set", "dowload.size=3"), "dowload", "did you mean 'download'")
+
+
+def test_a_wrong_type_names_the_key_and_the_value(unclip: Run) -> None:
+    refused(unclip("plan", "tiny", "--set", "prior.train.steps=many"), "prior.train.steps", '"many"')
+    refused(unclip("plan", "tiny", "--set", "prior.train.steps=1.5"), "prior.train.steps", "1.5")
+
+
+def test_an_impossible_value_says_why(unclip: Run) -> None:
+    refused(unclip("plan", "tiny", "--set", "prior.train.steps=0"), "train.steps is 0")
+
+
+def test_a_set_without_a_value_shows_the_form(unclip: Run) -> None:
+    refused(unclip("plan", "tiny", "--set", "prior.train.steps"), "key=value")
+
+
+def test_a_missing_list_is_named(unclip: Run) -> None:
+    refused(unclip("plan", "tiny", "--set", "source.urls=nowhere.parquet"), "nowhere.parquet")
+
+
+def test_an_unreadable_list_is_named(unclip: Run, tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
+    refused(unclip("plan", "tiny", "--set", "source.urls=broken.parquet"), "broken.parquet")
+
+
+def test_an_empty_list_is_an_error(unclip: Run, tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())}), tmp_path / "e.parquet"
+    )
+    refused(unclip("plan", "tiny", "--set", "source.urls=e.parquet"), "e.parquet")
+
+
+def test_a_missing_column_names_those_that_there_are(unclip: Run, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"link": ["http://a.test/1"], "text": ["a"]}), tmp_path / "odd.parquet")
+    refused(unclip("plan", "tiny", "--set", "source.urls=odd.parquet"), "url", "link")
+
+
+def test_a_store_that_cannot_be_written_is_an_error(unclip: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    refused(unclip("run", "tiny", "--store", tmp_path / "file" / "store"), str(tmp_path / "file"))
+
+
+def test_a_plan_makes_no_store(unclip: Run, tmp_path: Path) -> None:
+    code, out, err = unclip("plan", "tiny")
+    assert code == 0, err
+    assert "download" in out
+    assert not (tmp_path / "store").exists()
+
+
+def test_no_champion_yet_says_how_to_get_one(unclip: Run) -> None:
+    refused(unclip("generate", "a red circle"), "champion")
+
+
+def test_guidance_that_is_no_number(unclip: Run) -> None:
+    refused(unclip("generate", "a red circle", "--guidance", "much"), "--guidance", "much")
+    refused(unclip("generate", "a red circle", "--guidance", "nan"), "guidance")
+
+
+def test_a_ray_address_that_does_not_answer(unclip: Run) -> None:
+    refused(unclip("run", "tiny", "--address", f"127.0.0.1:{closed_port()}"), "127.0.0.1", "answer")
+
+
+def test_an_mlflow_server_that_does_not_answer(unclip: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    refused(unclip("run", "tiny"), "MLflow", "tracking.required=false")
+
+
+def test_a_stage_that_does_not_exist(unclip: Run) -> None:
+    refused(unclip("run", "tiny", "--until", "decodr"), "Did you mean 'decoder'")
+
+
+def test_only_without_inputs(unclip: Run) -> None:
+    refused(unclip("run", "tiny", "--only", "decoder"), "--until")
+
+
+def test_until_and_only_exclude_each_other(unclip: Run) -> None:
+    refused(unclip("run", "tiny", "--until", "embed", "--only", "embed"), "--until", "--only")

@@ -1,0 +1,76 @@
+"""Stages on a real Ray: tasks, actor pools, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra.errors import Refused
+from infra.manifest import Action, Manifest, Record
+from infra.store import Store, open_store
+from pipelines.console import Console
+from pipelines.execute import Execution
+from tests.pipelines.test_graph import Double, Numbers
+
+pytestmark = pytest.mark.ray
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragile(Double):
+    """Doubles, but the first process that meets 7 dies as a preempted node would."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        from infra.manifest import object_name
+
+        if store.get(object_name(action.inputs[0])) == b"7" and not store.exists("died"):
+            store.put_new("died", b"yes")
+            os._exit(1)
+        return super().run(action, store, out)
+
+
+@pytest.fixture(scope="module")
+def link() -> Iterator[Any]:
+    """A Ray of two CPUs for all tests of this file."""
+    import ray
+
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    yield lambda: (SimpleNamespace(cpus=2, gpus=0), SimpleNamespace(board=dict))
+    ray.shutdown()
+
+
+def execute(store: Store, link: Any, stages: list[Any]) -> dict[str, Manifest]:
+    return Execution(store, stages, link, Console([])).run({stage.name for stage in stages})
+
+
+@pytest.mark.parametrize("kind", ["task", "actor"])
+def test_every_way_of_running_gives_the_same_records(tmp_path: Path, link: Any, kind: str) -> None:
+    here = open_store(str(tmp_path / "here"))
+    there = open_store(str(tmp_path / "there"))
+    how = SimpleNamespace(cpus=1)
+    numbers = Numbers({"numbers": [1, 2, 3, 4, 5]})
+    expected = execute(here, link, [numbers, Double({})])["double"]
+    found = execute(there, link, [numbers, Double({}, kind=kind, how=how)])["double"]
+    assert found.version == expected.version
+    assert found.records == expected.records
+
+
+@pytest.mark.parametrize("kind", ["task", "actor"])
+def test_a_worker_that_dies_is_replaced_and_its_shard_done(tmp_path: Path, link: Any, kind: str) -> None:
+    store = open_store(str(tmp_path / "store"))
+    stages = [Numbers({"numbers": [5, 6, 7, 8]}), Fragile({}, kind=kind, how=SimpleNamespace(cpus=1))]
+    assert execute(store, link, stages)["double"].rows == 4
+    assert store.exists("died")
+
+
+@pytest.mark.parametrize("kind", ["task", "actor"])
+def test_a_refusal_far_away_is_told_here_in_its_own_words(tmp_path: Path, link: Any, kind: str) -> None:
+    store = open_store(str(tmp_path / "store"))
+    stages = [Numbers({"numbers": [12, 13]}), Double({}, kind=kind, how=SimpleNamespace(cpus=1))]
+    with pytest.raises(Refused, match="double: 13 is not doubled"):
+        execute(store, link, stages)

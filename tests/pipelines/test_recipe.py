@@ -1,0 +1,75 @@
+"""Recipes that come with unclip are valid, plan, and say each number once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import Refused
+from pipelines import recipe, workflow
+from pipelines.stage import plain
+
+NAMES = ("demo", "tiny", "laion-art", "paper")
+
+
+def stages(name: str, *changes: str) -> dict[str, object]:
+    inputs = workflow.Inputs("list.parquet", ("0" * 64,), str(recipe.FOLDER / "prompts.jsonl"), None)
+    return {stage.name: stage for stage in workflow.stages(recipe.load(name, changes), inputs)}
+
+
+def test_the_recipes_are_there() -> None:
+    assert set(NAMES) <= set(recipe.names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_gives_a_whole_workflow(name: str) -> None:
+    made = stages(name)
+    for stage in ("source", "download", "filter", "clip", "embed", "curate", "statistics", "prior", "decoder",
+                  "bundle", "evaluate", "gate", "promote", "report"):  # fmt: skip
+        assert stage in made, f"{name} lacks {stage}"
+
+
+def test_sides_follow_from_each_other() -> None:
+    models = workflow.models(recipe.load("demo", ["embed.base=16"]))
+    assert models["decoder"].size == 16
+    assert models["upsampler-64"].low == 16
+    assert models["upsampler-128"].low == 64
+
+
+def test_widths_follow_from_clip() -> None:
+    config = recipe.load("laion-art")
+    models = workflow.models(config)
+    assert models["prior"].embedding == models["decoder"].embedding == workflow.clip_widths(config)["embedding"]
+
+
+def test_a_side_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(Refused, match="multiple"):
+        workflow.models(recipe.load("demo", ["embed.base=48"]))
+
+
+def test_how_is_in_no_key() -> None:
+    one, other = stages("demo", "download.threads=1"), stages("demo", "download.threads=7")
+    assert plain(one["download"].spec) == plain(other["download"].spec)  # type: ignore[attr-defined]
+    assert one["download"].how != other["download"].how  # type: ignore[attr-defined]
+
+
+def test_an_unknown_rule_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="clip_score"):
+        recipe.load("demo", ["curate.rules=[{rule: clip_skore, min: 0.1}]"])
+
+
+def test_a_key_derived_from_another_is_no_key() -> None:
+    with pytest.raises(Refused, match=r"decoder\.model\.size is no known key"):
+        recipe.load("demo", ["decoder.model.size=64"])
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("models: [demo")
+    with pytest.raises(Refused, match=r"bad\.yaml is not valid YAML"):
+        recipe.load(str(path))
+
+
+def test_a_number_may_be_written_as_people_write_it() -> None:
+    assert recipe.load("demo", ["decoder.train.lr=2e-4"]).decoder.train.lr == 2e-4  # type: ignore[attr-defined]

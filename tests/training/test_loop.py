@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import Refused
+from tests.training.tiny import Tiny, tiny
+from training.checkpoint import Checkpoints
+from training.job import FitHow
+from training.launch import train_local
+from training.loop import Stopped
+from unclip.folder import load_model, read_json
+
+SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
+HOW = FitHow(checkpoint_seconds=1000)
+
+
+@dataclass
+class Seen:
+    """A monitor that keeps what it is told."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[dict[str, float]] = field(default_factory=list)
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "", rate: float | None = None) -> None:
+        self.steps.append(done)
+
+    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
+        self.values.append(values)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stopping_after(steps: int) -> Any:
+    asked = iter(range(steps))
+    return lambda: next(asked, None) is None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    made = {}
+    for kind in ("prior", "decoder", "upsampler"):
+        out = tmp_path_factory.mktemp(kind)
+        train_local(world.job(kind, f"undisturbed-{kind}", **SHORT), HOW, world.store, out, Seen())
+        made[kind] = contents(out)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
+def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path, kind):
+    job = world.job(kind, f"interrupted-{kind}", **SHORT)
+    for lease, more in enumerate((0, 4, 1), 1):
+        with pytest.raises(Stopped):
+            train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=lease, stop=stopping_after(more))
+    assert Checkpoints(world.store, job.key).newest().samples == (1 + 5 + 2) * 6
+    facts = train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=4)
+    assert contents(tmp_path) == undisturbed[kind]
+    assert facts["samples"] == 72
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        FitHow(cache_bytes=0, prefetch=1, checkpoint_seconds=0, log_seconds=0),
+        FitHow(cache_bytes=1 << 28, prefetch=7, checkpoint_seconds=0.1, max_failures=0, cpus=2),
+    ],
+)
+def test_how_a_model_is_trained_does_not_change_a_byte(world, undisturbed, tmp_path, how):
+    job = world.job("decoder", f"how-{how.prefetch}", **SHORT)
+    train_local(job, how, world.store, tmp_path, Seen())
+    assert contents(tmp_path) == undisturbed["decoder"]
+
+
+def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(world, undisturbed, tmp_path, caplog):
+    job = world.job("prior", "damaged", **SHORT)
+    for lease in (1, 2):
+        with pytest.raises(Stopped):
+            train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=lease, stop=stopping_after(3))
+    newest = Checkpoints(world.store, job.key).newest().files["weights.safetensors"]
+    newest.chmod(0o644)
+    newest.write_bytes(newest.read_bytes()[:-1] + b"!")
+    train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=3)
+    assert "passed over" in caplog.text
+    assert contents(tmp_path) == undisturbed["prior"]
+
+
+def test_a_finished_fit_is_delivered_again_without_training(world, undisturbed, tmp_path):
+    seen = Seen()
+    train_local(world.job("prior", "undisturbed-prior", **SHORT), HOW, world.store, tmp_path, seen)
+    assert contents(tmp_path) == undisturbed["prior"]
+    assert seen.steps == []
+
+
+def test_the_released_folder_loads_and_says_how_it_was_made(world, tmp_path):
+    seen = Seen()
+    job = world.job("prior", "said", **SHORT)
+    facts = train_local(job, FitHow(log_seconds=0), world.store, tmp_path, seen)
+    model = load_model(tmp_path, "prior")
+    assert bool(model.std.eq(1).all())
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    document = read_json(tmp_path / "config.json", "prior")
+    assert (document["facts"], document["train"]) == (facts, SHORT)
+    assert document["clip"] == facts["clip"]
+    assert facts["data"] == job.data
+    assert seen.steps == list(range(1, 13))
+    assert {"loss", "gradient_norm", "lr", "samples_per_s"} <= set(seen.values[-1])
+    assert any(name.startswith("loss_q") for name in seen.values[-1])
+
+
+def test_micro_batches_of_one_batch_add_up_to_its_mean_loss(world, tmp_path):
+    # the first step's gradient norm is that of the whole batch, however it is cut, up to its own noise
+    seen = {}
+    for micro in (2, 4):
+        seen[micro] = Seen()
+        job = world.job("prior", f"micro-{micro}", steps=1, batch=64, micro=micro)
+        train_local(job, HOW, world.store, tmp_path / str(micro), seen[micro])
+    two, four = (seen[micro].values[0] for micro in (2, 4))
+    assert two["gradient_norm"] == pytest.approx(four["gradient_norm"], rel=0.5)
+    assert two["loss"] == pytest.approx(four["loss"], rel=0.3)
+
+
+def test_a_model_for_another_clip_is_refused(world, tmp_path):
+    job = world.job("prior", "other", **SHORT)
+    job.model["embedding"] = 48
+    with pytest.raises(Refused, match=r"\(48, 32, 24\), and this CLIP has \(32, 32, 24\)"):
+        train_local(job, HOW, world.store, tmp_path, Seen())
+
+
+def test_a_crop_that_the_upsampler_cannot_halve_is_refused(world, tmp_path):
+    with pytest.raises(Refused, match=r"train.crop is 6; it must divide by 4"):
+        train_local(world.job("upsampler", "crop", steps=1, crop=6), HOW, world.store, tmp_path, Seen())
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from tests.training.test_loop import FitHow, Seen, train_local
+from infra.store import LocalStore
+from training.job import Job
+root, out, job, lease = sys.argv[1:]
+how = FitHow(checkpoint_seconds=0)
+train_local(Job(**json.loads(job)), how, LocalStore(Path(root)), Path(out), Seen(), lease_number=int(lease))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path):
+    job = world.job("decoder", "killed", **SHORT)
+    kills = 0
+    for lease in range(1, 20):
+        arguments = [str(world.store.uri), str(tmp_path), json.dumps(asdict(job)), str(lease)]
+        process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], env={**os.environ, "PYTHONPATH": "."})
+        before = len(list(world.store.list(f"checkpoints/{job.key}/")))
+        if lease < 4:  # somewhere inside a write, or between two
+            while process.poll() is None and len(list(world.store.list(f"checkpoints/{job.key}/"))) <= before + lease:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 2
+    assert contents(tmp_path) == undisturbed["decoder"]

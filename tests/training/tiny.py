@@ -1,0 +1,203 @@
+"""A store with a little of everything that trainers read: tars, indices, embeddings, selections, statistics, a CLIP."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from infra import rows
+from infra.manifest import Action, Block, Manifest, Record, commit
+from infra.store import LocalStore, Store
+from training.job import Job
+from unclip.clip import Clip
+from unclip.clip_text import TextTower
+from unclip.presets import TINY
+
+SIDE = 64
+CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+    "text_cfg": {"context_length": 24, "vocab_size": 600, "width": 32, "heads": 2, "layers": 1},
+}
+WORDS = ("red", "green", "blue", "round", "large", "small", "square", "a", "the", "on")
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Versions of the manifests, and what is in them."""
+
+    store: Store
+    download: str
+    filter: str
+    embed: str
+    curate: str
+    statistics: str
+    clip: str
+    kept: dict[bytes, tuple[str, np.ndarray]]
+    """uid → (caption, picture uint8 [3, SIDE, SIDE]) of every row that curate keeps."""
+
+    def job(self, kind: str, key: str = "k", **train: Any) -> Job:
+        """A fit of the tiny preset on this store."""
+        data = {"rows": self.embed, "selection": self.curate, "statistics": self.statistics, "clip": self.clip}
+        if kind == "clip":
+            return Job("clip", key, kind, CLIP, train, {"rows": self.download, "selection": self.filter})
+        model = {"prior": TINY.prior, "decoder": TINY.decoder, "upsampler": TINY.upsamplers[0]}[kind]
+        if kind == "upsampler":
+            model = replace(TINY.upsamplers[0], low=16, size=32)
+        return Job(kind, key, kind, asdict(model), train, data)
+
+
+def tiny(root: Path, *, shards: int = 3, count: int = 40, group: int = 16, seed: int = 0) -> Tiny:
+    """shards × count rows, of which every fifth is not downloaded and every seventh of the rest rejected by curate."""
+    store, random = LocalStore(root), np.random.default_rng(seed)
+    store.check(create=True)
+    downloads, filters, embeds, curates = [], {}, [], {}
+    kept: dict[bytes, tuple[str, np.ndarray]] = {}
+    for shard in range(shards):
+        pictures, index, table = _shard(random, shard, count)
+        download = _commit(store, f"download-{shard}", {"images.tar": _tar(pictures), "index.parquet": index}, group)
+        downloads.append(download)
+        sha, uids = download.sha("index.parquet"), table["uid"].to_pylist()
+        filters[f"{sha}.parquet"] = _selection(uids, set())
+        facts = {"tar": download.sha("images.tar"), "index": sha, "selection": ""}
+        embeds.append(_commit(store, f"embed-{shard}", {"rows.parquet": _parquet(table, group)}, group, facts))
+        rejected = set(uids[::7])
+        curates[f"{embeds[-1].sha('rows.parquet')}.parquet"] = _selection(uids, rejected)
+        captions = table["caption"].to_pylist()
+        for uid, caption in zip(uids, captions, strict=True):
+            if uid not in rejected:
+                kept[uid] = (caption, pictures[uid])
+    clip = Clip(CLIP, _text_tower())
+    with store.scratch() as folder:
+        clip.save(folder / "clip")
+        files = {path.name: path.read_bytes() for path in (folder / "clip").iterdir()}
+        statistics = {name: torch.zeros(32) for name in ("image_mean", "text_mean")}
+        statistics |= {name: torch.ones(32) for name in ("image_std", "text_std", "eigenvalues")}
+        save_file(statistics | {"pca": torch.eye(32), "count": torch.tensor(count)}, folder / "s")
+        statistics_file = (folder / "s").read_bytes()
+    return Tiny(
+        store,
+        _manifest(store, downloads),
+        _manifest(store, [_commit(store, "filter", filters)]),
+        _manifest(store, embeds),
+        _manifest(store, [_commit(store, "curate", curates)]),
+        _manifest(store, [_commit(store, "statistics", {"statistics.safetensors": statistics_file})]),
+        _manifest(store, [_commit(store, "clip", files)]),
+        kept,
+    )
+
+
+def _shard(random: np.random.Generator, shard: int, count: int) -> tuple[dict[bytes, np.ndarray], bytes, pa.Table]:
+    """Pictures by uid, index.parquet, and the table of the embedded rows."""
+    captions = [" ".join(random.choice(WORDS, 4)) for _ in range(count)]
+    urls = [f"http://a.test/{shard}/{number}.png" for number in range(count)]
+    uids = [rows.uid(url, caption) for url, caption in zip(urls, captions, strict=True)]
+    there = [number % 5 != 4 for number in range(count)]
+    # blocks of one colour a quarter, so that a mixed-up picture is found out
+    pictures = {
+        uid: np.repeat(np.repeat(random.integers(0, 256, (3, 4, 4), np.uint8), SIDE // 4, 1), SIDE // 4, 2)
+        for uid, here in zip(uids, there, strict=True)
+        if here
+    }
+    offset, spans = 0, {}
+    for uid, picture in pictures.items():
+        length = len(png(picture))
+        spans[uid] = (offset + 512, length)
+        offset += 512 + -(-length // 512) * 512
+    index = pa.table(
+        {
+            "uid": pa.array(uids, rows.UID),
+            "url": urls,
+            "caption": captions,
+            "state": ["kept" if here else "http-404" for here in there],
+            "offset": pa.array([spans.get(uid, (None, None))[0] for uid in uids], pa.int64()),
+            "length": pa.array([spans.get(uid, (None, None))[1] for uid in uids], pa.int64()),
+            "width": pa.array([SIDE] * count, pa.int32()),
+            "height": pa.array([SIDE] * count, pa.int32()),
+            "sha256": pa.array([bytes(32)] * count, pa.binary(32)),
+        },
+        rows.INDEX,
+    )
+    kept = [number for number, here in enumerate(there) if here]
+    vectors = random.standard_normal((2, len(kept), 32)).astype(np.float32)
+    base = [png(pictures[uids[number]][:, 2::4, 2::4]) for number in kept]
+    table = pa.table(
+        {
+            "uid": pa.array([uids[number] for number in kept], rows.UID),
+            "caption": [captions[number] for number in kept],
+            "image_embedding": pa.FixedSizeListArray.from_arrays(vectors[0].ravel(), 32),
+            "text_embedding": pa.FixedSizeListArray.from_arrays(vectors[1].ravel(), 32),
+            "score": pa.array(np.zeros(len(kept), np.float32)),
+            "image": pa.array(base, pa.binary()),
+            "url": [urls[number] for number in kept],
+        },
+        rows.embedded(32),
+    )
+    return pictures, _parquet(index, 1000), table
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8 [3, h, w] as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _tar(pictures: dict[bytes, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for uid, picture in pictures.items():
+            info = tarfile.TarInfo(f"{uid.hex()}.png")
+            info.size = len(data := png(picture))
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _parquet(table: pa.Table, group: int) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=group)
+    return buffer.getvalue()
+
+
+def _selection(uids: list[bytes], rejected: set[bytes]) -> bytes:
+    rules = pa.array(["rule" if uid in rejected else None for uid in uids], pa.string())
+    return _parquet(pa.table({"uid": pa.array(uids, rows.UID), "rule": rules}, rows.SELECTION), 1000)
+
+
+def _commit(
+    store: Store, name: str, files: dict[str, bytes], group: int = 0, facts: dict[str, Any] | None = None
+) -> Record:
+    action = Action("test/1", {"name": name}, ())
+    with store.scratch() as out:
+        for file, data in files.items():
+            (out / file).write_bytes(data)
+        parquet = next((file for file in ("rows.parquet", "index.parquet") if group and file in files), None)
+        blocks = []
+        if parquet:
+            count = pq.read_metadata(out / parquet).num_rows
+            blocks = [Block(parquet, first, min(group, count - first)) for first in range(0, count, group)]
+        return commit(store, action, Record.of(action, out, blocks=blocks, facts=facts), out)
+
+
+def _manifest(store: Store, records: list[Record]) -> str:
+    return Manifest(Action("test/1", {}, ()), tuple(records)).save(store)
+
+
+def _text_tower() -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = TextTower(CLIP)
+        with torch.no_grad():
+            for parameter in tower.parameters():
+                parameter.normal_(0, 0.1)
+        return dict(tower.state_dict())

@@ -1,0 +1,199 @@
+"""The frozen CLIP: equal to open_clip's model, fingerprinted, and suspicious of its folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unclip.clip import Clip, Preprocess, build
+from unclip.clip_text import OpenClipText, TextTower
+from unclip.errors import Refused
+
+MODEL = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
+    "text_cfg": {"context_length": 16, "vocab_size": 2000, "width": 32, "heads": 4, "layers": 2},
+}
+TEXTS = ["a red circle", "", "two small blue squares on a white background and more than fits into it all"]
+
+
+def made(seed: int = 0, **changes) -> Clip:
+    """A small CLIP with random weights."""
+    torch.manual_seed(seed)
+    model = deepcopy(MODEL) | changes
+    return Clip.of(build(model), model)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return made()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"custom_text": True},
+        {"quick_gelu": True},
+        {"text_cfg": MODEL["text_cfg"] | {"no_causal_mask": True, "proj_bias": True, "mlp_ratio": 2.0}},
+    ],
+)
+def test_our_text_tower_is_open_clips(changes):
+    clip = made(**changes)
+    assert isinstance(clip.text, TextTower)
+    ours, theirs = clip.encode_text(TEXTS), OpenClipText(clip.model)(clip.tokenize(TEXTS))
+    assert torch.allclose(ours.embedding, theirs.embedding, atol=1e-5)
+    assert torch.allclose(ours.states, theirs.states, atol=1e-5)
+    assert torch.equal(ours.mask, theirs.mask)
+
+
+def test_an_unusual_text_tower_runs_in_open_clip():
+    clip = made(text_cfg=MODEL["text_cfg"] | {"ls_init_value": 0.1})
+    assert isinstance(clip.text, OpenClipText)
+    text = clip.encode_text(TEXTS)
+    assert torch.equal(text.embedding, clip.model.encode_text(clip.tokenize(TEXTS)))
+    assert text.states.shape == (3, 16, 32)
+
+
+def test_the_mask_ends_with_the_end_token(clip):
+    text = clip.encode_text(TEXTS)
+    assert text.embedding.shape == (3, clip.embedding_width)
+    assert text.states.shape == (3, clip.context_length, clip.text_width)
+    assert text.mask.sum(1).tolist() == [len(clip.tokenizer.encode("a red circle")) + 2, 2, 16]
+    projected = text.states[torch.arange(3), text.mask.sum(1) - 1] @ clip.state["text_projection"]
+    assert torch.allclose(projected, text.embedding, atol=1e-6)
+
+
+def test_what_of_a_prompt_is_cut_is_reported(clip):
+    cut = clip.truncated(TEXTS)
+    assert cut[:2] == ["", ""]
+    assert TEXTS[2].endswith(cut[2])
+    assert cut[2]
+
+
+def test_pictures_go_through_open_clips_image_tower(clip):
+    pictures = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    embedding = clip.encode_images(pictures)
+    assert embedding.shape == (3, 24)
+    assert embedding.dtype == torch.float32
+    assert not clip.model.training
+    assert not any(p.requires_grad for p in clip.model.parameters())
+    assert torch.allclose(clip.encode_images(pictures[:1]), embedding[:1], atol=1e-5)
+    assert torch.allclose(clip.encode_images(pictures.float() / 255), embedding, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "resize"), [((48, 40), "shortest"), ((100, 37), "squash"), ((20, 33), "shortest")])
+def test_preprocessing_is_open_clips_to_three_grey_levels(size, resize):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    torch.manual_seed(3)
+    small = torch.randint(0, 256, (1, 3, size[0] // 4, size[1] // 4)).float()
+    picture = torch.nn.functional.interpolate(small, size, mode="bicubic").clamp(0, 255).byte()
+    theirs = image_transform_v2(PreprocessCfg(size=32, resize_mode=resize), is_train=False)(
+        Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    )
+    ours = Preprocess(32, resize=resize)(picture)[0]
+    # Pillow rounds to whole grey levels after each of its two passes; ours stays in floats.
+    assert (ours - theirs).abs().max() < 3 / 255 / 0.26
+
+
+def test_a_saved_clip_comes_back_the_same(clip, tmp_path):
+    clip.save(tmp_path)
+    again = Clip.load(tmp_path)
+    assert again.fingerprint == clip.fingerprint
+    assert torch.equal(again.encode_text(TEXTS).states, clip.encode_text(TEXTS).states)
+    pictures = torch.randint(0, 256, (2, 3, 40, 32), dtype=torch.uint8)
+    assert torch.equal(again.encode_images(pictures), clip.encode_images(pictures))
+
+
+def test_a_folder_is_the_same_bytes_each_time(clip, tmp_path):
+    for name in ("a", "b"):
+        clip.save(tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["config.json", "merges.txt", "model.safetensors"]
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_the_fingerprint_sees_tensors_architecture_tokeniser_and_preprocessing(clip):
+    nudged = dict(clip.state) | {"ln_final.bias": clip.state["ln_final.bias"] + 1e-6}
+    others = [
+        Clip(MODEL, nudged),
+        Clip(MODEL | {"quick_gelu": True}, clip.state),
+        Clip(MODEL, clip.state, Preprocess(32, mean=(0.5, 0.5, 0.5))),
+        Clip(MODEL, clip.state, merges=clip.tokenizer.merges[::-1]),
+    ]
+    assert len({clip.fingerprint, *(other.fingerprint for other in others)}) == 5
+    assert Clip(MODEL, clip.state).fingerprint == clip.fingerprint
+
+
+def test_altered_or_incomplete_folders_are_refused(clip, tmp_path):
+    clip.save(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"ln_final.bias": state["ln_final.bias"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(Refused, match="altered"):
+        Clip.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(Refused, match="safetensors"):
+        Clip.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(Refused, match="incomplete"):
+        Clip.load(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {"schema_version": 99}))
+    with pytest.raises(Refused, match=r"version 99, and this unclip reads version 1"):
+        Clip.load(tmp_path)
+    with pytest.raises(Refused, match="does not exist"):
+        Clip.load(tmp_path / "nowhere")
+
+
+def test_models_that_the_adapter_cannot_hold_are_refused():
+    for text, reason in (({"hf_model_name": "roberta-base"}, "roberta-base"), ({"embed_cls": True}, "CoCa")):
+        with pytest.raises(Refused, match=reason):
+            build(MODEL | {"text_cfg": text})
+    with pytest.raises(Refused, match="vision_cfg"):
+        build({"embed_dim": 8, "text_cfg": {}})
+    with pytest.raises(Refused, match="cannot build"):
+        build(MODEL | {"vision_cfg": {"no_such_setting": 1}})
+
+
+def test_unknown_names_tags_and_files_are_refused():
+    with pytest.raises(Refused, match="no model 'ViT-X'"):
+        Clip.pretrained("ViT-X", "openai")
+    with pytest.raises(Refused, match="whose tags are"):
+        Clip.pretrained("ViT-B-32", "not-a-tag")
+
+
+@pytest.mark.slow
+def test_a_named_model_is_read_from_a_file_of_weights(tmp_path):
+    import open_clip
+
+    module = open_clip.create_model("ViT-S-32-alt").eval()
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    clip = Clip.pretrained("ViT-S-32-alt", str(tmp_path / "weights.pt"))
+    picture = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = module.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS))
+        seen = module.encode_image(Preprocess(224)(picture))
+    assert torch.allclose(clip.encode_text(TEXTS).embedding, expected, atol=1e-5)
+    assert torch.allclose(clip.encode_images(picture), seen, atol=1e-5)
+    torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
+    with pytest.raises(Refused, match="could not load"):
+        Clip.pretrained("ViT-S-32-alt", str(tmp_path / "wrong.pt"))
+
+
+def test_texts_are_encoded_without_importing_open_clip(clip, tmp_path):
+    clip.save(tmp_path)
+    code = (
+        "import sys; from unclip.clip import Clip; "
+        f"print(Clip.load({str(tmp_path)!r}).encode_text(['a red circle']).embedding.shape, "
+        "'open_clip' in sys.modules or 'torchvision' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "torch.Size([1, 24]) False"

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+
+from unclip.errors import Refused
+from unclip.schedule import PREDICTIONS, Schedule
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def test_the_cosine_schedule_is_that_of_diffusers():
+    theirs = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    ours = Schedule.named("cosine")
+    assert torch.allclose(ours.betas.float(), theirs.betas, atol=1e-7)
+    assert torch.allclose(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
+
+
+def test_the_linear_schedule_is_that_of_diffusers():
+    theirs = diffusers.DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    assert torch.allclose(Schedule.named("linear").betas.float(), theirs.betas, atol=1e-7)
+
+
+def test_a_respaced_schedule_keeps_noise_levels_and_original_timesteps():
+    whole = Schedule.named("cosine")
+    few = whole.respace(7)
+    assert few.timesteps.tolist() == [0, 166, 333, 500, 666, 832, 999]
+    assert torch.allclose(few.alphas_cumprod, whole.alphas_cumprod[few.timesteps])
+    assert few.respace(3).timesteps.tolist() == [0, 500, 999]
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_a_perfect_network_of_any_kind_gives_back_sample_and_noise(kind):
+    schedule = Schedule.named("cosine")
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 6, 3, 4, 4, generator=generator)
+    t = torch.tensor([0, 10, 300, 500, 700, 900])
+    x = schedule.q_sample(x0, noise, t)
+    prediction = schedule.predict(kind, schedule.target(kind, x0, noise, t), x, t)
+    assert torch.allclose(prediction.x0, x0, atol=1e-4)
+    assert torch.allclose(prediction.eps, noise, atol=1e-4)
+
+
+def test_the_learned_range_runs_from_the_posterior_variance_to_beta():
+    schedule = Schedule.named("cosine")
+    t = torch.tensor([500])
+    x = torch.zeros(1, 1, 2, 2)
+    for fraction, variance in ((-1.0, schedule.posterior_variance[500]), (1.0, schedule.betas[500])):
+        output = torch.cat([x, torch.full_like(x, fraction)], 1)
+        log_variance = schedule.predict("eps", output, x, t, learned_range=True).log_variance
+        assert log_variance is not None
+        assert log_variance[0, 0, 0, 0].item() == pytest.approx(math.log(variance), rel=1e-5)
+
+
+def test_what_no_process_can_be_is_refused():
+    for impossible in (
+        lambda: Schedule.named("cubic"),
+        lambda: Schedule.named("cosine", 0),
+        lambda: Schedule.named("cosine").respace(1001),
+        lambda: Schedule(torch.tensor([0.1, 1.5])),
+    ):
+        with pytest.raises(Refused):
+            impossible()

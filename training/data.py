@@ -1,0 +1,353 @@
+"""Blocks → batches: finds the rows that a selection keeps, reads and decodes them, and has micro-batches ready.
+
+A block is read and decoded whole, and CLIP reads its captions whole, whichever of its rows are wanted first: so the
+values of a row depend on nothing but its block, neither on the cache nor on the number of workers. Everything is
+joined by uid, never by position.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from infra.errors import Refused
+from infra.manifest import Manifest, Record, object_name
+from infra.store import Store
+from training.order import Order, derived
+
+Decode = Callable[[bytes, bytes], np.ndarray]
+"""(encoded picture, uid) → uint8 [3, s, s], of one size for all rows."""
+ReadText = Callable[[Sequence[str]], dict[str, Tensor]]
+"""Captions → named tensors [n, ...]: text_embedding, text_states and text_mask, or tokens."""
+
+
+@dataclass
+class Batch:
+    """A micro-batch. `tensors`, each [b, ...]: image uint8 [b, 3, s, s], image_embedding and text_embedding [b, d] raw,
+    text_states [b, L, w], text_mask [b, L], as far as the objective reads them."""
+
+    seed: int
+    """Seed of this micro-batch's noise, timesteps, drops and crops."""
+    uids: list[bytes]
+    captions: list[str]
+    tensors: dict[str, Tensor]
+    _generator: torch.Generator | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of this micro-batch's randomness, on the CPU so that every device draws the same."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        return self._generator
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        if device.type == "cpu":
+            return self
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return Batch(self.seed, self.uids, self.captions, moved)
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """Several micro-batches as one; the first one's seed."""
+        if len(batches) == 1:
+            return batches[0]
+        names = batches[0].tensors
+        return cls(
+            batches[0].seed,
+            [uid for batch in batches for uid in batch.uids],
+            [caption for batch in batches for caption in batch.captions],
+            {name: torch.cat([batch.tensors[name] for batch in batches]) for name in names},
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the kept rows of a block are: rows `first + keep` of a Parquet file; tar and index hold the pictures."""
+
+    parquet: str
+    """SHA-256 of the file that the block is a range of: rows.parquet of embed, or index.parquet of download."""
+    first: int
+    rows: int
+    keep: np.ndarray
+    """Kept rows, counted from `first`; int64 [k]."""
+    tar: str
+    index: str
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What an objective wants of each row."""
+
+    image: Decode | None = None
+    """How its encoded picture becomes pixels; None for no pictures."""
+    originals: bool = False
+    """Pictures of the tars (any size), in place of the base pictures beside the embeddings."""
+    embeddings: bool = False
+    """CLIP's image embeddings."""
+    text: bool = False
+    """CLIP's view of the captions: needs `read_text`."""
+
+
+@dataclass
+class Rows:
+    """The kept rows of one block, decoded: uids and captions [k], tensors [k, ...]."""
+
+    uids: list[bytes]
+    captions: list[str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds, roughly."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + 200 * len(self.uids)
+
+
+class Data:
+    """The rows that a job trains on.
+
+    rows and selection are versions of embed's and curate's manifests, or of download's and filter's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rows: str,
+        selection: str,
+        reads: Reads,
+        *,
+        read_text: ReadText | None = None,
+        cache: int = 0,
+    ) -> None:
+        self.store, self.reads, self.read_text = store, reads, read_text
+        selections = {
+            name: file.sha256
+            for record in Manifest.load(store, selection).records
+            for name, file in record.files.items()
+        }
+        self.places = [
+            place for record in Manifest.load(store, rows).records for place in _places(store, record, selections)
+        ]
+        self._limit = cache
+        self._cached: OrderedDict[int, Rows] = OrderedDict()
+        self._held = 0
+        self._index = lru_cache(maxsize=8)(self._read_index)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Kept rows of each block, for `Order`."""
+        return tuple(len(place.keep) for place in self.places)
+
+    def block(self, number: int) -> Rows:
+        """A block's kept rows, decoded; from the cache where it is there."""
+        if number in self._cached:
+            self._cached.move_to_end(number)
+            return self._cached[number]
+        rows = self._load(self.places[number])
+        self._cached[number] = rows
+        self._held += rows.bytes
+        while self._held > self._limit and len(self._cached) > 1:
+            self._held -= self._cached.popitem(last=False)[1].bytes
+        return rows
+
+    def batch(self, rows: Sequence[tuple[int, int]], seed: int) -> Batch:
+        """Those (block, kept row) pairs, in that order."""
+        places: dict[int, list[int]] = {}
+        for place, (block, _) in enumerate(rows):
+            places.setdefault(block, []).append(place)
+        uids, captions = [b""] * len(rows), [""] * len(rows)
+        tensors: dict[str, Tensor] = {}
+        for block in sorted(places):
+            loaded, at = self.block(block), places[block]
+            taken = [rows[place][1] for place in at]
+            for place, row in zip(at, taken, strict=True):
+                uids[place], captions[place] = loaded.uids[row], loaded.captions[row]
+            for name, tensor in loaded.tensors.items():
+                if name not in tensors:
+                    tensors[name] = tensor.new_empty((len(rows), *tensor.shape[1:]))
+                tensors[name][at] = tensor[taken]
+        return Batch(seed, uids, captions, tensors)
+
+    def _load(self, place: Place) -> Rows:
+        columns = ["uid", "caption"]
+        if self.reads.embeddings:
+            columns.append("image_embedding")
+        if self.reads.image and not self.reads.originals:
+            columns.append("image")
+        table = read_rows(self.store, place.parquet, place.first, place.rows, columns).take(pa.array(place.keep))
+        uids, captions = table["uid"].to_pylist(), table["caption"].to_pylist()
+        tensors: dict[str, Tensor] = {}
+        if self.reads.image:
+            pictures = self._originals(place, uids) if self.reads.originals else table["image"].to_pylist()
+            decoded = [self.reads.image(data, uid) for data, uid in zip(pictures, uids, strict=True)]
+            tensors["image"] = torch.from_numpy(np.stack(decoded))
+        if self.reads.embeddings:
+            tensors["image_embedding"] = torch.from_numpy(_matrix(table["image_embedding"]))
+        if self.reads.text and self.read_text is not None:
+            # Equal captions are read once; the rest of a block's row then depends on the block alone.
+            distinct = list(dict.fromkeys(captions))
+            where = {caption: number for number, caption in enumerate(distinct)}
+            chosen = torch.tensor([where[caption] for caption in captions])
+            tensors |= {name: tensor[chosen] for name, tensor in self.read_text(distinct).items()}
+        return Rows(uids, captions, tensors)
+
+    def _originals(self, place: Place, uids: Sequence[bytes]) -> list[bytes]:
+        """The encoded pictures of those rows: one range of the tar, cut by the index's offsets."""
+        index = self._index(place.index)
+        missing = [uid for uid in uids if uid not in index]
+        if missing:
+            raise Refused(f"row {missing[0].hex()} has no picture in the index {place.index[:12]}", code=5)
+        spans = [index[uid] for uid in uids]
+        first = min(offset for offset, _ in spans)
+        last = max(offset + length for offset, length in spans)
+        data = self.store.get(object_name(place.tar), first, last - first)
+        return [data[offset - first : offset - first + length] for offset, length in spans]
+
+    def _read_index(self, sha: str) -> dict[bytes, tuple[int, int]]:
+        columns = pq.read_table(self.store.local(object_name(sha)), columns=["uid", "offset", "length"]).to_pydict()
+        rows = zip(columns["uid"], columns["offset"], columns["length"], strict=True)
+        return {uid: (offset, length) for uid, offset, length in rows if offset is not None}
+
+
+def _places(store: Store, record: Record, selections: dict[str, str]) -> Iterator[Place]:
+    """The blocks of a shard, with the rows that its selection keeps."""
+    name = "rows.parquet" if "rows.parquet" in record.files else "index.parquet"
+    sha = record.sha(name)
+    if f"{sha}.parquet" not in selections:
+        raise Refused(
+            f"the selection says nothing of the shard {sha[:12]}: it is of another version of the data", code=5
+        )
+    selection = pq.read_table(store.local(object_name(selections[f"{sha}.parquet"])), columns=["uid", "rule"])
+    kept = selection["uid"].combine_chunks().filter(pc.is_null(selection["rule"].combine_chunks()))
+    uids = pq.read_table(store.local(object_name(sha)), columns=["uid"])["uid"].combine_chunks()
+    mask = pc.is_in(uids, value_set=kept).to_numpy(zero_copy_only=False)
+    if int(mask.sum()) != len(kept):
+        raise Refused(
+            f"the selection of the shard {sha[:12]} names {len(kept)} rows, of which it has {int(mask.sum())}", code=5
+        )
+    tar = record.facts.get("tar") or (record.sha("images.tar") if "images.tar" in record.files else "")
+    index = record.facts.get("index") or sha
+    for block in record.blocks:
+        keep = np.flatnonzero(mask[block.first : block.first + block.rows])
+        yield Place(sha, block.first, block.rows, keep, tar, index)
+
+
+def read_rows(store: Store, sha: str, first: int, rows: int, columns: Sequence[str]) -> pa.Table:
+    """Rows [first, first + rows) of a Parquet object, reading only the row groups that hold them."""
+    with pq.ParquetFile(store.local(object_name(sha))) as file:
+        groups, start, begins = [], 0, None
+        for number in range(file.num_row_groups):
+            count = file.metadata.row_group(number).num_rows
+            if start < first + rows and start + count > first:
+                groups.append(number)
+                begins = start if begins is None else begins
+            start += count
+        return file.read_row_groups(groups, columns=list(columns), use_threads=False).slice(first - (begins or 0), rows)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """An encoded picture as uint8 [3, h, w]."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as opened:
+        return np.ascontiguousarray(np.asarray(opened.convert("RGB")).transpose(2, 0, 1))
+
+
+def picture(data: bytes, uid: bytes, *, size: int) -> np.ndarray:
+    """An encoded picture as uint8 [3, size, size]: its central square, averaged down (box filter) where it is larger.
+
+    Refused for a picture that is smaller.
+    """
+    from PIL import Image
+
+    pixels = decode(data)
+    height, width = pixels.shape[1:]
+    side = min(height, width)
+    if side < size:
+        raise Refused(
+            f"picture {uid.hex()} is {width}×{height} px, and this model trains on {size} px. "
+            "Download at that size or larger (download.size), or leave this upsampler out."
+        )
+    if (height, width) == (size, size):
+        return pixels
+    left, top = (width - side) // 2, (height - side) // 2
+    square = Image.fromarray(pixels.transpose(1, 2, 0)).resize(
+        (size, size), Image.Resampling.BOX, (left, top, left + side, top + side)
+    )
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size float lists as float32 [rows, width]."""
+    array = column.combine_chunks()
+    return array.flatten().to_numpy().reshape(len(array), -1).astype(np.float32)
+
+
+class Feed:
+    """Micro-batches of some lanes, prepared ahead by a thread: `with Feed(...) as feed: feed.next(step, lane)`.
+
+    They come in the order (step, lane of `lanes`) from `first_step` on; the seed of each is (seed, step, lane)'s.
+    """
+
+    def __init__(
+        self, data: Data, order: Order, lanes: Sequence[int], first_step: int, steps: int, ahead: int, threads: int
+    ):
+        self._data, self._order, self._lanes = data, order, lanes
+        self._steps = range(first_step, steps)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(threads,), name="feed", daemon=True)
+
+    def __enter__(self) -> Feed:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def next(self) -> Batch:
+        """The next micro-batch; whatever went wrong while preparing it is raised here."""
+        made = self._queue.get()
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def _fill(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # the number is a thread's own, and sums depend on it
+        try:
+            for step in self._steps:
+                for lane in self._lanes:
+                    rows = self._order.rows(step, lane)
+                    if not self._put(self._data.batch(rows, derived("noise", self._order.seed, step, lane))):
+                        return
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
+            self._put(error)
+
+    def _put(self, made: Batch | BaseException) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(made, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

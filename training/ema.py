@@ -1,0 +1,47 @@
+"""The exponential moving average of the weights, which is what gets released."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from training.parallel import Flat
+
+
+def ema_decay(decay: float, ramp: float, updates: int) -> float:
+    """Decay of the update-th update (1, 2, …): `decay`, but the average's reach 1 / (1 - decay), in updates, is never
+    more than the fraction `ramp` of the updates so far. A short run thus forgets its random start."""
+    return min(decay, 1 - 1 / max(1.0, ramp * updates))
+
+
+class Ema:
+    """A moving average of a model's weights and floating-point buffers (batch norms have such)."""
+
+    def __init__(self, model: nn.Module, flat: Flat, decay: float, ramp: float) -> None:
+        self._model, self._flat, self._decay, self._ramp = model, flat, decay, ramp
+        self._weights = flat.weights.detach().clone()
+        self._buffers = {
+            name: buffer.detach().clone()
+            for name, buffer in model.named_buffers()
+            if name in model.state_dict(keep_vars=True) and buffer.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Takes in the model as it is after that many updates."""
+        weight = 1 - ema_decay(self._decay, self._ramp, updates)
+        self._weights.lerp_(self._flat.weights, weight)
+        live = dict(self._model.named_buffers())
+        for name, buffer in self._buffers.items():
+            buffer.lerp_(live[name], weight)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged model: a state dict that the model's class can load."""
+        averaged = self._flat.split(self._weights) | self._buffers
+        return {name: averaged.get(name, tensor) for name, tensor in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, view in (self._flat.split(self._weights) | self._buffers).items():
+            view.copy_(state[name])

@@ -1,0 +1,239 @@
+"""What a fit is asked to do: the job (in its key, byte for byte) and the how (workers, threads, cadence; in no key).
+
+The options of each objective stand in a class of their own, so that an option of another kind is an unknown one.
+Nothing heavy is imported here: the command line and the driver read these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from infra.errors import Refused
+
+KINDS = ("clip", "prior", "decoder", "upsampler")
+DECAYS = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every objective needs. All of it may change a byte of the weights."""
+
+    steps: int
+    """Optimiser steps; one step sees `batch` samples."""
+    batch: int = 64
+    """Samples a step, over all workers."""
+    micro: int | None = None
+    """Samples of a micro-batch, the unit of order, randomness and distribution; divides `batch`, its default."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: str = "cosine"
+    """After the warm-up: `cosine` down to 0 at the last step, or `constant`."""
+    muon: float = 0.0
+    """Peak learning rate of Muon for the matrices and convolutions inside; 0: AdamW trains them too."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; vectors (biases, norms) are spared."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW's ε."""
+    clip_norm: float = 1.0
+    """The gradient is scaled down to this norm; 0 leaves it as it is."""
+    ema: float = 0.999
+    """Decay a step of the exponential moving average of the weights, which is what is released."""
+    ema_ramp: float = 0.1
+    """The average reaches back over at most this fraction of the steps done, so that a short run forgets its start."""
+    window: int = 16
+    """Blocks whose rows are shuffled together."""
+    seed: int = 0
+    """Seed of the weights, the order and all noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "window"):
+            if getattr(self, name) < 1:
+                raise Refused(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro is not None and (self.micro < 1 or self.batch % self.micro):
+            raise Refused(f"train.micro is {self.micro}, which does not divide train.batch ({self.batch})")
+        if self.decay not in DECAYS:
+            raise Refused(f"train.decay is {self.decay!r}; use one of {', '.join(DECAYS)}")
+        if not (0 <= self.ema < 1 and 0 < self.ema_ramp <= 1):
+            raise Refused(f"train.ema is {self.ema} and train.ema_ramp {self.ema_ramp}; they lie in [0, 1) and (0, 1]")
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise Refused(f"train.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warmup", "muon", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise Refused(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise Refused(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}; both lie in [0, 1)")
+
+    @property
+    def micro_size(self) -> int:
+        """Samples of a micro-batch."""
+        return self.micro or self.batch
+
+    @property
+    def lanes(self) -> int:
+        """Micro-batches of a batch."""
+        return self.batch // self.micro_size
+
+
+@dataclass(frozen=True)
+class DiffusionTrain(TrainConfig):
+    """What the three diffusion models share."""
+
+    weighting: str = "uniform"
+    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/losses.py)."""
+    snr_cap: float = 5.0
+    """The cap of the last two."""
+    t_mean: float = 0.0
+    """Timesteps are drawn from a logistic normal over (0, 1): mean of its logit; above 0 the noisy half prevails."""
+    t_std: float = 0.0
+    """Deviation of that logit; 0: timesteps are drawn uniformly."""
+    bfloat16_convolutions: bool = False
+    """Convolutions multiply in bfloat16 (weights and the rest stay float32); on CPUs that have units for it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_std < 0 or (self.t_mean and not self.t_std):
+            raise Refused(f"train.t_std is {self.t_std}; it must be positive for a train.t_mean of {self.t_mean}")
+
+
+@dataclass(frozen=True)
+class PriorTrain(DiffusionTrain):
+    """Options of the diffusion prior."""
+
+    drop_text: float = 0.1
+    """Fraction of samples whose caption is replaced by the empty one, for guidance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction("drop_text", self.drop_text)
+
+
+@dataclass(frozen=True)
+class DecoderTrain(DiffusionTrain):
+    """Options of the decoder (section 2.1: 10 % and 50 %)."""
+
+    drop_image: float = 0.1
+    """Fraction of samples whose CLIP image embedding is dropped."""
+    drop_text: float = 0.5
+    """Fraction of samples whose caption is dropped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction("drop_image", self.drop_image)
+        _fraction("drop_text", self.drop_text)
+
+
+@dataclass(frozen=True)
+class UpsamplerTrain(DiffusionTrain):
+    """Options of an upsampler."""
+
+    crop: int | None = None
+    """Side of the square that is trained on, in pixels of the output; default the whole picture."""
+    blur: float = 0.6
+    """Largest σ, in low-resolution pixels, of the Gaussian blur (k = 3) of the condition; each sample draws its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop is not None and self.crop < 1:
+            raise Refused(f"train.crop is {self.crop}; it must be at least 1 pixel")
+        if self.blur < 0:
+            raise Refused(f"train.blur is {self.blur}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class ClipTrain(TrainConfig):
+    """Options of CLIP's contrastive training."""
+
+    max_scale: float = 100.0
+    """Upper bound of the learned inverse temperature."""
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {
+    "clip": ClipTrain,
+    "prior": PriorTrain,
+    "decoder": DecoderTrain,
+    "upsampler": UpsamplerTrain,
+}
+"""The training options of each kind of model."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to fit. Plain JSON throughout; it travels to workers."""
+
+    stage: str
+    """Name of the stage, for progress and metrics."""
+    key: str
+    """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
+    kind: str
+    """clip, prior, decoder or upsampler."""
+    model: dict[str, Any]
+    """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
+    train: dict[str, Any]
+    """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
+    data: dict[str, str]
+    """Role → manifest version. rows and selection always; statistics and clip for prior and decoder."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise Refused(f"a fit of kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}")
+
+    @property
+    def config(self) -> TrainConfig:
+        """The training options; Refused for an unknown or impossible one."""
+        known = {field.name for field in fields(CONFIGS[self.kind])}
+        if unknown := sorted(set(self.train) - known):
+            raise Refused(f"{self.stage}: unknown training option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        return CONFIGS[self.kind](**self.train)
+
+
+@dataclass(frozen=True)
+class FitHow:
+    """How a fit is run. None of it is in a key.
+
+    `threads` is the exception that DESIGN allows: sums on a CPU depend on it, so "identical when recomputed" means at
+    the same number of threads (and workers, and on the same type of device).
+    """
+
+    workers: int = 1
+    """Processes that train together."""
+    threads: int = 1
+    """Torch threads of each."""
+    cpus: float = 1
+    """CPUs that Ray reserves for each."""
+    gpus: float = 0
+    """GPUs that Ray reserves for each; with any, the model lives on the first."""
+    checkpoint_seconds: float = 60
+    """Seconds between checkpoints."""
+    log_seconds: float = 1.5
+    """Seconds between metrics."""
+    cache_bytes: int = 1 << 30
+    """Decoded rows kept in memory, a worker. Ample if it holds `window` blocks for each lane of the worker."""
+    prefetch: int = 2
+    """Micro-batches prepared ahead."""
+    nice: int = 0
+    """Niceness on a shared machine (0–19): larger gives way to the fits that take longer, and starts that many seconds
+    after them."""
+    max_failures: int = 3
+    """Restarts after a worker dies."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.cpus < 0 or self.gpus < 0 or self.cache_bytes < 0:
+            raise Refused("cpus, gpus and cache_bytes must not be negative")
+        if not 0 <= self.nice <= 19:
+            raise Refused(f"nice is {self.nice}; it lies between 0 and 19")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise Refused(f"train.{name} is {value}; it is a fraction between 0 and 1")

@@ -1,0 +1,263 @@
+"""What each diffusion model learns: the rows it reads, the network, and its loss on a micro-batch.
+
+An objective is the whole difference between fits; the loop knows no kind of model. Randomness comes from the
+micro-batch's own generator, drawn on the CPU, so that a sample's noise depends on neither device nor worker.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infra.errors import Refused
+from infra.manifest import Manifest, object_name
+from infra.store import Store
+from training.data import Batch, Reads, ReadText, picture
+from training.job import DecoderTrain, DiffusionTrain, Job, PriorTrain, UpsamplerTrain
+from training.parallel import Group
+from unclip import folder as model_folder
+from unclip.corrupt import gaussian_blur
+from unclip.decoder import Decoder
+from unclip.losses import hybrid_loss, simple_loss, weights
+from unclip.prior import DiffusionPrior
+from unclip.schedule import Schedule
+from unclip.upsampler import Upsampler
+
+if TYPE_CHECKING:
+    from unclip.clip import Clip
+
+
+class Losses(NamedTuple):
+    """Loss of each sample [b], and where in the process it was measured, [b] in [0, 1), if there is such a place."""
+
+    loss: Tensor
+    place: Tensor | None = None
+
+
+class Objective(Protocol):
+    """What one kind of model learns."""
+
+    reads: Reads
+    whole_batch: bool
+    """True if the loss needs the whole batch at once: then a worker's micro-batches come joined."""
+    facts: dict[str, Any]
+    """What the record should say beside counts."""
+
+    def build(self) -> nn.Module:
+        """The network at its start, on the CPU; random numbers from torch's global generator."""
+        ...
+
+    @property
+    def read_text(self) -> ReadText | None:
+        """How this fit reads captions, a block at a time; None where it does not."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        """Loss of each sample of the batch."""
+        ...
+
+    def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
+        """Writes the finished model from a state dict, as a release wants it; returns more facts for its record."""
+        ...
+
+
+def objective(job: Job, store: Store, device: torch.device) -> Objective:
+    """The objective of a job, with the CLIP and the statistics that it names."""
+    if job.kind == "clip":
+        from training.contrastive import ClipObjective
+
+        return ClipObjective(job)
+    kinds: dict[str, type[Any]] = {
+        "prior": PriorObjective,
+        "decoder": DecoderObjective,
+        "upsampler": UpsamplerObjective,
+    }
+    return cast(Objective, kinds[job.kind](job, store, device))
+
+
+class _Diffusion:
+    """What the three diffusion models share."""
+
+    whole_batch = False
+    read_text: ReadText | None = None
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.config = model_folder.config_from(job.kind, job.model, job.stage)
+        self.options = cast(DiffusionTrain, job.config)
+        self.facts: dict[str, Any] = {}
+
+    def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
+        model_folder.save_model(out, self.job.kind, self.config, state, clip=self.facts.get("clip"))
+        document = model_folder.read_json(out / model_folder.CONFIG, self.job.kind)
+        document |= {"train": self.job.train, "facts": facts}
+        model_folder.write_json(out / model_folder.CONFIG, document)
+        return {}
+
+    def _noise(self, schedule: Schedule, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t [b], noise like x0) of this micro-batch."""
+        generator, steps = batch.generator, len(schedule)
+        if self.options.t_std:
+            logit = self.options.t_mean + self.options.t_std * torch.randn(len(x0), generator=generator)
+            t = (logit.sigmoid() * steps).long().clamp(max=steps - 1)
+        else:
+            t = torch.randint(steps, (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        return t.to(x0.device), noise.to(x0.device)
+
+    def _loss(self, schedule: Schedule, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
+        kind = self.config.prediction
+        weight = weights(schedule, t, kind, self.options.weighting, self.options.snr_cap)
+        learned = getattr(self.config, "learned_range", False)
+        loss = (hybrid_loss if learned else simple_loss)(schedule, output, x0, noise, t, kind, weight)
+        return Losses(loss, t / len(schedule))
+
+    def _drop(self, batch: Batch, fraction: float, device: torch.device) -> Tensor:
+        """bool [b], True for the fraction of samples that lose a condition."""
+        return (torch.rand(len(batch), generator=batch.generator) < fraction).to(device)
+
+
+class _Conditioned(_Diffusion):
+    """A model that sees CLIP's embeddings and token states."""
+
+    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
+        super().__init__(job)
+        self.clip = read_clip(store, job.data["clip"]).to(device)
+        self.read_text = partial(read_text, self.clip)
+        self.facts = {"clip": self.clip.fingerprint}
+        found = (self.clip.embedding_width, self.clip.text_width, self.clip.context_length)
+        said = (self.config.embedding, self.config.text_width, self.config.context)
+        if found != said:
+            raise Refused(f"{job.stage} is made for a CLIP of widths and context {said}, and this CLIP has {found}")
+        record = Manifest.load(store, job.data["statistics"]).only
+        self.statistics = model_folder.read_tensors(store.local(object_name(record.sha("statistics.safetensors"))))
+
+    @torch.no_grad()
+    def _furnish(self, model: DiffusionPrior | Decoder) -> nn.Module:
+        """Statistics and CLIP's empty text belong to the model from its start."""
+        model.mean.copy_(self.statistics["image_mean"])
+        model.std.copy_(self.statistics["image_std"])
+        empty = self.clip.encode_text([""])
+        model.null_text.set(*(part[0].cpu() for part in empty))
+        return model
+
+
+class PriorObjective(_Conditioned):
+    """Clean z_i from noised z_i and a caption (section 2.2); standardised embeddings."""
+
+    reads = Reads(embeddings=True, text=True)
+
+    def build(self) -> nn.Module:
+        return self._furnish(DiffusionPrior(self.config))
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        prior, options, rows = cast(DiffusionPrior, model), cast(PriorTrain, self.options), batch.tensors
+        x0 = prior.standardise(rows["image_embedding"])
+        t, noise = self._noise(prior.schedule, x0, batch)
+        drop = self._drop(batch, options.drop_text, x0.device)
+        context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"], drop)
+        output = prior(prior.schedule.q_sample(x0, noise, t), t, *context)
+        return self._loss(prior.schedule, output, x0, noise, t)
+
+
+class DecoderObjective(_Conditioned):
+    """Pictures given z_i and the caption, each dropped on its own (section 2.1)."""
+
+    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
+        super().__init__(job, store, device)
+        self.reads = Reads(image=partial(picture, size=self.config.size), embeddings=True, text=True)
+
+    def build(self) -> nn.Module:
+        return self._furnish(Decoder(self.config))
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        decoder, options, rows = cast(Decoder, model), cast(DecoderTrain, self.options), batch.tensors
+        x0 = to_unit(rows["image"])
+        t, noise = self._noise(decoder.schedule, x0, batch)
+        drop_image = self._drop(batch, options.drop_image, x0.device)
+        drop_text = self._drop(batch, options.drop_text, x0.device)
+        text = rows["text_embedding"], rows["text_states"], rows["text_mask"]
+        context = decoder.context(rows["image_embedding"], *text, drop_image, drop_text)
+        output = decoder(decoder.schedule.q_sample(x0, noise, t), t, context)
+        return self._loss(decoder.schedule, output, x0, noise, t)
+
+
+class UpsamplerObjective(_Diffusion):
+    """Pictures given their low-resolution selves, blurred a little (section 2.1); trained on crops."""
+
+    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
+        super().__init__(job)
+        self.reads = Reads(image=partial(picture, size=self.config.size), originals=True)
+        crop = cast(UpsamplerTrain, self.options).crop
+        grain = self.config.factor * self.config.unshuffle * 2 ** (len(self.config.multiples) - 1)
+        if crop is not None and (crop > self.config.size or crop % grain):
+            raise Refused(
+                f"{job.stage}: train.crop is {crop}; it must divide by {grain} and be at most {self.config.size}"
+            )
+
+    def build(self) -> nn.Module:
+        return Upsampler(self.config)
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        upsampler, options = cast(Upsampler, model), cast(UpsamplerTrain, self.options)
+        x0 = to_unit(batch.tensors["image"])
+        low = F.avg_pool2d(x0, self.config.factor)
+        if options.blur:
+            sigmas = options.blur * torch.rand(len(x0), generator=batch.generator)
+            low = gaussian_blur(low, sigmas.to(x0.device))
+        if options.crop is not None and options.crop < self.config.size:
+            x0, low = self._cropped(x0, low, options.crop, batch)
+        t, noise = self._noise(upsampler.schedule, x0, batch)
+        output = upsampler(upsampler.schedule.q_sample(x0, noise, t), t, low)
+        return self._loss(upsampler.schedule, output, x0, noise, t)
+
+    def _cropped(self, x0: Tensor, low: Tensor, crop: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same random square of each picture in both resolutions, aligned to low-resolution pixels."""
+        factor = self.config.factor
+        side = crop // factor
+        corners = torch.randint(low.shape[-1] - side + 1, (len(x0), 2), generator=batch.generator).tolist()
+        high = [
+            x[:, factor * y : factor * y + crop, factor * z : factor * z + crop]
+            for x, (y, z) in zip(x0, corners, strict=True)
+        ]
+        small = [x[:, y : y + side, z : z + side] for x, (y, z) in zip(low, corners, strict=True)]
+        return torch.stack(high), torch.stack(small)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [b, 3, h, w] → float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def read_text(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:
+    """The frozen text tower's view of captions, on the host, 64 at a time."""
+    parts = [clip.encode_text(captions[start : start + 64]) for start in range(0, len(captions), 64)]
+    embedding, states, mask = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return {"text_embedding": embedding, "text_states": states, "text_mask": mask}
+
+
+def read_clip(store: Store, version: str) -> Clip:
+    """The CLIP of a manifest."""
+    from unclip.clip import Clip
+
+    with _unpacked(store, version) as folder:
+        return Clip.load(folder)
+
+
+@contextmanager
+def _unpacked(store: Store, version: str) -> Iterator[Path]:
+    """A folder with the files of a manifest's only record."""
+    with tempfile.TemporaryDirectory(prefix="unclip-") as name:
+        for file, content in Manifest.load(store, version).only.files.items():
+            path = Path(name) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(store.local(object_name(content.sha256)).absolute())
+        yield Path(name)

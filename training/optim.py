@@ -1,0 +1,101 @@
+"""AdamW and Muon over flat vectors, learning rate, clipping, and what to do with a step that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from infra.errors import Refused
+from training.job import TrainConfig
+from training.muon import muon_
+from training.parallel import Flat
+
+MAX_SKIPPED_IN_A_ROW = 50
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step 0, 1, …: linear warm-up, then constant or a cosine that would reach 0 at step `steps`."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.decay == "constant" or step < config.warmup:
+        return config.lr * warm
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Optimiser:
+    """AdamW (Loshchilov & Hutter 2019) on the flat vectors of a model, and Muon on its stacks of inner matrices.
+
+    Matrices decay, vectors do not. `updates` counts the steps taken; a step whose gradient is not finite is skipped,
+    and counted in `skipped`. `first` is the moving average of the gradient, `second` that of its square (AdamW alone).
+    """
+
+    def __init__(self, flat: Flat, config: TrainConfig) -> None:
+        self.flat, self.config = flat, config
+        self.updates = 0
+        self.skipped = 0
+        self._in_a_row = 0
+        self.first, self.second = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights)
+
+    def step(self, lr: float) -> float:
+        """Clips the gradient, updates the weights unless it is not finite; returns its norm before clipping."""
+        norm = float(self.flat.gradient.norm())
+        if not math.isfinite(norm):
+            self.skipped += 1
+            self._in_a_row += 1
+            if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise Refused(
+                    f"the gradient was not finite in {self._in_a_row} steps in a row: training diverged. "
+                    "Lower train.lr, or lengthen train.warmup.",
+                    code=5,
+                )
+            return norm
+        self._in_a_row = 0
+        if self.config.clip_norm and norm > self.config.clip_norm:
+            self.flat.gradient.mul_(self.config.clip_norm / norm)
+        self.updates += 1
+        self._update(lr)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """The moving averages, by name of the parameter."""
+        return dict(self._views())
+
+    def load(self, state: dict[str, Tensor], updates: int, skipped: int) -> None:
+        """The inverse of `state`, with the counters."""
+        for name, view in self._views():
+            view.copy_(state[name])
+        self.updates, self.skipped = updates, skipped
+
+    def _views(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, vector in (("first", self.first), ("second", self.second)):
+            for name, view in self.flat.split(vector).items():
+                if prefix == "first" or name not in self.flat.stacked:
+                    yield f"{prefix}.{name}", view
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> None:
+        config, flat = self.config, self.flat
+        for place, shape in flat.stacks:
+            weights, gradient, momentum = (v[place].view(shape) for v in (flat.weights, flat.gradient, self.first))
+            muon_(weights, gradient, momentum, lr * config.muon / config.lr, config.weight_decay)
+        # The kernel of torch.optim.AdamW(fused=True); torch.optim itself imports the compiler, which takes seconds.
+        steps = torch.tensor(float(self.updates), device=self.first.device)
+        for part, decay in ((flat.matrices, config.weight_decay), (flat.vectors, 0.0)):
+            torch._fused_adamw_(
+                [flat.weights[part]],
+                [flat.gradient[part]],
+                [self.first[part]],
+                [self.second[part]],
+                [],
+                [steps],
+                lr=lr,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                weight_decay=decay,
+                eps=config.eps,
+                amsgrad=False,
+                maximize=False,
+            )

@@ -1,0 +1,295 @@
+"""The cascade: text → CLIP text → prior → z_i → decoder → upsamplers → pictures (arXiv 2204.06125, section 2).
+
+A picture's noise comes from its own seed, and every call of a network has the same batch shape: what a picture looks
+like does not depend on which others are made beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclip.clip import Clip
+from unclip.clip_text import Text
+from unclip.decoder import Decoder, DecoderConfig
+from unclip.errors import Refused
+from unclip.guidance import classifier_free, clipped, conditional
+from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.samplers import SAMPLERS, noise_for
+from unclip.schedule import Denoiser, Prediction, Schedule
+from unclip.upsampler import Upsampler, UpsamplerConfig
+
+TILE = 4
+"""Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one model of the cascade is sampled."""
+
+    sampler: str = "ddim"
+    """ddpm, ddim or dpm_solver_pp."""
+    steps: int = 50
+    """Timesteps visited."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale ω; 1 is unguided. Upsamplers take no other."""
+    eta: float = 0.0
+    """Noise of DDIM, from 0 (deterministic) to 1 (as noisy as DDPM)."""
+    candidates: int = 1
+    """Samples of the prior, of which the one with the largest z_i·z_t is kept (the paper takes 2)."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
+        for name, least in (("steps", 1), ("candidates", 1)):
+            if getattr(self, name) < least:
+                raise Refused(f"sampling takes at least {least} {name}, not {getattr(self, name)}")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise Refused(f"guidance must be a finite number, at least 0 (1 is unguided), not {self.guidance}")
+        if not 0 <= self.eta <= 1:
+            raise Refused(f"eta must lie between 0 and 1, not {self.eta}")
+        if self.eta and self.sampler != "ddim":
+            raise Refused(f"eta is a setting of ddim; {self.sampler} has none")
+
+
+class Progress(NamedTuple):
+    """Where a generation stands; what a callback gets after every step of every model."""
+
+    component: str
+    """prior, decoder, upsampler-64, …"""
+    tile: int
+    """From 0."""
+    tiles: int
+    step: int
+    """From 1 to steps."""
+    steps: int
+    x0: Tensor
+    """The clean sample as the model now predicts it, [tile size, …]; the last tile's padding included."""
+
+
+Callback = Callable[[Progress], None]
+
+
+class UnCLIP:
+    """All models of one release, frozen.
+
+    sampling: defaults for "prior", "decoder" and each "upsampler-<side>". tile: pictures a call of a network, always; a
+    last call is filled up. The same prompt and seed give the same picture under the same tile, device and threads.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        prior: DiffusionPrior,
+        decoder: Decoder,
+        upsamplers: Sequence[Upsampler],
+        sampling: Mapping[str, Sampling] | None = None,
+        tile: int = TILE,
+    ) -> None:
+        widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
+        check_fit(widths, prior.config, decoder.config, [upsampler.config for upsampler in upsamplers])
+        self.tile = tile
+        self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
+        given = dict(sampling or {})
+        if unknown := sorted(set(given) - set(self.components)):
+            raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
+        self.sampling = {name: given.get(name, Sampling()) for name in self.components}
+        for name in self.components[2:]:
+            if self.sampling[name].guidance != 1:
+                raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
+        for model in (prior, decoder, *upsamplers):
+            model.requires_grad_(False).eval()
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the models that are sampled, in order."""
+        return ["prior", "decoder", *(f"upsampler-{upsampler.config.size}" for upsampler in self.upsamplers)]
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures, in pixels."""
+        return (self.upsamplers[-1] if self.upsamplers else self.decoder).config.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.clip.device
+
+    @classmethod
+    def load(cls, folder: Path | str) -> UnCLIP:
+        """Reads a release folder; raises Refused where it is damaged, incomplete or does not fit together."""
+        from unclip import release
+
+        return release.load(Path(folder))
+
+    def to(self, device: torch.device | str) -> UnCLIP:
+        """Moves all models; returns itself."""
+        self.clip.to(device)
+        for model in (self.prior, self.decoder, *self.upsamplers):
+            model.to(device)
+        return self
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        guidance: float | None = None,
+        prior_guidance: float | None = None,
+        sampling: Mapping[str, Sampling] | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """One picture a prompt: uint8 [n, 3, size, size] on the host, RGB.
+
+        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's.
+        sampling: replaces the release's for the components that it names. Raises Refused for impossible settings.
+        """
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
+        chosen = self._chosen(sampling, guidance, prior_guidance)
+        tiles = list(_tiles(len(prompts), self.tile))
+        pictures = []
+        for tile, rows in enumerate(tiles):
+            words, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
+            report = _Reporter(callback, tile, len(tiles))
+            text = self.clip.encode_text(words)
+            embedding = self.sample_prior(text, numbers, chosen["prior"], report)
+            x = self.sample_decoder(embedding, text, numbers, chosen["decoder"], report)
+            for name, upsampler in zip(self.components[2:], self.upsamplers, strict=True):
+                x = self.sample_upsampler(upsampler, x, numbers, chosen[name], report)
+            pictures.append(to_uint8(x)[: len(prompts) - rows[0]].cpu())
+        return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def sample_prior(
+        self, text: Text, seeds: Sequence[int], sampling: Sampling, callback: Report | None = None
+    ) -> Tensor:
+        """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
+        prior, shape = self.prior, (self.prior.config.embedding,)
+        denoise = classifier_free(
+            prior.denoise, prior.context(*text), prior.null_context(len(seeds)), sampling.guidance
+        )
+        found = [
+            prior.destandardise(self._sample(f"prior/{k}", denoise, prior.schedule, seeds, shape, sampling, callback))
+            for k in range(sampling.candidates)
+        ]
+        stacked = torch.stack(found)
+        best = (stacked * text.embedding).sum(2).argmax(0)
+        return stacked[best, torch.arange(len(seeds), device=stacked.device)]
+
+    @torch.no_grad()
+    def sample_decoder(
+        self,
+        embedding: Tensor,
+        text: Text,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        callback: Report | None = None,
+    ) -> Tensor:
+        """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
+        decoder, side = self.decoder, self.decoder.config.size
+        context, null = decoder.context(embedding, *text), decoder.null_context(len(seeds))
+        denoise = clipped(classifier_free(decoder.denoise, context, null, sampling.guidance), decoder.schedule)
+        return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback)
+
+    @torch.no_grad()
+    def sample_upsampler(
+        self,
+        upsampler: Upsampler,
+        low: Tensor,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        callback: Report | None = None,
+    ) -> Tensor:
+        """Pictures [b, 3, f·h, f·w] in [-1, 1] for pictures [b, 3, h, w] in [-1, 1]."""
+        denoise = clipped(conditional(upsampler.denoise, low), upsampler.schedule)
+        shape = (3, *(side * upsampler.config.factor for side in low.shape[2:]))
+        name = f"upsampler-{upsampler.config.size}"
+        return self._sample(name, denoise, upsampler.schedule, seeds, shape, sampling, callback)
+
+    def _sample(
+        self,
+        stream: str,
+        denoise: Denoiser,
+        schedule: Schedule,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        sampling: Sampling,
+        callback: Report | None,
+    ) -> Tensor:
+        noise = noise_for(seeds, shape, stream=stream, device=self.device)
+        extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+
+        def report(step: int, _x: Tensor, prediction: Prediction) -> None:
+            if callback is not None:
+                callback(stream.split("/")[0], step, sampling.steps, prediction.x0)
+
+        x = noise(0)
+        return SAMPLERS[sampling.sampler](
+            denoise, x, schedule.respace(sampling.steps), noise=noise, callback=report, **extra
+        )
+
+    def _chosen(
+        self, sampling: Mapping[str, Sampling] | None, guidance: float | None, prior_guidance: float | None
+    ) -> dict[str, Sampling]:
+        if unknown := sorted(set(sampling or {}) - set(self.components)):
+            raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
+        chosen = self.sampling | dict(sampling or {})
+        for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
+            if scale is not None:
+                chosen[name] = replace(chosen[name], guidance=scale)
+        return chosen
+
+
+Report = Callable[[str, int, int, Tensor], None]
+"""(component, step, steps, predicted x0): what the samplers of a cascade tell."""
+
+
+class _Reporter:
+    """Adds to a sampler's report which tile it is about."""
+
+    def __init__(self, callback: Callback | None, tile: int, tiles: int) -> None:
+        self.callback, self.tile, self.tiles = callback, tile, tiles
+
+    def __call__(self, component: str, step: int, steps: int, x0: Tensor) -> None:
+        if self.callback is not None:
+            self.callback(Progress(component, self.tile, self.tiles, step, steps, x0))
+
+
+def _tiles(count: int, size: int) -> Iterator[list[int]]:
+    """Row numbers, `size` at a time; the last tile is filled up with its own last row."""
+    for first in range(0, count, size):
+        rows = list(range(first, min(first + size, count)))
+        yield rows + [rows[-1]] * (size - len(rows))
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] → uint8, rounded to the nearest."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_fit(
+    clip: Mapping[str, int], prior: PriorConfig, decoder: DecoderConfig, upsamplers: Sequence[UpsamplerConfig]
+) -> None:
+    """Raises Refused, naming both sides, where models do not fit together.
+
+    clip: its `embedding` and `text_width`, and its `context` in tokens.
+    """
+    configs: dict[str, PriorConfig | DecoderConfig] = {"prior": prior, "decoder": decoder}
+    for name, config in configs.items():
+        for field, width in clip.items():
+            if getattr(config, field) != width:
+                raise Refused(f"this {name} was made for {field} {getattr(config, field)}, and CLIP's is {width}")
+    below, size = "decoder", decoder.size
+    for upsampler in upsamplers:
+        name = f"upsampler-{upsampler.size}"
+        if upsampler.low != size:
+            raise Refused(f"{name} takes pictures of {upsampler.low} px, and the {below} gives {size} px")
+        below, size = name, upsampler.size

@@ -1,0 +1,294 @@
+"""CLIP as the rest of unclip sees it: a frozen adapter over an open_clip model, with a fingerprint.
+
+Texts run through our own text transformer, equal to open_clip's, and our own tokeniser, since importing open_clip takes
+longer than making a picture; pictures run through open_clip's image tower, built when the first picture comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.clip_text import Text, TextTower, foreign_settings
+from unclip.errors import Refused
+from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
+
+__all__ = ["Clip", "Preprocess", "Text", "build"]
+
+MERGES = "merges.txt"
+RESIZES = ("shortest", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pixels reach the image tower."""
+
+    size: int
+    """Side of the tower's input, in pixels."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Subtracted from channels in [0, 1]; the default is CLIP's."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Divides them afterwards."""
+    interpolation: str = "bicubic"
+    """bicubic or bilinear, antialiased."""
+    resize: str = "shortest"
+    """shortest: scale the shortest side to `size` and crop the centre; squash: scale both sides."""
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZES:
+            raise Refused(f"CLIP preprocessing: resize {self.resize!r} is unknown; use one of {', '.join(RESIZES)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise Refused(
+                f"CLIP preprocessing: interpolation {self.interpolation!r} is unknown; "
+                f"use one of {', '.join(INTERPOLATIONS)}"
+            )
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """uint8 [b, 3, h, w], or floats in [0, 1] → float32 [b, 3, size, size], in torch alone, hence repeatable."""
+        x = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+        height, width = x.shape[-2:]
+        if (height, width) != (self.size, self.size):
+            short = min(height, width)
+            sides = [self.size if self.resize == "squash" else self.size * side // short for side in (height, width)]
+            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+            top, left = (round((side - self.size) / 2) for side in sides)
+            x = x[..., top : top + self.size, left : left + self.size]
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (x - mean) / std
+
+
+def build(model: dict[str, Any]) -> nn.Module:
+    """A new, random open_clip model from open_clip's own configuration (`embed_dim`, `vision_cfg`, `text_cfg`, …).
+
+    This is what CLIP training trains. Raises Refused for what the adapter cannot hold or open_clip does not know.
+    """
+    check(model)
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    settings = dict(model)
+    custom = settings.pop("custom_text", False)
+    # Weights come from the release; a tower must never fetch its own.
+    settings["vision_cfg"] = {**settings["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        return (CustomTextCLIP if custom else CLIP)(**settings)
+    except (TypeError, AssertionError) as error:
+        raise Refused(f"open_clip cannot build a CLIP from this configuration: {error}") from None
+
+
+def check(model: dict[str, Any]) -> None:
+    """Raises Refused for a model configuration that the adapter cannot hold."""
+    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+        if not isinstance(model.get(key), kind):
+            raise Refused(f"a CLIP configuration needs {key!r}, as open_clip's model configurations have it")
+    text = model["text_cfg"]
+    if "multimodal_cfg" in model or text.get("embed_cls"):
+        raise Refused("CoCa models are not supported: their text tower has no padding-free token states. Use a CLIP.")
+    if hf := text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise Refused(
+            f"this CLIP reads text with Hugging Face's {hf!r}, and unclip's releases carry CLIP's own tokeniser only. "
+            "Use an open_clip model with CLIP's tokeniser, such as ViT-L-14."
+        )
+    if text.get("tokenizer_kwargs"):
+        raise Refused(f"this CLIP changes its tokeniser ({text['tokenizer_kwargs']}), which unclip does not support")
+
+
+def clip_widths(model: dict[str, Any]) -> dict[str, int]:
+    """What other models must fit: `embedding`, `text_width` and `context` (tokens) of an open_clip configuration."""
+    text = model["text_cfg"]
+    return {
+        "embedding": model["embed_dim"],
+        "text_width": text.get("width", 512),
+        "context": text.get("context_length", 77),
+    }
+
+
+class Clip:
+    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`].
+
+    model: open_clip's configuration. state: open_clip's state dict. Nothing of it is ever trained or changed.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        state: dict[str, Tensor],
+        preprocess: Preprocess | None = None,
+        merges: Sequence[str] | None = None,
+    ) -> None:
+        check(model)
+        text = model["text_cfg"]
+        self.config = json.loads(json.dumps(model))
+        self.preprocess = preprocess or Preprocess(_side(model))
+        self.tokenizer = Tokenizer(text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY), merges)
+        self.state = {name: tensor.detach() for name, tensor in state.items()}
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, module: nn.Module, model: dict[str, Any], preprocess: Preprocess | None = None) -> Clip:
+        """The adapter over an open_clip model that `build` made and someone trained."""
+        return cls(model, {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}, preprocess)
+
+    @classmethod
+    def pretrained(cls, name: str, weights: str) -> Clip:
+        """An open_clip model by name with a pretrained tag, or with a file of weights.
+
+        Raises Refused for an unknown name or tag, a file that does not fit, or weights that cannot be fetched.
+        """
+        import open_clip
+        from open_clip.pretrained import get_pretrained_cfg
+
+        model = open_clip.get_model_config(name)
+        if model is None:
+            raise Refused(f"open_clip has no model {name!r}; it has {', '.join(open_clip.list_models())}")
+        tag = get_pretrained_cfg(name, weights)
+        if not tag and not Path(weights).is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise Refused(f"{weights!r} is neither a file nor a pretrained tag of {name}, whose tags are {tags}")
+        model["quick_gelu"] = bool(tag.get("quick_gelu", model.get("quick_gelu", False)))
+        check(model)
+        try:
+            module = open_clip.create_model(name, pretrained=weights, force_quick_gelu=model["quick_gelu"])
+        except Exception as error:  # open_clip passes on whatever its downloader, unpickler or load_state_dict raised
+            raise Refused(f"open_clip could not load {name} with {weights!r}: {error}") from error
+        asked: dict[str, Any] = module.visual.preprocess_cfg
+        size = asked["size"] if isinstance(asked["size"], int) else asked["size"][0]
+        preprocess = Preprocess(
+            size, tuple(asked["mean"]), tuple(asked["std"]), asked["interpolation"], asked["resize_mode"]
+        )
+        return cls.of(module, model, preprocess)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Clip:
+        """Reads `save`'s folder; raises Refused where a file is missing, altered or of another schema."""
+        folder = Path(folder)
+        document = read_json(folder / CONFIG, "CLIP")
+        if document.get("kind") != "clip":
+            raise Refused(f"{folder} holds a {document.get('kind')!r}, and a CLIP was asked for")
+        try:
+            merges = (folder / MERGES).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise Refused(f"CLIP's tokeniser cannot be read: {error}") from None
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in document["preprocess"].items()
+        }
+        clip = cls(document["model"], read_tensors(folder / WEIGHTS), Preprocess(**settings), merges)
+        if clip.fingerprint != document["fingerprint"]:
+            raise Refused(
+                f"the CLIP in {folder} was altered: its fingerprint is {clip.fingerprint[:12]}, "
+                f"and {CONFIG} says {document['fingerprint'][:12]}. Take an undamaged copy."
+            )
+        return clip
+
+    def save(self, folder: Path | str) -> None:
+        """Writes `config.json`, `merges.txt` and `model.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = {
+            "kind": "clip",
+            "model": self.config,
+            "preprocess": asdict(self.preprocess),
+            "tokenizer": self.tokenizer.digest,
+            "fingerprint": self.fingerprint,
+        }
+        write_json(folder / CONFIG, document)
+        (folder / MERGES).write_text("".join(f"{merge}\n" for merge in self.tokenizer.merges), encoding="utf-8")
+        write_tensors(folder / WEIGHTS, self.state)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over architecture, tokeniser, preprocessing and every tensor: equal where embeddings are."""
+        head = {"model": self.config, "preprocess": asdict(self.preprocess), "tokenizer": self.tokenizer.digest}
+        total = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        for name, tensor in sorted(self.state.items()):
+            total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    @property
+    def embedding_width(self) -> int:
+        """Width d of image and text embeddings."""
+        return clip_widths(self.config)["embedding"]
+
+    @property
+    def text_width(self) -> int:
+        """Width w of token states."""
+        return clip_widths(self.config)["text_width"]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, L."""
+        return clip_widths(self.config)["context"]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the image tower's input, in pixels."""
+        return self.preprocess.size
+
+    def to(self, device: torch.device | str) -> Clip:
+        """Moves to a device; returns itself."""
+        self.device = torch.device(device)
+        for part in ("model", "text"):
+            if part in self.__dict__:
+                self.__dict__[part].to(self.device)
+        return self
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The whole open_clip model, frozen and in evaluation mode (BatchNorm by its running statistics)."""
+        model = build(self.config)
+        self._fill(model, self.state)
+        return model
+
+    @cached_property
+    def text(self) -> nn.Module:
+        """The text tower: ours where it can hold the model, else open_clip's."""
+        if foreign_settings(self.config):
+            from unclip.clip_text import OpenClipText
+
+            return OpenClipText(self.model)
+        tower = TextTower(self.config)
+        prefix = "text." if self.config.get("custom_text") else ""
+        names = {prefix + name: name for name in tower.state_dict()}
+        self._fill(tower, {names[name]: tensor for name, tensor in self.state.items() if name in names})
+        return tower
+
+    def _fill(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise Refused(f"these weights do not fit this CLIP's configuration: {error}") from None
+        module.requires_grad_(False).eval().to(self.device)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """int64 [b, L]."""
+        return self.tokenizer(texts)
+
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """For each text, what of it exceeds the context and is not seen; "" where all is."""
+        return [self.tokenizer.truncated(text) for text in texts]
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Tensor) -> Tensor:
+        """uint8 [b, 3, h, w], or floats in [0, 1] → raw embeddings [b, d] on this CLIP's device."""
+        return self.model.encode_image(self.preprocess(pictures.to(self.device))).float()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Text:
+        """Raw embeddings [b, d], token states after the final norm [b, L, w], and which of them are no padding."""
+        return self.text(self.tokenize(texts).to(self.device))
+
+
+def _side(model: dict[str, Any]) -> int:
+    size = model["vision_cfg"].get("image_size", 224)
+    return int(size if isinstance(size, int) else size[0])

@@ -1,0 +1,116 @@
+"""A model on disk: a folder with `config.json` and `model.safetensors`. Nothing in it is ever executed.
+
+Every model of a release has this layout; `config.json` carries the schema version and the kind, so that a folder of
+another kind, or one written by another unclip, is refused before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from unclip.decoder import Decoder, DecoderConfig
+from unclip.errors import Refused
+from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.upsampler import Upsampler, UpsamplerConfig
+
+SCHEMA_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+KINDS: dict[str, tuple[type, type[nn.Module]]] = {
+    "prior": (PriorConfig, DiffusionPrior),
+    "decoder": (DecoderConfig, Decoder),
+    "upsampler": (UpsamplerConfig, Upsampler),
+}
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Writes a document with this schema's version, the same bytes for the same document."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads `write_json`'s document; raises Refused where it is missing, unreadable or of another schema version."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist, so {path.parent} holds no {what}") from None
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read as the JSON of a {what}: {error}") from None
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if found != SCHEMA_VERSION:
+        raise Refused(
+            f"{path} has schema version {found!r}, and this unclip reads version {SCHEMA_VERSION}. "
+            "Use the unclip that wrote it, or make it anew."
+        )
+    return document
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a state dict as safetensors, in the order of names, from the host."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file; raises Refused where it is missing or no such file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{path} is no readable safetensors file: {error}") from None
+
+
+def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
+    """Writes a prior, decoder or upsampler.
+
+    config: its PriorConfig, DecoderConfig or UpsamplerConfig. state: the weights to keep (the averaged ones). clip: the
+    fingerprint of the CLIP whose embeddings it was trained on; None for an upsampler, which sees none.
+    """
+    if kind not in KINDS:
+        raise Refused(f"model kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {"kind": kind, "config": asdict(config), "clip": clip})
+    write_tensors(folder / WEIGHTS, state)
+
+
+def read_model_config(folder: Path, kind: str) -> tuple[Any, str | None]:
+    """(configuration, CLIP fingerprint) of a model's folder, without its tensors; raises Refused for another kind."""
+    document = read_json(folder / CONFIG, kind)
+    if document.get("kind") != kind:
+        raise Refused(f"{folder} holds a {document.get('kind')!r}, and a {kind!r} was asked for")
+    return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
+
+
+def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
+    """The configuration of that kind from plain JSON; raises Refused for fields that it does not know."""
+    config_type = KINDS[kind][0]
+    known = {field.name for field in fields(config_type)}
+    if unknown := sorted(set(values) - known):
+        raise Refused(f"{where} has settings that this unclip's {kind} does not know: {', '.join(unknown)}")
+    try:
+        return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except TypeError as error:
+        raise Refused(f"{where} is no configuration of a {kind}: {error}") from None
+
+
+def load_model(folder: Path, kind: str) -> nn.Module:
+    """The model of a folder, frozen and in evaluation mode; raises Refused where its tensors do not fit its config."""
+    config, _ = read_model_config(folder, kind)
+    model = KINDS[kind][1](config)
+    try:
+        model.load_state_dict(read_tensors(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from None
+    return model.requires_grad_(False).eval()

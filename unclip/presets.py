@@ -1,0 +1,91 @@
+"""One table of model sizes: the paper's, a one-GPU base, the demo's and the tests'.
+
+Widths that come from CLIP (embedding, token states, context) and sides that come from the recipe are filled in by the
+recipe with `dataclasses.replace`; here they are those of the CLIP that the row was made for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unclip.decoder import DecoderConfig
+from unclip.errors import Refused
+from unclip.prior import PriorConfig
+from unclip.upsampler import UpsamplerConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The models of one release, text side to largest picture."""
+
+    prior: PriorConfig
+    decoder: DecoderConfig
+    upsamplers: tuple[UpsamplerConfig, ...]
+
+
+PAPER = Preset(
+    prior=PriorConfig(embedding=1024, text_width=1024, context=256, width=2048, depth=24, heads=32),
+    decoder=DecoderConfig(
+        size=64, embedding=1024, text_width=1024, context=256, channels=512, multiples=(1, 2, 3, 4), depth=3,
+        attention=(32, 16, 8), head_channels=64, context_width=2048, text_depth=24, text_heads=32, dropout=0.1,
+        learned_range=True,
+    ),
+    upsamplers=(
+        UpsamplerConfig(low=64, size=256, channels=320, multiples=(1, 2, 3, 4), depth=3, dropout=0.1),
+        UpsamplerConfig(low=256, size=1024, channels=192, multiples=(1, 1, 2, 2, 4, 4), depth=2, schedule="linear"),
+    ),
+)  # fmt: skip
+
+BASE = Preset(
+    prior=PriorConfig(embedding=768, text_width=768, context=77, width=1024, depth=12, heads=16),
+    decoder=DecoderConfig(
+        size=64, embedding=768, text_width=768, context=77, channels=192, multiples=(1, 2, 3, 4), depth=3,
+        attention=(32, 16, 8), head_channels=64, context_width=768, learned_range=True,
+    ),
+    upsamplers=(
+        UpsamplerConfig(low=64, size=256, channels=128, multiples=(1, 2, 3, 4), depth=2),
+        UpsamplerConfig(low=256, size=1024, channels=64, multiples=(1, 1, 2, 2, 4, 4), depth=2),
+    ),
+)  # fmt: skip
+
+DEMO = Preset(
+    prior=PriorConfig(embedding=128, text_width=64, context=24, width=128, depth=3, heads=4),
+    decoder=DecoderConfig(
+        size=32, embedding=128, text_width=64, context=24, channels=64, multiples=(1, 2), depth=1, attention=(4,),
+        head_channels=32, context_width=128, text_depth=1, text_heads=4, groups=16, unshuffle=4, position=True,
+        prediction="x0",
+    ),
+    upsamplers=(
+        UpsamplerConfig(
+            low=32, size=64, channels=48, multiples=(1, 2), depth=1, groups=16, unshuffle=4, prediction="x0"
+        ),
+        UpsamplerConfig(
+            low=64, size=128, channels=32, multiples=(1, 2), depth=1, groups=8, unshuffle=4, prediction="x0"
+        ),
+    ),
+)  # fmt: skip
+
+TINY = Preset(
+    prior=PriorConfig(embedding=32, text_width=32, context=24, width=32, depth=1, heads=2),
+    decoder=DecoderConfig(
+        size=16, embedding=32, text_width=32, context=24, channels=16, multiples=(1, 2), depth=1, attention=(8,),
+        head_channels=16, context_width=32, groups=8, learned_range=True,
+    ),
+    upsamplers=(
+        UpsamplerConfig(low=16, size=32, channels=16, multiples=(1, 2), depth=1, groups=8),
+        UpsamplerConfig(low=32, size=64, channels=16, multiples=(1, 2), depth=1, groups=8),
+    ),
+)  # fmt: skip
+"""What diffusers' UnCLIPPipeline can hold: no unshuffling, no positions, no text blocks, one width for all of CLIP.
+
+Context + 4 tokens must differ from the pixels of an attended level: at equal lengths diffusers would not pad its mask.
+"""
+
+PRESETS = {"paper": PAPER, "base": BASE, "demo": DEMO, "tiny": TINY}
+
+
+def preset(name: str) -> Preset:
+    """A row of the table by name."""
+    if name not in PRESETS:
+        raise Refused(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

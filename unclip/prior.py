@@ -1,0 +1,130 @@
+"""The diffusion prior: from a caption's CLIP embedding and token states to a CLIP image embedding (section 2.2).
+
+A causal transformer over text tokens, z_t, timestep, noised z_i and a query whose output is the clean z_i. It works on
+embeddings standardised per dimension; the statistics are buffers, so they belong to the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unclip.errors import Refused
+from unclip.layers import TimeEmbedding, TransformerBlock
+from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.text import NullText
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Shape and process of a diffusion prior."""
+
+    embedding: int
+    """Width d of CLIP's image and text embeddings."""
+    text_width: int
+    """Width of CLIP's text token states."""
+    context: int
+    """Tokens of CLIP's text context."""
+    width: int
+    """Width of the transformer."""
+    depth: int
+    """Transformer blocks."""
+    heads: int
+    """Attention heads; they divide the width."""
+    dropout: float = 0.0
+    """Dropout after attention and MLP."""
+    prediction: str = "x0"
+    """What the network outputs: x0, eps or v."""
+    schedule: str = "cosine"
+    """Noise schedule: cosine or linear."""
+    timesteps: int = 1000
+    """Timesteps of the process."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise Refused(f"prior: a width of {self.width} does not divide into {self.heads} heads")
+        if self.prediction not in PREDICTIONS:
+            raise Refused(f"prior: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+
+
+class PriorContext(NamedTuple):
+    """A caption as the prior sees it: embedding [b, d], token states [b, L, w], mask [b, L] True at real tokens."""
+
+    text_embedding: Tensor
+    text_states: Tensor
+    text_mask: Tensor
+
+
+class DiffusionPrior(nn.Module):
+    """p(z_i | caption). Buffers `mean` and `std` [d] are those of raw image embeddings."""
+
+    mean: Tensor
+    std: Tensor
+    causal: Tensor
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.null_text = NullText(config.context, config.embedding, config.text_width)
+        self.register_buffer("mean", torch.zeros(config.embedding))
+        self.register_buffer("std", torch.ones(config.embedding))
+        self.time = TimeEmbedding(width, width)
+        self.embed_states = nn.Linear(config.text_width, width)
+        self.embed_text = nn.Linear(config.embedding, width)
+        self.embed_image = nn.Linear(config.embedding, width)
+        self.query = nn.Parameter(0.02 * torch.randn(width))
+        length = config.context + 4
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(
+            [TransformerBlock(width, config.heads, config.dropout) for _ in range(config.depth)]
+        )
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, config.embedding)
+        self.register_buffer("causal", torch.ones(length, length, dtype=torch.bool).tril(), persistent=False)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The process this prior was made for."""
+        return Schedule.named(self.config.schedule, self.config.timesteps)
+
+    def standardise(self, embedding: Tensor) -> Tensor:
+        """Raw image embeddings [b, d] → zero mean and unit deviation per dimension."""
+        return (embedding - self.mean) / self.std
+
+    def destandardise(self, z: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        return z * self.std + self.mean
+
+    def context(
+        self, text_embedding: Tensor, text_states: Tensor, text_mask: Tensor, drop_text: Tensor | None = None
+    ) -> PriorContext:
+        """Captions with the empty text where drop_text [b] is True."""
+        return PriorContext(*self.null_text(text_embedding, text_states, text_mask, drop_text))
+
+    def null_context(self, batch: int) -> PriorContext:
+        """The empty text, for guidance."""
+        return PriorContext(*self.null_text.expand(batch))
+
+    def forward(self, z: Tensor, t: Tensor, text_embedding: Tensor, text_states: Tensor, text_mask: Tensor) -> Tensor:
+        """z [b, d] standardised and noised, t [b] → output [b, d], by default x0, standardised."""
+        tail = [self.embed_text(text_embedding), self.time(t), self.embed_image(z), self.query.expand(len(z), -1)]
+        h = torch.cat([self.embed_states(text_states), torch.stack(tail, 1)], 1) + self.positions
+        seen = nn.functional.pad(text_mask, (0, 4), value=True)
+        # A row of padding may see itself: a softmax over nothing would be NaN, and nobody reads that row.
+        mask = self.causal & (seen[:, None] | torch.eye(h.shape[1], dtype=torch.bool, device=h.device))
+        for block in self.blocks:
+            h = block(h, mask[:, None])
+        return self.out(self.norm(h[:, -1]))
+
+    def predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
+        """Read the network's output at noised x [b, d]."""
+        return self.schedule.predict(self.config.prediction, output, x, t)
+
+    def denoise(self, z: Tensor, t: Tensor, context: PriorContext) -> Prediction:
+        """The network as samplers and guidance want it."""
+        return self.predict(self(z, t, *context), z, t)

@@ -1,0 +1,151 @@
+"""Noise levels of a discrete diffusion process: tables, posteriors, and conversions between x0, ε and v.
+
+Every table is float64 on the host; a lookup returns float32 on the device of the timesteps, shaped to broadcast over
+a batch. A respaced schedule visits fewer timesteps but keeps telling the network the original ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclip.errors import Refused
+
+PREDICTIONS = ("x0", "eps", "v")
+SCHEDULES = ("cosine", "linear")
+
+
+class Prediction(NamedTuple):
+    """What a network says about x_t: the clean sample and the noise (both [b, ...]), and log σ² where it learns it."""
+
+    x0: Tensor
+    eps: Tensor
+    log_variance: Tensor | None = None
+
+
+Denoiser = Callable[[Tensor, Tensor], Prediction]
+"""(x_t [b, ...], t [b] int64 original timesteps) → Prediction."""
+
+
+def cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
+    """β_t of the cosine schedule (Nichol & Dhariwal 2021, equation 17), float64 [steps]."""
+
+    def alpha_bar(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return torch.tensor(
+        [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)],
+        dtype=torch.float64,
+    )
+
+
+def linear_betas(steps: int) -> Tensor:
+    """β_t from 1e-4 to 0.02 at 1000 steps (Ho et al. 2020), scaled to end as noisy at any number of steps; [steps]."""
+    scale = 1000 / steps
+    return torch.linspace(1e-4 * scale, min(0.02 * scale, 0.999), steps, dtype=torch.float64)
+
+
+class Schedule:
+    """Tables over the steps of one process, index 0 the least noisy.
+
+    Attributes, all float64 [steps] on the host: `betas`, `alphas_cumprod` (ᾱ), `alphas_cumprod_prev`,
+    `posterior_variance` (β̃, Ho et al. 2020, equation 7); `timesteps` int64 [steps], what the network is told.
+    """
+
+    def __init__(self, betas: Tensor, timesteps: Tensor | None = None) -> None:
+        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise Refused("a noise schedule needs a vector of betas, each between 0 and 1")
+        self.betas = betas.double()
+        self.timesteps = torch.arange(len(betas)) if timesteps is None else timesteps
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self._tables: dict[torch.device, dict[str, Tensor]] = {}
+
+    @classmethod
+    def named(cls, name: str, steps: int = 1000) -> Schedule:
+        """`cosine` or `linear` over `steps` timesteps."""
+        if steps < 1:
+            raise Refused(f"a noise schedule needs at least one timestep, not {steps}")
+        if name == "cosine":
+            return cls(cosine_betas(steps))
+        if name == "linear":
+            return cls(linear_betas(steps))
+        raise Refused(f"noise schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}")
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def respace(self, steps: int, *, last: int = 0) -> Schedule:
+        """The process over `steps` of these timesteps, evenly spaced from the noisiest down to index `last`."""
+        if not 1 <= steps <= len(self) - last or last < 0:
+            raise Refused(f"cannot take {steps} steps from timesteps {last} to {len(self) - 1}")
+        low = last if steps > 1 else len(self) - 1
+        index = torch.linspace(low, len(self) - 1, steps, dtype=torch.float64).round().long()
+        return self.keep(index)
+
+    def keep(self, index: Tensor) -> Schedule:
+        """The process over the steps at these ascending indices; their noise levels stay (Nichol & Dhariwal, 4)."""
+        kept = self.alphas_cumprod[index]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+        return Schedule(1 - kept / previous, self.timesteps[index])
+
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Entries t [b] of a derived table (see `_derive`), float32, shaped [b, 1, ...] to broadcast over `like`."""
+        tables = self._tables.get(t.device)
+        if tables is None:
+            tables = {key: value.float().to(t.device) for key, value in self._derive().items()}
+            self._tables[t.device] = tables
+        return tables[name][t].view(-1, *([1] * (like.ndim - 1)))
+
+    def _derive(self) -> dict[str, Tensor]:
+        bar, previous, beta = self.alphas_cumprod, self.alphas_cumprod_prev, self.betas
+        # β̃_0 is 0; its logarithm is taken from the step above it (Nichol & Dhariwal 2021, section 3.1).
+        floor = self.posterior_variance[1] if len(self) > 1 else beta[0]
+        return {
+            "alpha": bar.sqrt(),
+            "sigma": (1 - bar).sqrt(),
+            "snr": bar / (1 - bar),
+            "posterior_x0": previous.sqrt() * beta / (1 - bar),
+            "posterior_xt": (1 - beta).sqrt() * (1 - previous) / (1 - bar),
+            "min_log_variance": torch.cat([floor[None], self.posterior_variance[1:]]).log(),
+            "max_log_variance": beta.log(),
+        }
+
+    def q_sample(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = α_t·x0 + σ_t·ε for t [b]."""
+        return self.at("alpha", t, x0) * x0 + self.at("sigma", t, x0) * noise
+
+    def posterior_mean(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, equation 7)."""
+        return self.at("posterior_x0", t, x) * x0 + self.at("posterior_xt", t, x) * x
+
+    def target(self, kind: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What a network of this kind (`x0`, `eps`, `v`) should output for x0 under this noise."""
+        if kind == "x0":
+            return x0
+        if kind == "eps":
+            return noise
+        if kind == "v":
+            return self.at("alpha", t, x0) * noise - self.at("sigma", t, x0) * x0
+        raise Refused(f"prediction {kind!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+
+    def predict(self, kind: str, output: Tensor, x: Tensor, t: Tensor, *, learned_range: bool = False) -> Prediction:
+        """Read a network's output [b, c, ...] (or [b, 2c, ...] with a learned range of variances) as a Prediction."""
+        log_variance = None
+        if learned_range:
+            output, fraction = output.chunk(2, dim=1)
+            low, high = self.at("min_log_variance", t, x), self.at("max_log_variance", t, x)
+            log_variance = low + (fraction + 1) / 2 * (high - low)
+        alpha, sigma = self.at("alpha", t, x), self.at("sigma", t, x)
+        if kind == "x0":
+            return Prediction(output, (x - alpha * output) / sigma, log_variance)
+        if kind == "eps":
+            return Prediction((x - sigma * output) / alpha, output, log_variance)
+        if kind == "v":
+            return Prediction(alpha * x - sigma * output, sigma * x + alpha * output, log_variance)
+        raise Refused(f"prediction {kind!r} is unknown; use one of {', '.join(PREDICTIONS)}")
