@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 	fi; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv; \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock; \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock; \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .; \
 	touch $(STAMP)
 
