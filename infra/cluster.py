@@ -9,9 +9,11 @@ import logging
 import os
 import socket
 import sys
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ _STOP_WAIT_S = 120  # what a stopped job has to save a checkpoint; Ray's own def
 _NOT_SENT = (".git", ".venv", "venv", "store", "mlruns", "__pycache__", "*.tar", "*.parquet", "*.safetensors")
 
 _started_here = False
+_keeper: _Keeper | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,33 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
 
 
 def _start(ray: Any, **options: Any) -> None:
+    """ray.init in a thread that lives until `disconnect`: Linux kills Ray's processes when their parent *thread* ends.
+
+    (They ask for that with PR_SET_PDEATHSIG, and whoever calls `connect` may be a thread of a pool.)
+    """
+    global _keeper
+    started: Future[None] = Future()
+    _keeper = _Keeper(threading.Event(), started, lambda: _init(ray, **options))
+    _keeper.start()
+    started.result()
+
+
+class _Keeper(threading.Thread):
+    def __init__(self, ended: threading.Event, started: Future[None], start: Callable[[], None]) -> None:
+        super().__init__(name="ray", daemon=True)
+        self.ended, self._started_ray, self._start_ray = ended, started, start
+
+    def run(self) -> None:
+        try:
+            self._start_ray()
+        except BaseException as error:  # noqa: BLE001  raised in the thread that waits for it
+            self._started_ray.set_exception(error)
+            return
+        self._started_ray.set_result(None)
+        self.ended.wait()
+
+
+def _init(ray: Any, **options: Any) -> None:
     """ray.init, again where a busy machine did not start its processes within the 30 seconds that Ray gives them."""
     for left in (2, 1, 0):
         try:
@@ -114,10 +144,13 @@ def _unheard() -> Iterator[None]:
 
 def disconnect() -> None:
     """Leaves the cluster; ends a local one. Does nothing where `connect` found Ray connected already."""
-    global _started_here
+    global _started_here, _keeper
     if _started_here:
         _import_ray().shutdown()
         _started_here = False
+    if _keeper is not None:
+        _keeper.ended.set()
+        _keeper = None
 
 
 def submit(address: str, entrypoint: str, working_dir: str, env: dict[str, str]) -> str:

@@ -19,8 +19,10 @@ from tests.fixtures.s3 import free_port
 RUN = """
 import json, os, signal, sys, time
 from infra.cluster import connect, disconnect, submit
+from concurrent.futures import ThreadPoolExecutor
 from infra.monitor import Monitor
-info = connect(None, 2)
+with ThreadPoolExecutor(1) as pool:  # whose thread ends, and Ray stays
+    info = pool.submit(connect, None, 2).result()
 import ray
 monitor = Monitor.launch(sys.argv[1], "unclip", "demo", "store")
 
@@ -33,7 +35,9 @@ def work(monitor):
     return os.getpid()
 
 ray.get(work.remote(monitor))
-board = monitor.board()
+until = time.monotonic() + 30
+while (board := monitor.board()).get("prior", {}).get("done") != 100 and time.monotonic() < until:
+    time.sleep(0.1)  # the worker's messages come in their order, and ours not behind them
 assert monitor.flush(60), monitor.trouble()
 again = connect(None, 2)
 job = submit(info.dashboard, "test $RAY_JOB_STOP_WAIT_TIME_S = 120 && test -e marker", sys.argv[2], {})

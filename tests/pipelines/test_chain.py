@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -175,19 +178,28 @@ def test_a_run_on_an_existing_cluster_and_as_a_job(tmp_path: Path, head: tuple[s
 
 
 @pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A Ray head in processes of its own, as a cluster without tokens has it: (its address, its job server)."""
     import ray.util
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")  # as an image's python is unclip's
-    port, dashboard = free_port(), free_port()
+    port, dashboard, log = free_port(), free_port(), tmp_path / "head.log"
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}",
                f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # Ray takes loopback for the machine's own address, so a head that listens on loopback alone is not found.
-    ip = ray.util.get_node_ip_address()
-    wait_for_port(dashboard)
-    yield f"{ip}:{port}", f"http://127.0.0.1:{dashboard}"
-    process.terminate()
-    process.wait(30)
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        # Ray takes loopback for the machine's own address, so a head that listens on loopback alone is not found.
+        ip = ray.util.get_node_ip_address()
+        try:
+            wait_for_port(dashboard, 180)
+        except TimeoutError as error:
+            raise AssertionError(f"the head did not start: {log.read_text()[-3000:]}") from error
+        yield f"{ip}:{port}", f"http://127.0.0.1:{dashboard}"
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever of it would be left

@@ -39,7 +39,7 @@ def link() -> Iterator[Any]:
     """A Ray of two CPUs for all tests of this file."""
     import ray
 
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
     yield lambda: (SimpleNamespace(cpus=2, gpus=0), SimpleNamespace(board=dict))
     ray.shutdown()
 

@@ -35,7 +35,11 @@ def cluster() -> Iterator[None]:
 
     root = str(Path(__file__).parents[2])
     ray.init(
-        num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": root}}
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
     )
     yield
     ray.shutdown()
