@@ -194,6 +194,7 @@ def _import_ray() -> Any:
         "RAY_worker_niceness": "0",  # so that one fit can give way to another (FitHow.nice)
         "OMP_WAIT_POLICY": "PASSIVE",  # threads of several fits on few cores must not wait in a spin
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM from us, and aborts three seconds later
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this very environment
     }.items():
         os.environ.setdefault(name, value)

@@ -144,6 +144,27 @@ def test_two_runs_at_once_both_end_well_and_train_nothing_twice(tmp_path: Path) 
         assert runs.count(stage) == 1, runs
 
 
+def test_a_terminated_run_saves_its_fits_and_says_so(copy: Path) -> None:
+    change = ("--only", "prior", "--set", "prior.train.steps=100000", "--set", "prior.checkpoint_seconds=1")
+    log = copy.parent / "said.txt"
+    with open(log, "w") as file:
+        run = subprocess.Popen([*UNCLIP, "run", "tiny", "--store", str(copy), *change], stdout=file, stderr=file)
+    until = time.monotonic() + 120
+    while not (before := saved(copy)) and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 5, log.read_text()
+    assert "the same command goes on from there" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert max(saved(copy)) > max(before)
+
+
+def saved(store: Path) -> list[str]:
+    """The valid checkpoints in a store, the oldest first."""
+    names = (entry.name for entry in open_store(str(store)).list("checkpoints/"))
+    return sorted(name for name in names if name.endswith("manifest.json"))
+
+
 def test_generate_draws_with_the_champion(finished: tuple[Path, str], tmp_path: Path) -> None:
     from PIL import Image
 
