@@ -263,9 +263,9 @@ class Execution:
 
     def _tasks(self, resolved: Resolved) -> list[Record]:
         """One Ray task a shard, a bounded number in flight."""
+        info, _ = self.link()  # first: Ray reads its environment when it is imported
         import ray
 
-        info, _ = self.link()
         stage = resolved.stage
         cpus = getattr(stage.how, "cpus", 1)
         work = ray.remote(num_cpus=cpus, max_retries=3)(perform)
@@ -287,9 +287,9 @@ class Execution:
 
     def _actors(self, resolved: Resolved) -> list[Record]:
         """A Ray Data job over actions: one row is one shard, and the actor that did it has committed it."""
+        info, monitor = self.link()
         import ray.data
 
-        info, monitor = self.link()
         stage, todo = resolved.stage, resolved.todo
         cpus, gpus = getattr(stage.how, "cpus", 1), getattr(stage.how, "gpus", 0)
         actors = max(1, min(getattr(stage.how, "actors", 0) or int(info.cpus / max(cpus, 0.1)), len(todo)))
