@@ -173,7 +173,7 @@ def bsr(images: Tensor, seeds: Sequence[int], ranges: Bsr = LIGHT) -> Tensor:
         raise Refused(f"BSR takes pictures [b, 3, h, w] and b seeds, not {[*images.shape]} and {len(seeds)}")
     height, width = images.shape[2:]
     plans = [Plan.drawn(seed, ranges) for seed in seeds]
-    radius = math.ceil(3 * max(ranges.isotropic, math.sqrt(ranges.anisotropic)))
+    radius = math.ceil(3.5 * max(ranges.isotropic, math.sqrt(ranges.anisotropic)))
     sizes = [(height, width)] * len(plans)
     out = images.clone()
 

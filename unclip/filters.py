@@ -27,13 +27,13 @@ def mirrored(places: np.ndarray, length: int) -> np.ndarray:
 
 
 def gaussian_kernel(covariance: tuple[float, float, float], radius: int) -> Tensor:
-    """float32 [2r + 1, 2r + 1] of sum 1 for (variance along y, along x, covariance); nothing beyond 3 deviations."""
+    """float32 [2r + 1, 2r + 1] of sum 1 for (variance along y, along x, covariance); nothing beyond 3.5 deviations."""
     yy, xx, yx = covariance
     # A blur of no width is the identity; the floor keeps its inverse finite.
     yy, xx = yy + 1e-6, xx + 1e-6
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float64)
     square = (xx * y**2 - 2 * yx * x * y + yy * x**2) / (xx * yy - yx**2)
-    weights = np.where(square <= 9, np.exp(-0.5 * square), 0.0)
+    weights = np.where(square <= 3.5**2, np.exp(-0.5 * square), 0.0)
     return torch.from_numpy(weights / weights.sum()).float()
 
 

@@ -51,12 +51,12 @@ def jpeg(images: Tensor, qualities: Sequence[int]) -> Tensor:
         raise Refused(f"a JPEG quality is a whole number from 1 to 100, not {wrong[0]}")
     height, width = images.shape[2:]
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5 + 0.5).floor()
-    # A unit of 4:2:0 covers 16×16 pixels; edges are repeated, as libjpeg's encoder does.
-    pixels = F.pad(pixels, [0, -width % 16, 0, -height % 16], mode="replicate")
-    luma, chroma = _to_ycc(pixels)
-    luma = _quantise(luma, _tables(LUMINANCE, qualities, images.device))
-    chroma = _double(_quantise(_halve(chroma), _tables(CHROMINANCE, qualities, images.device)))
-    decoded = _to_rgb(luma, chroma)[:, :, :height, :width]
+    # libjpeg's encoder repeats edges to fill blocks: to the right before it halves the chroma, below after that.
+    luma, chroma = _to_ycc(F.pad(pixels, [0, -width % 16, 0, height % 2], mode="replicate"))
+    luma = _quantise(_filled(luma), _tables(LUMINANCE, qualities, images.device))
+    chroma = _quantise(_filled(_halve(chroma)), _tables(CHROMINANCE, qualities, images.device))
+    chroma = _double(chroma[:, :, : (height + 1) // 2, : (width + 1) // 2])
+    decoded = _to_rgb(luma[:, :, :height, :width], chroma[:, :, :height, :width])
     return (decoded / 127.5 - 1).to(images.dtype)
 
 
@@ -70,6 +70,11 @@ def _tables(base: Sequence[Sequence[int]], qualities: Sequence[int], device: tor
     """[b, 1, 1, 8, 1, 8]: steps that broadcast over blocks."""
     steps = torch.tensor([quantisation(base, int(quality)) for quality in qualities], dtype=torch.float32)
     return steps.to(device).view(-1, 1, 1, 8, 1, 8)
+
+
+def _filled(planes: Tensor) -> Tensor:
+    """The last row repeated to whole blocks."""
+    return F.pad(planes, [0, 0, 0, -planes.shape[2] % 8], mode="replicate")
 
 
 def _quantise(planes: Tensor, steps: Tensor) -> Tensor:
