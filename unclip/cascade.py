@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,12 @@ from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
-from unclip.guidance import conditional
+from unclip.guidance import Network, conditional
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
 from unclip.schedule import Denoiser, Prediction, Schedule
-from unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.upsampler import WORKSPACE, Upsampler, UpsamplerConfig, filled_up
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -178,12 +179,31 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
+        *,
+        workspace: int = WORKSPACE,
+        hold: torch.device | str | None = None,
     ) -> Tensor:
-        """Pictures [b, 3, f·h, f·w] in [-1, 1] for pictures [b, 3, h, w] in [-1, 1]."""
-        denoise = in_range(conditional(upsampler.denoise, low), sampling, upsampler.schedule)
-        shape = (3, *(side * upsampler.config.factor for side in low.shape[2:]))
-        name = f"upsampler-{upsampler.config.size}"
-        return self._sample(name, denoise, upsampler.schedule, seeds, shape, sampling, callback)
+        """Pictures [b, 3, f·h, f·w] in [-1, 1] for pictures [b, 3, h, w] in [-1, 1], of any h and w.
+
+        Sides that the U-Net cannot halve are mirrored beyond their edge, and cut again. Where the widest layer of the
+        batch takes more than `workspace` bytes, it runs picture by picture and in strips: the same pictures up to
+        rounding, in less memory. hold: where whole layers lie then (see `unclip.strips.in_strips`).
+        """
+        config = upsampler.config
+        height, width = (side * config.factor for side in low.shape[2:])
+        low = filled_up(low, config.grain)
+        shape = (3, *(side * config.factor for side in low.shape[2:]))
+        network: Network = upsampler.denoise
+        if upsampler.widest(len(low), *shape[1:]) > workspace:
+            network = partial(upsampler.denoise_in_strips, workspace=workspace, hold=hold)
+
+        def report(component: str, step: int, steps: int, x0: Tensor) -> None:
+            if callback is not None:
+                callback(component, step, steps, x0[:, :, :height, :width])
+
+        denoise = in_range(conditional(network, low), sampling, upsampler.schedule)
+        x = self._sample(f"upsampler-{config.size}", denoise, upsampler.schedule, seeds, shape, sampling, report)
+        return x[:, :, :height, :width]
 
     def _sample(
         self,
