@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unclip.cascade import UnCLIP, last_steps
 from unclip.errors import Refused
-from unclip.guidance import conditional
+from unclip.guidance import clipped, conditional
 from unclip.samplers import ddim_invert, noise_for
 from unclip.sampling import Sampling
 from unclip.schedule import Denoiser, Prediction, Schedule
@@ -42,7 +42,7 @@ def unconditional(model: UnCLIP, n: int, *, seeds: Sequence[int] | None = None, 
 
 
 @torch.no_grad()
-def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterations: int = 5) -> Latents:
+def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterations: int = 3) -> Latents:
     """z_i and x_T of pictures; x_T gives them back by DDIM (η = 0, unguided, no caption) over as many steps.
 
     steps: of the inversion, default the release's of the decoder. iterations: see `samplers.ddim_invert`.
@@ -56,7 +56,8 @@ def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterati
         embedding = model.clip.encode_images(shown)
         context = decoder.context(embedding, *decoder.null_text.expand(len(rows)))
         base = to_unit(resized(shown, decoder.config.size))
-        starts.append(ddim_invert(conditional(decoder.denoise, context), base, schedule, iterations=iterations))
+        denoise = clipped(conditional(decoder.denoise, context), decoder.schedule)
+        starts.append(ddim_invert(denoise, base, schedule, iterations=iterations))
         embeddings.append(embedding)
     return Latents(torch.cat(embeddings), torch.cat(starts))
 

@@ -14,7 +14,9 @@ from tests.fixtures.release import write_release
 from unclip import UnCLIP, manipulate
 from unclip.cascade import Sampling
 from unclip.errors import Refused
+from unclip.guidance import clipped, conditional
 from unclip.manipulate import slerp
+from unclip.samplers import ddim
 
 STEPS = {"decoder": Sampling("ddim", 10)}
 
@@ -49,10 +51,8 @@ def base(model: UnCLIP, latents: manipulate.Latents) -> Tensor:
     """The decoder's pictures in [-1, 1] of latents, by DDIM without noise."""
     text = [part.expand(len(latents.start), *part.shape[1:]) for part in model.decoder.null_text.expand(1)]
     context = model.decoder.context(latents.embedding, *text)
-    from unclip.guidance import conditional
-    from unclip.samplers import ddim
-
-    return ddim(conditional(model.decoder.denoise, context), latents.start, model.decoder.schedule.respace(10))
+    denoise = clipped(conditional(model.decoder.denoise, context), model.decoder.schedule)
+    return ddim(denoise, latents.start, model.decoder.schedule.respace(10))
 
 
 @torch.no_grad()
