@@ -176,6 +176,8 @@ class UnCLIP:
         denoise = classifier_free(
             prior.denoise, prior.context(*text), prior.null_context(len(seeds)), sampling.guidance
         )
+        if prior.config.clip_range is not None:
+            denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
         found = [
             prior.destandardise(self._sample(f"prior/{k}", denoise, prior.schedule, seeds, shape, sampling, callback))
             for k in range(sampling.candidates)

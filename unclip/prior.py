@@ -43,12 +43,16 @@ class PriorConfig:
     """Noise schedule: cosine or linear."""
     timesteps: int = 1000
     """Timesteps of the process."""
+    clip_range: float | None = None
+    """Sampling clamps the predicted standardised x0 to ± this (Karlo: 5); None leaves it as it is."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise Refused(f"prior: a width of {self.width} does not divide into {self.heads} heads")
         if self.prediction not in PREDICTIONS:
             raise Refused(f"prior: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        if self.clip_range is not None and not self.clip_range > 0:
+            raise Refused(f"prior: clip_range must be above 0, or none at all, not {self.clip_range}")
 
 
 class PriorContext(NamedTuple):

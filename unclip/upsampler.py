@@ -46,12 +46,23 @@ class UpsamplerConfig:
     """Noise schedule: cosine or linear."""
     timesteps: int = 1000
     """Timesteps of the process."""
+    scale_shift: bool = True
+    """Let the time embedding scale and shift each block's second norm (ADM); False: add it before that norm."""
+    time_multiple: int = 4
+    """Width of the time embedding, as a multiple of `channels`."""
+    antialias: bool = False
+    """Enlarge by Keys' cubic with a = −0.5, as Pillow and diffusers' pipelines do; False: a = −0.75 (OpenCV's)."""
+    last: bool = False
+    """A second network takes the step at timestep 0, the last of every sampling of two steps or more (Karlo's, tuned to
+    restore detail in seven steps); both read the same x_t."""
 
     def __post_init__(self) -> None:
         if self.size <= self.low or self.size % self.low:
             raise Refused(f"upsampler: {self.size} px is no multiple of {self.low} px")
         if self.prediction not in PREDICTIONS:
             raise Refused(f"upsampler: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        if self.time_multiple < 1:
+            raise Refused(f"upsampler: a time embedding of {self.time_multiple} times the channels is impossible")
         _ = self.unet
 
     @property
@@ -72,6 +83,8 @@ class UpsamplerConfig:
             groups=self.groups,
             dropout=self.dropout,
             unshuffle=self.unshuffle,
+            scale_shift=self.scale_shift,
+            time_multiple=self.time_multiple,
         )
 
 
@@ -82,6 +95,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config.unet)
+        self.last = UNet(config.unet) if config.last else None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -90,11 +104,20 @@ class Upsampler(nn.Module):
 
     def enlarge(self, low: Tensor) -> Tensor:
         """low [b, 3, h / f, w / f] → [b, 3, h, w], bicubic: the condition, the same at every timestep."""
-        return F.interpolate(low, scale_factor=float(self.config.factor), mode="bicubic", align_corners=False)
+        factor, antialias = float(self.config.factor), self.config.antialias
+        return F.interpolate(low, scale_factor=factor, mode="bicubic", align_corners=False, antialias=antialias)
 
     def forward(self, x: Tensor, t: Tensor, low: Tensor) -> Tensor:
         """x [b, 3, h, w] noised in [-1, 1], low [b, 3, h / f, w / f] in [-1, 1] → output [b, 3 or 6, h, w]."""
-        return self.unet(torch.cat([x, self.enlarge(low)], 1), t)
+        inputs = torch.cat([x, self.enlarge(low)], 1)
+        if self.last is None:
+            return self.unet(inputs, t)
+        final = t == 0
+        if bool(final.all()):
+            return self.last(inputs, t)
+        if not bool(final.any()):
+            return self.unet(inputs, t)
+        return torch.where(final[:, None, None, None], self.last(inputs, t), self.unet(inputs, t))
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """Read the network's output at noised x."""
