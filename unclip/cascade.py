@@ -6,9 +6,8 @@ like does not depend on which others are made beside it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,43 +18,15 @@ from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
-from unclip.guidance import classifier_free, clipped, conditional
+from unclip.guidance import clipped, conditional
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import SAMPLERS, noise_for
+from unclip.sampling import Sampling, check_sampling, guided, in_range
 from unclip.schedule import Denoiser, Prediction, Schedule
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one model of the cascade is sampled."""
-
-    sampler: str = "ddim"
-    """ddpm, ddim or dpm_solver_pp."""
-    steps: int = 50
-    """Timesteps visited."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale ω; 1 is unguided. Upsamplers take no other."""
-    eta: float = 0.0
-    """Noise of DDIM, from 0 (deterministic) to 1 (as noisy as DDPM)."""
-    candidates: int = 1
-    """Samples of the prior, of which the one with the largest z_i·z_t is kept (the paper takes 2)."""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-        for name, least in (("steps", 1), ("candidates", 1)):
-            if getattr(self, name) < least:
-                raise Refused(f"sampling takes at least {least} {name}, not {getattr(self, name)}")
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise Refused(f"guidance must be a finite number, at least 0 (1 is unguided), not {self.guidance}")
-        if not 0 <= self.eta <= 1:
-            raise Refused(f"eta must lie between 0 and 1, not {self.eta}")
-        if self.eta and self.sampler != "ddim":
-            raise Refused(f"eta is a setting of ddim; {self.sampler} has none")
 
 
 class Progress(NamedTuple):
@@ -100,9 +71,8 @@ class UnCLIP:
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
-        for name in self.components[2:]:
-            if self.sampling[name].guidance != 1:
-                raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
+        for name, settings in self.sampling.items():
+            check_sampling(name, settings)
         for model in (prior, decoder, *upsamplers):
             model.requires_grad_(False).eval()
 
@@ -173,9 +143,8 @@ class UnCLIP:
     ) -> Tensor:
         """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
         prior, shape = self.prior, (self.prior.config.embedding,)
-        denoise = classifier_free(
-            prior.denoise, prior.context(*text), prior.null_context(len(seeds)), sampling.guidance
-        )
+        context, null = prior.context(*text), prior.null_context(len(seeds))
+        denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
         if prior.config.clip_range is not None:
             denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
         found = [
@@ -198,7 +167,9 @@ class UnCLIP:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
         decoder, side = self.decoder, self.decoder.config.size
         context, null = decoder.context(embedding, *text), decoder.null_context(len(seeds))
-        denoise = clipped(classifier_free(decoder.denoise, context, null, sampling.guidance), decoder.schedule)
+        denoise = in_range(
+            guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
+        )
         return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback)
 
     @torch.no_grad()
@@ -211,7 +182,7 @@ class UnCLIP:
         callback: Report | None = None,
     ) -> Tensor:
         """Pictures [b, 3, f·h, f·w] in [-1, 1] for pictures [b, 3, h, w] in [-1, 1]."""
-        denoise = clipped(conditional(upsampler.denoise, low), upsampler.schedule)
+        denoise = in_range(conditional(upsampler.denoise, low), sampling, upsampler.schedule)
         shape = (3, *(side * upsampler.config.factor for side in low.shape[2:]))
         name = f"upsampler-{upsampler.config.size}"
         return self._sample(name, denoise, upsampler.schedule, seeds, shape, sampling, callback)
@@ -227,7 +198,7 @@ class UnCLIP:
         callback: Report | None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+        extra = sampling.options(pictures=len(shape) > 1)
 
         def report(step: int, _x: Tensor, prediction: Prediction) -> None:
             if callback is not None:
@@ -247,6 +218,8 @@ class UnCLIP:
         for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
             if scale is not None:
                 chosen[name] = replace(chosen[name], guidance=scale)
+        for name, settings in chosen.items():
+            check_sampling(name, settings)
         return chosen
 
 
