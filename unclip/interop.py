@@ -161,7 +161,7 @@ def import_diffusers(
         for part, model in models.items():
             kind = part.split("-")[0]
             fingerprint = None if kind == "upsampler" else clip.fingerprint
-            save_model(Path(parts) / part, kind, model.config, model.state_dict(), clip=fingerprint)  # type: ignore[arg-type]
+            save_model(Path(parts) / part, kind, model.config, model.state_dict(), clip=fingerprint)
         sampling = {part: SAMPLING[part.split("-")[0]] for part in models}
         return release.save(out, name, {part: Path(parts) / part for part in ("clip", *models)}, sampling)
 
