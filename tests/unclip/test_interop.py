@@ -244,7 +244,7 @@ def test_a_step_of_the_exported_scheduler_is_our_ddpm_step_but_for_float32_at_th
     # The last step returns x0; by the formula the factor before it is β_0/(1 − ᾱ_0) = 1.
     last = shipped.step(output, torch.tensor(0), x).prev_sample
     x0 = clipped(lambda x, t: model.decoder.predict(output, x, t), model.decoder.schedule)(x, torch.zeros(2).long()).x0
-    assert far(last, float(shipped.betas[0] / (1 - shipped.alphas_cumprod[0])) * x0) < 1e-6
+    assert far(last, float(shipped.betas[0] / (1 - shipped.alphas_cumprod[0])) * x0) < 1e-5
     assert 4e-4 < far(last, x0) < 7e-4
 
 
