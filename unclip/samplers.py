@@ -8,6 +8,7 @@ noise of step k, one draw per picture from that picture's own seed, so that a pi
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -132,28 +133,29 @@ def ddim_invert(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """From a clean sample to the x_T from which DDIM (eta 0) over the same schedule gives it back.
+    """From a clean sample to the x_T from which DDIM (eta 0) with this denoiser and schedule gives it back.
 
-    A step of DDIM from x_t to x_s is linear but for ε̂(x_t, t); solved for x_t it asks for ε̂ where x_t is not known yet.
-    One iteration asks at x_s, as is usual (diffusers' DDIMInverseScheduler), and errs by the size of a step. Further
-    ones ask again at what was found (Pan et al. 2023, fixed-point inversion) and come to the exact inverse wherever
-    they converge; each costs a call of the network. The denoiser should not be clipped: what a clamp took away, no
-    inverse brings back. `noise` is unused and there so that every sampler can be called alike.
+    A step of DDIM is a rotation, x_s = cos δ·x_t − sin δ·v̂(x_t, t) with v̂ = α_t·ε̂ − σ_t·x̂0 (Salimans & Ho 2022,
+    appendix D). Solved for x_t it asks for v̂ at x_t, which is not known yet: the first iteration asks at x_s instead
+    and errs by the size of a step; each further one asks again at what was found, and is nearer to the exact inverse by
+    a factor of the size of a step (fixed-point inversion, Pan et al. 2023; in v̂ and not in ε̂, since v̂ changes slowly at
+    every noise level). Each iteration is one call of the network a step. A network that predicts ε should be clipped
+    here as in sampling: at high noise its x̂0, and so v̂, is anything. `noise` is unused; all are called alike.
     """
     if iterations < 1:
         raise Refused(f"DDIM inversion takes at least 1 iteration a step, not {iterations}")
-    alphas, sigmas = schedule.alphas_cumprod.sqrt().tolist(), (1 - schedule.alphas_cumprod).sqrt().tolist()
-    alpha_below, sigma_below = 1.0, 0.0
+    angles = torch.atan2((1 - schedule.alphas_cumprod).sqrt(), schedule.alphas_cumprod.sqrt()).tolist()
+    below = 0.0
     for k, (index, t) in enumerate(_walk(schedule, x, upward=True), start=1):
-        here = int(index[0])
-        ratio = alphas[here] / alpha_below
+        angle = angles[int(index[0])]
         guess = x
         for _ in range(iterations):
             prediction = denoise(guess, t)
-            guess = ratio * x + (sigmas[here] - ratio * sigma_below) * prediction.eps
+            velocity = math.cos(angle) * prediction.eps - math.sin(angle) * prediction.x0
+            guess = (x + math.sin(angle - below) * velocity) / math.cos(angle - below)
         if callback is not None:
             callback(k, x, prediction)
-        x, alpha_below, sigma_below = guess, alphas[here], sigmas[here]
+        x, below = guess, angle
     return x
 
 

@@ -97,12 +97,17 @@ class Schedule:
         if not 1 <= steps <= indices or last < 0:
             raise Refused(f"cannot take {steps} steps from timesteps {last} to {len(self) - 1}")
         if spacing == "linspace":
-            low = last if steps > 1 else len(self) - 1
-            index = torch.linspace(low, len(self) - 1, steps, dtype=torch.float64).round().long()
+            # By a stride and not by torch.linspace, which comes to other last bits: at 27 steps the middle is a tie,
+            # and numpy, so diffusers too, says 499.
+            stride = (indices - 1) / max(steps - 1, 1)
+            index = last + (torch.arange(steps, dtype=torch.float64) * stride).round().long()
+            index[-1] = len(self) - 1
         elif spacing == "leading":
             index = last + torch.arange(steps) * (indices // steps)
         elif spacing == "trailing":
-            down = indices - torch.arange(steps, dtype=torch.float64) * (indices / steps)
+            # As numpy.arange, whose stride is the difference of its first two numbers: ties fall as in diffusers.
+            stride = indices - (indices - indices / steps)
+            down = indices - torch.arange(steps, dtype=torch.float64) * stride
             index = last - 1 + down.round().long().flip(0)
         else:
             raise Refused(f"spacing {spacing!r} is unknown; use one of {', '.join(SPACINGS)}")
