@@ -20,7 +20,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="unclip: from image–text pairs on the web to a promoted unCLIP (DALL·E 2-style) release.",
 )
-releases = typer.Typer(no_args_is_help=True, help="Released models: list, show, promote, roll back, verify.")
+releases = typer.Typer(
+    no_args_is_help=True, help="Released models: list, show, promote, roll back, verify, export, import."
+)
 data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store.")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
@@ -187,6 +189,40 @@ def releases_verify(
 
     with _opened(store) as opened:
         _say(release.verify(opened, name))
+
+
+@releases.command("export")
+def releases_export(
+    ref: Annotated[str, typer.Argument(metavar="RELEASE", help="champion, NAME@champion, a version, or a folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    form: Annotated[str, typer.Option("--format", help="diffusers")] = "diffusers",
+    store: StoreOption = "./store",
+) -> None:
+    """Writes a release as a folder that diffusers' unCLIP pipelines load."""
+    from infra.store import open_store
+    from pipelines import interop
+
+    _say(interop.export(open_store(store, create=False), ref, folder, form))
+
+
+@releases.command("import")
+def releases_import(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that UnCLIPPipeline loads, such as Karlo's.")],
+    name: Annotated[str, typer.Option(help="Model line of the release.")] = "karlo",
+    images: Annotated[
+        Path | None, typer.Option(help="A folder with image_encoder and feature_extractor, if DIR has none.")
+    ] = None,
+    store: StoreOption = "./store",
+) -> None:
+    """Makes a folder of diffusers' (Karlo's layout) a release in the store; promotes nothing."""
+    from infra.store import open_store
+    from pipelines import interop
+
+    version = interop.bring(open_store(store), folder, name, images)[:12]
+    _say(
+        f"{version} is a release of {name}. Draw: unclip generate PROMPT --release {version}. "
+        f"Make it the champion: unclip releases promote {version} --name {name}"
+    )
 
 
 @data.command("ls")

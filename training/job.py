@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from infra.errors import Refused
+from unclip.config import LATER
 
 KINDS = ("clip", "prior", "decoder", "upsampler")
 DECAYS = ("cosine", "constant")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
-LATER = {"later": True}
-"""Marks an option that came after models were trained: at its default it stands in no key and no file (see `plain`)."""
 
 
 @dataclass(frozen=True)

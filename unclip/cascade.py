@@ -19,7 +19,7 @@ from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
-from unclip.guidance import Network, conditional
+from unclip.guidance import Network, clipped, conditional
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
@@ -193,6 +193,8 @@ class UnCLIP:
         prior, shape = self.prior, (self.prior.config.embedding,)
         context, null = prior.context(*text), prior.null_context(len(seeds))
         denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
+        if prior.config.clip_range is not None:
+            denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
         found = [
             prior.destandardise(self._sample(f"prior/{k}", denoise, prior.schedule, seeds, shape, sampling, callback))
             for k in range(sampling.candidates)

@@ -246,6 +246,11 @@ class Clip:
     @cached_property
     def model(self) -> nn.Module:
         """The whole open_clip model, frozen and in evaluation mode (BatchNorm by its running statistics)."""
+        if not any(name.startswith("visual.") for name in self.state):
+            raise Refused(
+                "this CLIP has no image tower, so it reads texts only: it was imported from a folder without an "
+                "image_encoder. Import it again together with one (unclip releases import --images)."
+            )
         model = build(self.config)
         self._fill(model, self.state)
         return model

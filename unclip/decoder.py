@@ -102,7 +102,7 @@ class Context(NamedTuple):
     """All that the U-Net is told about a picture, made once for all timesteps."""
 
     addend: Tensor
-    """[b, 4·channels], joins the time embedding."""
+    """[b, time_width], joins the time embedding."""
     keys_values: tuple[Tensor, ...]
     """For each attention, [b, 2, heads, 4 + L, head_channels]."""
     mask: Tensor

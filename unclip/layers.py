@@ -92,16 +92,28 @@ class TransformerBlock(nn.Module):
 
 class ResBlock(nn.Module):
     """ADM residual block: GroupNorm with scale and shift from the time embedding, optionally halving or doubling the
-    side inside the block (Dhariwal & Nichol 2021, section 3)."""
+    side inside the block (Dhariwal & Nichol 2021, section 3).
+
+    scale_shift False: the time embedding is added before the norm instead (Ho et al. 2020).
+    """
 
     def __init__(
-        self, channels: int, out: int, time: int, *, groups: int, dropout: float = 0.0, resample: str = ""
+        self,
+        channels: int,
+        out: int,
+        time: int,
+        *,
+        groups: int,
+        dropout: float = 0.0,
+        resample: str = "",
+        scale_shift: bool = True,
     ) -> None:
         super().__init__()
         self.resample = resample
+        self.scale_shift = scale_shift
         self.norm_1 = nn.GroupNorm(groups, channels)
         self.conv_1 = Conv2d(channels, out, 3, padding=1)
-        self.time = nn.Linear(time, 2 * out)
+        self.time = nn.Linear(time, 2 * out if scale_shift else out)
         self.norm_2 = nn.GroupNorm(groups, out)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(Conv2d(out, out, 3, padding=1))
@@ -114,8 +126,12 @@ class ResBlock(nn.Module):
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
             x, h = (F.interpolate(tensor, scale_factor=2.0, mode="nearest") for tensor in (x, h))
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm_2(self.conv_1(h)) * (1 + scale) + shift)
+        modulation = self.time(time)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = F.silu(self.norm_2(self.conv_1(h)) * (1 + scale) + shift)
+        else:
+            h = F.silu(self.norm_2(self.conv_1(h) + modulation))
         return self.skip(x) + self.conv_2(self.dropout(h))
 
 

@@ -1,4 +1,4 @@
-"""One table of model sizes: the paper's, a one-GPU base, the demo's and the tests'.
+"""One table of model sizes: the paper's, Karlo's, a one-GPU base, the demo's and the tests'.
 
 Widths that come from CLIP (embedding, token states, context) and sides that come from the recipe are filled in by the
 recipe with `dataclasses.replace`; here they are those of the CLIP that the row was made for.
@@ -31,10 +31,46 @@ PAPER = Preset(
         learned_range=True,
     ),
     upsamplers=(
-        UpsamplerConfig(low=64, size=256, channels=320, multiples=(1, 2, 3, 4), depth=3, dropout=0.1),
-        UpsamplerConfig(low=256, size=1024, channels=192, multiples=(1, 1, 2, 2, 4, 4), depth=2, schedule="linear"),
+        UpsamplerConfig(
+            low=64, size=256, channels=320, multiples=(1, 2, 3, 4), depth=3, dropout=0.1, scale_shift=False
+        ),
+        UpsamplerConfig(
+            low=256, size=1024, channels=192, multiples=(1, 1, 2, 2, 4, 4), depth=2, schedule="linear", time_multiple=6
+        ),
     ),
 )  # fmt: skip
+"""The table of arXiv 2204.06125, appendix C. Counted: prior 1,226 M (the table says 1 B; 24 layers of width 2048 alone
+are 1,209 M), decoder 3,462 M (3.5 B), upsamplers 692 M (700 M) and 298 M (300 M).
+
+Where the paper leaves a freedom:
+- CLIP's token states have width 1024, the text encoders read them, and the decoder's context is as wide as its text
+  encoder (2048), so that nothing projects between the two.
+- The first upsampler adds its time embedding (as Karlo's, made after the same row, does): 692 M. Scale and shift would
+  give 730 M.
+- The second keeps ADM's scale and shift, under a time embedding of 6 · 192: 298 M. ADM's usual 4 · 192 gives 282 M, and
+  nothing else that the table leaves open (no attention, no caption) comes as near.
+- Time embeddings otherwise have ADM's width of 4 · channels; blocks halve and double the side inside, as ADM's.
+"""
+
+KARLO = Preset(
+    prior=PriorConfig(embedding=768, text_width=768, context=77, width=2048, depth=20, heads=32, clip_range=5.0),
+    decoder=DecoderConfig(
+        size=64, embedding=768, text_width=768, context=77, channels=320, multiples=(1, 2, 3, 4), depth=3,
+        attention=(32, 16, 8), head_channels=64, context_width=1536, dropout=0.1, learned_range=True,
+    ),
+    upsamplers=(
+        UpsamplerConfig(
+            low=64, size=256, channels=320, multiples=(1, 2, 3, 4), depth=3, scale_shift=False, antialias=True,
+            last=True,
+        ),
+    ),
+)  # fmt: skip
+"""Karlo-v1.0.alpha (Kakao Brain 2022) over OpenAI's ViT-L/14: prior 1,022 M, decoder 893 M (Kakao's "900M"), upsampler
+2 × 692 M ("1.4B": one network for six steps and one, of the same shape, for the last).
+
+From Kakao's configs/prior_1B_vit_l.yaml and decoder_900M_vit_l.yaml, karlo/models/sr_64_256.py, and diffusers'
+scripts/convert_kakao_brain_unclip_to_diffusers.py, which also has the prior's clipping at 5.
+"""
 
 BASE = Preset(
     prior=PriorConfig(embedding=768, text_width=768, context=77, width=1024, depth=12, heads=16),
@@ -43,8 +79,8 @@ BASE = Preset(
         attention=(32, 16, 8), head_channels=64, context_width=768, learned_range=True,
     ),
     upsamplers=(
-        UpsamplerConfig(low=64, size=256, channels=128, multiples=(1, 2, 3, 4), depth=2),
-        UpsamplerConfig(low=256, size=1024, channels=64, multiples=(1, 1, 2, 2, 4, 4), depth=2),
+        UpsamplerConfig(low=64, size=256, channels=128, multiples=(1, 2, 3, 4), depth=2, antialias=True),
+        UpsamplerConfig(low=256, size=1024, channels=64, multiples=(1, 1, 2, 2, 4, 4), depth=2, antialias=True),
     ),
 )  # fmt: skip
 
@@ -72,8 +108,8 @@ TINY = Preset(
         head_channels=16, context_width=32, groups=8, learned_range=True,
     ),
     upsamplers=(
-        UpsamplerConfig(low=16, size=32, channels=16, multiples=(1, 2), depth=1, groups=8),
-        UpsamplerConfig(low=32, size=64, channels=16, multiples=(1, 2), depth=1, groups=8),
+        UpsamplerConfig(low=16, size=32, channels=16, multiples=(1, 2), depth=1, groups=8, antialias=True),
+        UpsamplerConfig(low=32, size=64, channels=16, multiples=(1, 2), depth=1, groups=8, antialias=True),
     ),
 )  # fmt: skip
 """What diffusers' UnCLIPPipeline can hold: no unshuffling, no positions, no text blocks, one width for all of CLIP.
@@ -81,7 +117,7 @@ TINY = Preset(
 Context + 4 tokens must differ from the pixels of an attended level: at equal lengths diffusers would not pad its mask.
 """
 
-PRESETS = {"paper": PAPER, "base": BASE, "demo": DEMO, "tiny": TINY}
+PRESETS = {"paper": PAPER, "karlo": KARLO, "base": BASE, "demo": DEMO, "tiny": TINY}
 
 
 def preset(name: str) -> Preset:

@@ -6,13 +6,14 @@ embeddings standardised per dimension; the statistics are buffers, so they belon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from unclip.config import LATER
 from unclip.errors import Refused
 from unclip.layers import TimeEmbedding, TransformerBlock
 from unclip.schedule import PREDICTIONS, Prediction, Schedule
@@ -43,12 +44,16 @@ class PriorConfig:
     """Noise schedule: cosine or linear."""
     timesteps: int = 1000
     """Timesteps of the process."""
+    clip_range: float | None = field(default=None, metadata=LATER)
+    """Sampling clamps the predicted standardised x0 to ± this (Karlo: 5); None leaves it as it is."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise Refused(f"prior: a width of {self.width} does not divide into {self.heads} heads")
         if self.prediction not in PREDICTIONS:
             raise Refused(f"prior: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        if self.clip_range is not None and not self.clip_range > 0:
+            raise Refused(f"prior: clip_range must be above 0, or none at all, not {self.clip_range}")
 
 
 class PriorContext(NamedTuple):

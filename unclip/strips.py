@@ -139,17 +139,22 @@ class _Walk:
         channels = block.conv_1.out_channels
         held = _Held((len(self.x), channels, height, width), self.x, self.hold)
         strips = list(self._strips(max(source.channels, channels), height, width))
+        modulation = block.time(self.time)[:, :, None, None]
 
         parts = []
         for low, high in strips:
             rows = _convolved(block.conv_1, read, height, low, high)
+            if not block.scale_shift:
+                rows += modulation
             parts.append(_moments(rows))
             held.write(low, high, rows)
         middle = Layer(held.read, channels, height, width, *_combined(parts))
 
-        more_scale, more_shift = block.time(self.time)[:, :, None, None].chunk(2, dim=1)
         scale, shift = _affine(block.norm_2, middle)
-        read = _activated(middle.read, scale * (1 + more_scale), shift * (1 + more_scale) + more_shift)
+        if block.scale_shift:
+            more_scale, more_shift = modulation.chunk(2, dim=1)
+            scale, shift = scale * (1 + more_scale), shift * (1 + more_scale) + more_shift
+        read = _activated(middle.read, scale, shift)
         past = _resampled(source.read, block.resample)
         parts = []
         for low, high in strips:

@@ -71,6 +71,11 @@ class Tokenizer:
         """SHA-256 over the merges: what tells two tokenisers of one size apart."""
         return hashlib.sha256("\n".join(self.merges).encode()).hexdigest()
 
+    @property
+    def ids(self) -> dict[str, int]:
+        """Piece → id, start and end tokens included; a fresh copy."""
+        return dict(self._ids)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text of any length, without start and end."""
         return [number for word in _words(text) for number in self._word(word)]

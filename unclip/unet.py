@@ -33,6 +33,8 @@ class UNetConfig:
     dropout: float = 0.0
     unshuffle: int = 1
     position: bool = False
+    scale_shift: bool = True
+    time_multiple: int = 4
 
     def __post_init__(self) -> None:
         side = self.size // self.unshuffle
@@ -54,7 +56,7 @@ class UNetConfig:
     @property
     def time_width(self) -> int:
         """Width of the time embedding."""
-        return 4 * self.channels
+        return self.time_multiple * self.channels
 
 
 class Stage(nn.Module):
@@ -68,7 +70,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [b, in, h, w], time addend [b, 4·channels] or None, context → [b, out, h, w]."""
+    """x [b, in, h, w], time addend [b, time_width] or None, context → [b, out, h, w]."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -160,7 +162,15 @@ class UNet(nn.Module):
 
 
 def _block(config: UNetConfig, channels: int, out: int, resample: str = "") -> ResBlock:
-    return ResBlock(channels, out, config.time_width, groups=config.groups, dropout=config.dropout, resample=resample)
+    return ResBlock(
+        channels,
+        out,
+        config.time_width,
+        groups=config.groups,
+        dropout=config.dropout,
+        resample=resample,
+        scale_shift=config.scale_shift,
+    )
 
 
 def _attention(config: UNetConfig, channels: int) -> ContextAttention:

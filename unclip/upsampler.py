@@ -7,7 +7,7 @@ ratio (`UnCLIP.sample_upsampler` fills up what the levels cannot halve), in stri
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import LATER
 from unclip.errors import Refused
 from unclip.filters import mirrored
 from unclip.schedule import PREDICTIONS, Prediction, Schedule
@@ -53,12 +54,23 @@ class UpsamplerConfig:
     """Noise schedule: cosine or linear."""
     timesteps: int = 1000
     """Timesteps of the process."""
+    scale_shift: bool = field(default=True, metadata=LATER)
+    """Let the time embedding scale and shift each block's second norm (ADM); False: add it before that norm."""
+    time_multiple: int = field(default=4, metadata=LATER)
+    """Width of the time embedding, as a multiple of `channels`."""
+    antialias: bool = field(default=False, metadata=LATER)
+    """Enlarge by Keys' cubic with a = −0.5, as Pillow and diffusers' pipelines do; False: a = −0.75 (OpenCV's)."""
+    last: bool = field(default=False, metadata=LATER)
+    """A second network takes the step at timestep 0, the last of every sampling of two steps or more (Karlo's, tuned to
+    restore detail in seven steps); both read the same x_t."""
 
     def __post_init__(self) -> None:
         if self.size <= self.low or self.size % self.low:
             raise Refused(f"upsampler: {self.size} px is no multiple of {self.low} px")
         if self.prediction not in PREDICTIONS:
             raise Refused(f"upsampler: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        if self.time_multiple < 1:
+            raise Refused(f"upsampler: a time embedding of {self.time_multiple} times the channels is impossible")
         _ = self.unet
 
     @property
@@ -85,6 +97,8 @@ class UpsamplerConfig:
             groups=self.groups,
             dropout=self.dropout,
             unshuffle=self.unshuffle,
+            scale_shift=self.scale_shift,
+            time_multiple=self.time_multiple,
         )
 
 
@@ -95,6 +109,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config.unet)
+        self.last = UNet(config.unet) if config.last else None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -103,14 +118,23 @@ class Upsampler(nn.Module):
 
     def enlarge(self, low: Tensor) -> Tensor:
         """low [b, 3, h / f, w / f] → [b, 3, h, w], bicubic: the condition, the same at every timestep."""
-        return F.interpolate(low, scale_factor=float(self.config.factor), mode="bicubic", align_corners=False)
+        factor, antialias = float(self.config.factor), self.config.antialias
+        return F.interpolate(low, scale_factor=factor, mode="bicubic", align_corners=False, antialias=antialias)
 
     def forward(self, x: Tensor, t: Tensor, low: Tensor) -> Tensor:
         """x [b, 3, h, w] noised in [-1, 1], low [b, 3, h / f, w / f] in [-1, 1] → output [b, 3 or 6, h, w].
 
         Raises Refused for sides that do not fit each other or that the levels cannot halve.
         """
-        return self.unet(self._input(x, low), t)
+        inputs = self._input(x, low)
+        if self.last is None:
+            return self.unet(inputs, t)
+        final = t == 0
+        if bool(final.all()):
+            return self.last(inputs, t)
+        if not bool(final.any()):
+            return self.unet(inputs, t)
+        return torch.where(final[:, None, None, None], self.last(inputs, t), self.unet(inputs, t))
 
     def _input(self, x: Tensor, low: Tensor) -> Tensor:
         factor, grain, sides = self.config.factor, self.config.grain, low.shape[2:]
@@ -140,9 +164,11 @@ class Upsampler(nn.Module):
         hold: torch.device | str | None = None,
     ) -> Prediction:
         """As `denoise`, picture by picture and each in strips; workspace and hold as in `in_strips`."""
-        pairs = zip(self._input(x, low).split(1), t.split(1), strict=True)
-        output = torch.cat([in_strips(self.unet, one, when, workspace=workspace, hold=hold) for one, when in pairs])
-        return self.predict(output, x, t)
+        parts = []
+        for one, when in zip(self._input(x, low).split(1), t.split(1), strict=True):
+            network = self.unet if self.last is None or int(when) else self.last
+            parts.append(in_strips(network, one, when, workspace=workspace, hold=hold))
+        return self.predict(torch.cat(parts), x, t)
 
     def widest(self, pictures: int, height: int, width: int) -> int:
         """Bytes of the widest layer for so many outputs of that size."""

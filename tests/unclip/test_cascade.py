@@ -53,7 +53,7 @@ def test_settings_of_a_call_replace_the_releases(model: UnCLIP):
     default = model.generate(PROMPTS[:1])
     assert torch.equal(model.generate(PROMPTS[:1], guidance=2.0, prior_guidance=1.0), default)
     assert not torch.equal(model.generate(PROMPTS[:1], guidance=3.0), default)
-    assert not torch.equal(model.generate(PROMPTS[:1], prior_guidance=3.0), default)
+    assert not torch.equal(model.generate(PROMPTS[:1], prior_guidance=9.0), default)
     assert not torch.equal(model.generate(PROMPTS[:1], sampling={"upsampler-64": Sampling(steps=1)}), default)
     assert torch.equal(model.generate(PROMPTS[:1]), default)
 

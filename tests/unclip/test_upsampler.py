@@ -23,6 +23,7 @@ CONFIGS = {
     "tiny": TINY.upsamplers[0],
     "deep, variances": DEEP,
     "unshuffled": replace(DEEP, unshuffle=2, prediction="v"),
+    "time added, two networks": replace(DEEP, scale_shift=False, time_multiple=6, antialias=True, last=True),
     "4 times": replace(TINY.upsamplers[0], low=16, size=64, multiples=(1, 1, 2)),
 }
 
@@ -39,7 +40,7 @@ def shaken(config: UpsamplerConfig) -> Upsampler:
 def inputs(config: UpsamplerConfig, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator, f = torch.Generator().manual_seed(1), config.factor
     low = torch.rand(2, 3, height, width, generator=generator) * 2 - 1
-    return torch.randn(2, 3, f * height, f * width, generator=generator), torch.tensor([20, 700]), low
+    return torch.randn(2, 3, f * height, f * width, generator=generator), torch.tensor([0, 700]), low
 
 
 @pytest.mark.parametrize("name", CONFIGS)
