@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, write_tokens
 from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
 from unclip.guidance import classifier_free, clipped, conditional
-from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.prior import DiffusionPrior, PriorConfig, PriorContext
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.schedule import Denoiser, Prediction, Schedule
 from unclip.upsampler import Upsampler, UpsamplerConfig
+
+Prior = DiffusionPrior | AutoregressivePrior
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -31,7 +34,10 @@ TILE = 4
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one model of the cascade is sampled."""
+    """How one model of the cascade is sampled.
+
+    An autoregressive prior goes by guidance, candidates and temperature alone: it has no process with steps.
+    """
 
     sampler: str = "ddim"
     """ddpm, ddim or dpm_solver_pp."""
@@ -43,6 +49,8 @@ class Sampling:
     """Noise of DDIM, from 0 (deterministic) to 1 (as noisy as DDPM)."""
     candidates: int = 1
     """Samples of the prior, of which the one with the largest z_i·z_t is kept (the paper takes 2)."""
+    temperature: float = 1.0
+    """An autoregressive prior's: logits are divided by it; below 1 likelier tokens, 0 the likeliest alone."""
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -56,6 +64,15 @@ class Sampling:
             raise Refused(f"eta must lie between 0 and 1, not {self.eta}")
         if self.eta and self.sampler != "ddim":
             raise Refused(f"eta is a setting of ddim; {self.sampler} has none")
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise Refused(f"temperature must be a finite number, at least 0, not {self.temperature}")
+
+    def document(self) -> dict[str, Any]:
+        """As plain JSON. A temperature of 1 is left out, so that releases without one keep their bytes and keys."""
+        said = asdict(self)
+        if self.temperature == 1:
+            del said["temperature"]
+        return said
 
 
 class Progress(NamedTuple):
@@ -86,7 +103,7 @@ class UnCLIP:
     def __init__(
         self,
         clip: Clip,
-        prior: DiffusionPrior,
+        prior: Prior,
         decoder: Decoder,
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
@@ -100,9 +117,7 @@ class UnCLIP:
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
-        for name in self.components[2:]:
-            if self.sampling[name].guidance != 1:
-                raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
+        self._check_sampling(self.sampling)
         for model in (prior, decoder, *upsamplers):
             model.requires_grad_(False).eval()
 
@@ -172,17 +187,37 @@ class UnCLIP:
         self, text: Text, seeds: Sequence[int], sampling: Sampling, callback: Report | None = None
     ) -> Tensor:
         """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
-        prior, shape = self.prior, (self.prior.config.embedding,)
-        denoise = classifier_free(
-            prior.denoise, prior.context(*text), prior.null_context(len(seeds)), sampling.guidance
-        )
+        context, null = self.prior.context(*text), self.prior.null_context(len(seeds))
         found = [
-            prior.destandardise(self._sample(f"prior/{k}", denoise, prior.schedule, seeds, shape, sampling, callback))
-            for k in range(sampling.candidates)
+            self._draw_prior(f"prior/{k}", context, null, seeds, sampling, callback) for k in range(sampling.candidates)
         ]
         stacked = torch.stack(found)
         best = (stacked * text.embedding).sum(2).argmax(0)
         return stacked[best, torch.arange(len(seeds), device=stacked.device)]
+
+    def _draw_prior(
+        self,
+        stream: str,
+        context: PriorContext,
+        null: PriorContext,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        callback: Report | None,
+    ) -> Tensor:
+        """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
+        prior = self.prior
+        if isinstance(prior, DiffusionPrior):
+            denoise = classifier_free(prior.denoise, context, null, sampling.guidance)
+            z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
+            return prior.destandardise(z)
+
+        def report(step: int, tokens: Tensor) -> None:
+            if callback is not None:
+                callback("prior", step, prior.config.tokens, prior.embedding(tokens))
+
+        noise = noise_for(seeds, (prior.config.buckets,), stream=stream, device=self.device)
+        settings = {"guidance": sampling.guidance, "temperature": sampling.temperature}
+        return prior.embedding(write_tokens(prior, context, null, noise, callback=report, **settings))
 
     @torch.no_grad()
     def sample_decoder(
@@ -245,7 +280,19 @@ class UnCLIP:
         for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
             if scale is not None:
                 chosen[name] = replace(chosen[name], guidance=scale)
+        self._check_sampling(chosen)
         return chosen
+
+    def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
+        """Raises Refused for a setting that its model knows nothing of."""
+        for name in self.components[2:]:
+            if sampling[name].guidance != 1:
+                raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
+        for name in self.components:
+            if sampling[name].temperature != 1 and not (
+                name == "prior" and isinstance(self.prior, AutoregressivePrior)
+            ):
+                raise Refused(f"{name} denoises, and only an autoregressive prior has a temperature; leave it at 1")
 
 
 Report = Callable[[str, int, int, Tensor], None]
@@ -276,13 +323,16 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def check_fit(
-    clip: Mapping[str, int], prior: PriorConfig, decoder: DecoderConfig, upsamplers: Sequence[UpsamplerConfig]
+    clip: Mapping[str, int],
+    prior: PriorConfig | AutoregressivePriorConfig,
+    decoder: DecoderConfig,
+    upsamplers: Sequence[UpsamplerConfig],
 ) -> None:
     """Raises Refused, naming both sides, where models do not fit together.
 
     clip: its `embedding` and `text_width`, and its `context` in tokens.
     """
-    configs: dict[str, PriorConfig | DecoderConfig] = {"prior": prior, "decoder": decoder}
+    configs: dict[str, PriorConfig | AutoregressivePriorConfig | DecoderConfig] = {"prior": prior, "decoder": decoder}
     for name, config in configs.items():
         for field, width in clip.items():
             if getattr(config, field) != width:
