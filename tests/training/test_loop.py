@@ -55,14 +55,14 @@ def stopping_after(steps: int) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(world: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     made = {}
-    for kind in ("prior", "decoder", "upsampler"):
+    for kind in ("prior", "ar_prior", "decoder", "upsampler"):
         out = tmp_path_factory.mktemp(kind)
         train_local(world.job(kind, f"undisturbed-{kind}", **SHORT), HOW, world.store, out, Seen())
         made[kind] = contents(out)
     return made
 
 
-@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler"])
 def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path, kind):
     job = world.job(kind, f"interrupted-{kind}", **SHORT)
     for lease, more in enumerate((0, 4, 1), 1):
