@@ -134,7 +134,7 @@ class AutoregressivePrior(nn.Module):
         """Bounds the dot product's buckets so that each holds equally many of these [n], dots of the training data."""
         if not len(dots):
             raise Refused("autoregressive prior: no row of the data is left to bound the dot product's buckets by")
-        inner = torch.linspace(0, 1, self.config.buckets + 1, dtype=torch.float64)[1:-1]
+        inner = torch.linspace(0, 1, self.config.buckets + 1, dtype=torch.float64, device=dots.device)[1:-1]
         self.dot_edges.copy_(torch.quantile(dots.double(), inner))
 
     def context(
