@@ -68,7 +68,10 @@ def bfloat16_convolutions(model: nn.Module, least: int = 32) -> None:
 
 
 class KeyValues:
-    """What a causal block keeps of the tokens it has read, so that the next one costs one token: room for `room`."""
+    """What a causal block keeps of the tokens it has read, so that the next one costs one token: room for `room`.
+
+    It is written in place, so that it serves sampling and not training.
+    """
 
     def __init__(self, room: int) -> None:
         self.room, self.read = room, 0
