@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 from infra.errors import Refused
 
@@ -55,6 +58,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
     global _started_here
     if address is not None:
         _check_answers(address)
+        _show_token()
     ray = _import_ray()
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -171,19 +175,34 @@ def submit(address: str, entrypoint: str, working_dir: str, env: dict[str, str])
                 ) from error
     else:
         _check_answers(url)
+    _show_token()
     _import_ray()
     from ray.job_submission import JobSubmissionClient
 
     _quieten()
     stop = {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
+    environment = {"working_dir": working_dir, "excludes": list(_NOT_SENT), "env_vars": {**stop, **env}}
+    # A head that has just started takes jobs only once the agent of a node has reported.
+    young = retry_if_exception_message(match=r"(?s).*No available agent")
     try:
-        return JobSubmissionClient(url).submit_job(
+        return Retrying(retry=young, wait=wait_fixed(2), stop=stop_after_delay(60), reraise=True)(
+            JobSubmissionClient(url).submit_job,
             entrypoint=entrypoint,
-            runtime_env={"working_dir": working_dir, "excludes": list(_NOT_SENT), "env_vars": {**stop, **env}},
+            runtime_env=environment,
             metadata={"submitted-by": "unclip"},
         )
     except (ConnectionError, RuntimeError) as error:
         raise Refused(f"the Ray job server at {address} would not take the job: {error}") from error
+
+
+def _show_token() -> None:
+    """Lets Ray show its token, where there is one, to a cluster that asks for it; read when Ray is imported.
+
+    `ray start` protects a head as soon as a token exists, while a driver shows it only if told to.
+    """
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    if os.environ.get("RAY_AUTH_TOKEN") or Path(file).is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _import_ray() -> Any:
@@ -194,6 +213,7 @@ def _import_ray() -> Any:
         "RAY_worker_niceness": "0",  # so that one fit can give way to another (FitHow.nice)
         "OMP_WAIT_POLICY": "PASSIVE",  # threads of several fits on few cores must not wait in a spin
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM from us, and aborts three seconds later
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this very environment
     }.items():
         os.environ.setdefault(name, value)
@@ -251,5 +271,6 @@ def _check_answers(address: str) -> None:
 def _no_answer(address: str, why: str) -> str:
     return (
         f"no Ray cluster answers at {address} ({why}). Is it running (ray start --head), and the address the head's "
-        "(host:6379, ray://host:10001 from outside, or auto on one of its nodes)?"
+        "(host:6379, ray://host:10001 from outside, or auto on one of its nodes)? If it asks for a token: is the right "
+        "one in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
     )

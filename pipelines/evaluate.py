@@ -105,7 +105,7 @@ class EvaluateSample:
     prompts: tuple[Prompt, ...] = field(repr=False)
     name: str = "evaluate-sample"
     group: str = "evaluate"
-    version: int = 1
+    version: int = 2
     needs: tuple[str, ...] = ("bundle",)
     kind: str = "actor"
 

@@ -25,6 +25,7 @@ from infra.store import Store
 from pipelines.console import Console
 from pipelines.graph import Resolved, order, resolve
 from pipelines.stage import Stage
+from training.launch import request_stop
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,8 @@ class Execution:
         self.manifests: dict[str, Manifest] = {}
         self.failures: dict[str, BaseException] = {}
         self._connect, self._lock = connect, threading.Lock()
+        self._stopping = threading.Event()
+        self._leases: dict[str, int] = {}
         self._link: tuple[Any, Any] | None = None
         self._admission: Admission | None = None
 
@@ -147,6 +150,17 @@ class Execution:
                     if stage.kind == "fit":
                         self._admission.check(stage.name, needs_of(stage))
             return self._link
+
+    def stop(self) -> None:
+        """Begins no more work, and asks the fits that run to save a checkpoint and stop; `run` then raises Refused."""
+        self._stopping.set()
+        for key, lease in list(self._leases.items()):
+            request_stop(self.store, key, lease)
+
+    def _go_on(self) -> None:
+        """Raises Refused once a stop was asked for."""
+        if self._stopping.is_set():
+            raise Refused("stopped as asked", code=5)
 
     def run(self, names: set[str]) -> dict[str, Manifest]:
         """Runs the stages named, each as soon as its inputs are there; the others are only looked up.
@@ -195,6 +209,9 @@ class Execution:
 
     def _failed(self) -> Refused:
         """The failures as one message; the first real one gives the exit code."""
+        if self._stopping.is_set():
+            kept = "Fits saved a checkpoint and what finished is kept; the same command goes on from there."
+            return Refused(f"stopped. {kept}", code=5)
         real = {name: error for name, error in self.failures.items() if "not run, since" not in str(error)}
         lines, code = [], 5
         for name, error in real.items():
@@ -220,7 +237,9 @@ class Execution:
                 f"{stage.name} has {len(todo)} of {len(resolved.actions)} shards still to do, and this run does not "
                 f"include it. Run it first: unclip run RECIPE --until {stage.group}"
             )
-        if not todo:
+        if todo:
+            self._go_on()
+        else:
             self.console.state(stage.name, "present", len(resolved.actions), len(resolved.actions))
             manifest = resolved.manifest()
             if allowed:
@@ -244,9 +263,9 @@ class Execution:
 
     def _tasks(self, resolved: Resolved) -> list[Record]:
         """One Ray task a shard, a bounded number in flight."""
+        info, _ = self.link()  # first: Ray reads its environment when it is imported
         import ray
 
-        info, _ = self.link()
         stage = resolved.stage
         cpus = getattr(stage.how, "cpus", 1)
         work = ray.remote(num_cpus=cpus, max_retries=3)(perform)
@@ -262,13 +281,15 @@ class Execution:
                 del flying[reference]
                 made.append(ray.get(reference))
                 self._shards(resolved, len(made))
+            if todo:
+                self._go_on()
         return made
 
     def _actors(self, resolved: Resolved) -> list[Record]:
         """A Ray Data job over actions: one row is one shard, and the actor that did it has committed it."""
+        info, monitor = self.link()
         import ray.data
 
-        info, monitor = self.link()
         stage, todo = resolved.stage, resolved.todo
         cpus, gpus = getattr(stage.how, "cpus", 1), getattr(stage.how, "gpus", 0)
         actors = max(1, min(getattr(stage.how, "actors", 0) or int(info.cpus / max(cpus, 0.1)), len(todo)))
@@ -295,6 +316,8 @@ class Execution:
                 raise Refused(row["refused"], code=int(row["code"]))
             made.append(Record.from_json(row["record"].encode()))
             self._shards(resolved, len(made))
+            if len(made) < len(todo):
+                self._go_on()
         return made
 
     def _fits(self, resolved: Resolved) -> list[Record]:
@@ -311,6 +334,7 @@ class Execution:
         try:
             lease = None
             while lease is None:
+                self._go_on()
                 found = self._record(action)
                 if found is not None:
                     return found
@@ -333,6 +357,8 @@ class Execution:
         monitor.start(stage.name, {"model": stage.spec.model, "train": stage.spec.train}, tags)
         status = "FAILED"
         try:
+            self._leases[action.key] = lease
+            self._go_on()  # once the lease is known, so that a stop between the two is not missed
             with tempfile.TemporaryDirectory(prefix="unclip-fit-") as folder:
                 out = Path(folder)
                 won = commit(self.store, action, stage.fit(action, self.store, out, monitor, lease), out)
@@ -340,7 +366,8 @@ class Execution:
             status = "FINISHED"
             return won
         finally:
-            monitor.end(stage.name, status)
+            self._leases.pop(action.key, None)
+            monitor.end(stage.name, "KILLED" if self._stopping.is_set() and status == "FAILED" else status)
 
     def _record(self, action: Action) -> Record | None:
         name = action.record_name()

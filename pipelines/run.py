@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +102,7 @@ def run_recipe(
         execution = Execution(job.store, job.stages, link, console, ready)
         status = "FAILED"
         try:
-            with console:
+            with console, _stoppable(execution, console):
                 manifests = execution.run(names)
             status = "FINISHED"
         finally:
@@ -108,6 +110,29 @@ def run_recipe(
                 execution.monitor.end("", status)
         summary(console, job, names, manifests, store, uri)
         return manifests
+
+
+@contextlib.contextmanager
+def _stoppable(execution: Execution, console: Console) -> Iterator[None]:
+    """SIGINT (Ctrl-C) and SIGTERM (a job that is stopped) save and stop; the second one ends the process at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, lambda *_: os._exit(128 + number))
+        threading.Thread(target=stop, args=(number,), name="stop", daemon=True).start()
+
+    def stop(number: int) -> None:  # not in the handler itself, which may hold a lock of the console
+        console.note(f"{signal.Signals(number).name}: saving and stopping; once more ends at once and saves nothing")
+        execution.stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Manifest], store: str, uri: str) -> None:

@@ -6,13 +6,17 @@ Nothing heavy is imported here: the command line and the driver read these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from infra.errors import Refused
 
 KINDS = ("clip", "prior", "ar_prior", "decoder", "upsampler")
 DECAYS = ("cosine", "constant")
+CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
+LATER = {"later": True}
+"""Marks an option that came after models were trained: at its default it stands in no key and no file (see `plain`)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,11 @@ class UpsamplerTrain(DiffusionTrain):
     """Side of the square that is trained on, in pixels of the output; default the whole picture."""
     blur: float = 0.6
     """Largest σ, in low-resolution pixels, of the Gaussian blur (k = 3) of the condition; each sample draws its own."""
+    corruption: str = field(default="blur", metadata=LATER)
+    """What spoils the condition: `blur` (the paper's choice for 64→256), `bsr` (BSRGAN's degradation, the paper's for
+    256→1024), `bsr_light` (latent diffusion's weaker ranges of it) or `none`."""
+    strength: float = field(default=1.0, metadata=LATER)
+    """Factor of the deviations that `bsr` and `bsr_light` draw; 0 spoils nothing (unclip/corrupt.py)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,6 +166,12 @@ class UpsamplerTrain(DiffusionTrain):
             raise Refused(f"train.crop is {self.crop}; it must be at least 1 pixel")
         if self.blur < 0:
             raise Refused(f"train.blur is {self.blur}; it must not be negative")
+        if self.corruption not in CORRUPTIONS:
+            raise Refused(f"train.corruption is {self.corruption!r}; use one of {', '.join(CORRUPTIONS)}")
+        if not 0 <= self.strength < math.inf:
+            raise Refused(f"train.strength is {self.strength}; it must be a finite number, at least 0")
+        if self.strength != 1 and not self.corruption.startswith("bsr"):
+            raise Refused("train.strength is an option of bsr and bsr_light; the strength of a blur is train.blur")
 
 
 @dataclass(frozen=True)

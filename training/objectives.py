@@ -22,10 +22,11 @@ from infra.manifest import Manifest, object_name
 from infra.store import Store
 from training.data import Batch, Data, Reads, ReadText, matrix, picture, read_rows
 from training.job import AutoregressivePriorTrain, DecoderTrain, Job, PriorTrain, UpsamplerTrain
+from training.order import derived
 from training.parallel import Group
 from unclip import folder as model_folder
 from unclip.ar_prior import AutoregressivePrior
-from unclip.corrupt import gaussian_blur
+from unclip.corrupt import FULL, LIGHT, bsr, gaussian_blur
 from unclip.decoder import Decoder
 from unclip.losses import hybrid_loss, simple_loss, weights
 from unclip.prior import DiffusionPrior
@@ -233,12 +234,16 @@ class DecoderObjective(_Conditioned, _Diffusion):
 
 
 class UpsamplerObjective(_Diffusion):
-    """Pictures given their low-resolution selves, blurred a little (section 2.1); trained on crops."""
+    """Pictures given their low-resolution selves, corrupted a little (section 2.1); trained on crops."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job)
         self.reads = Reads(image=partial(picture, size=self.config.size), originals=True)
-        crop = cast(UpsamplerTrain, self.options).crop
+        options = cast(UpsamplerTrain, self.options)
+        self.bsr = {"bsr": FULL, "bsr_light": LIGHT}.get(options.corruption)
+        if self.bsr is not None:
+            self.bsr = self.bsr.scaled(options.strength)
+        crop = options.crop
         grain = self.config.factor * self.config.unshuffle * 2 ** (len(self.config.multiples) - 1)
         if crop is not None and (crop > self.config.size or crop % grain):
             raise Refused(
@@ -251,15 +256,22 @@ class UpsamplerObjective(_Diffusion):
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         upsampler, options = cast(Upsampler, model), cast(UpsamplerTrain, self.options)
         x0 = to_unit(batch.tensors["image"])
-        low = F.avg_pool2d(x0, self.config.factor)
-        if options.blur:
-            sigmas = options.blur * torch.rand(len(x0), generator=batch.generator)
-            low = gaussian_blur(low, sigmas.to(x0.device))
+        low = self._corrupted(F.avg_pool2d(x0, self.config.factor), batch)
         if options.crop is not None and options.crop < self.config.size:
             x0, low = self._cropped(x0, low, options.crop, batch)
         t, noise = self._noise(upsampler.schedule, x0, batch)
         output = upsampler(upsampler.schedule.q_sample(x0, noise, t), t, low)
         return self._loss(upsampler.schedule, output, x0, noise, t)
+
+    def _corrupted(self, low: Tensor, batch: Batch) -> Tensor:
+        """The condition as this fit spoils it; under BSR a sample's seed is made of the micro-batch's and its uid."""
+        options = cast(UpsamplerTrain, self.options)
+        if options.corruption == "blur" and options.blur:
+            sigmas = options.blur * torch.rand(len(low), generator=batch.generator)
+            return gaussian_blur(low, sigmas.to(low.device))
+        if self.bsr is not None:
+            return bsr(low, [derived("bsr", batch.seed, uid.hex()) for uid in batch.uids], self.bsr)
+        return low
 
     def _cropped(self, x0: Tensor, low: Tensor, crop: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same random square of each picture in both resolutions, aligned to low-resolution pixels."""

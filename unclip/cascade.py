@@ -6,11 +6,11 @@ like does not depend on which others are made beside it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,59 +20,17 @@ from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
-from unclip.guidance import classifier_free, clipped, conditional
+from unclip.guidance import Network, conditional
 from unclip.prior import DiffusionPrior, PriorConfig, PriorContext
 from unclip.samplers import SAMPLERS, noise_for
+from unclip.sampling import Sampling, check_sampling, guided, in_range
 from unclip.schedule import Denoiser, Prediction, Schedule
-from unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.upsampler import WORKSPACE, Upsampler, UpsamplerConfig, filled_up
 
 Prior = DiffusionPrior | AutoregressivePrior
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one model of the cascade is sampled.
-
-    An autoregressive prior goes by guidance, candidates and temperature alone: it has no process with steps.
-    """
-
-    sampler: str = "ddim"
-    """ddpm, ddim or dpm_solver_pp."""
-    steps: int = 50
-    """Timesteps visited."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale ω; 1 is unguided. Upsamplers take no other."""
-    eta: float = 0.0
-    """Noise of DDIM, from 0 (deterministic) to 1 (as noisy as DDPM)."""
-    candidates: int = 1
-    """Samples of the prior, of which the one with the largest z_i·z_t is kept (the paper takes 2)."""
-    temperature: float = 1.0
-    """An autoregressive prior's: logits are divided by it; below 1 likelier tokens, 0 the likeliest alone."""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-        for name, least in (("steps", 1), ("candidates", 1)):
-            if getattr(self, name) < least:
-                raise Refused(f"sampling takes at least {least} {name}, not {getattr(self, name)}")
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise Refused(f"guidance must be a finite number, at least 0 (1 is unguided), not {self.guidance}")
-        if not 0 <= self.eta <= 1:
-            raise Refused(f"eta must lie between 0 and 1, not {self.eta}")
-        if self.eta and self.sampler != "ddim":
-            raise Refused(f"eta is a setting of ddim; {self.sampler} has none")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise Refused(f"temperature must be a finite number, at least 0, not {self.temperature}")
-
-    def document(self) -> dict[str, Any]:
-        """As plain JSON. A temperature of 1 is left out, so that releases without one keep their bytes and keys."""
-        said = asdict(self)
-        if self.temperature == 1:
-            del said["temperature"]
-        return said
 
 
 class Progress(NamedTuple):
@@ -207,7 +165,7 @@ class UnCLIP:
         """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
         prior = self.prior
         if isinstance(prior, DiffusionPrior):
-            denoise = classifier_free(prior.denoise, context, null, sampling.guidance)
+            denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
             z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
             return prior.destandardise(z)
 
@@ -231,7 +189,9 @@ class UnCLIP:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
         decoder, side = self.decoder, self.decoder.config.size
         context, null = decoder.context(embedding, *text), decoder.null_context(len(seeds))
-        denoise = clipped(classifier_free(decoder.denoise, context, null, sampling.guidance), decoder.schedule)
+        denoise = in_range(
+            guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
+        )
         return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback)
 
     @torch.no_grad()
@@ -242,12 +202,31 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
+        *,
+        workspace: int = WORKSPACE,
+        hold: torch.device | str | None = None,
     ) -> Tensor:
-        """Pictures [b, 3, f·h, f·w] in [-1, 1] for pictures [b, 3, h, w] in [-1, 1]."""
-        denoise = clipped(conditional(upsampler.denoise, low), upsampler.schedule)
-        shape = (3, *(side * upsampler.config.factor for side in low.shape[2:]))
-        name = f"upsampler-{upsampler.config.size}"
-        return self._sample(name, denoise, upsampler.schedule, seeds, shape, sampling, callback)
+        """Pictures [b, 3, f·h, f·w] in [-1, 1] for pictures [b, 3, h, w] in [-1, 1], of any h and w.
+
+        Sides that the U-Net cannot halve are mirrored beyond their edge, and cut again. Where the widest layer of the
+        batch takes more than `workspace` bytes, it runs picture by picture and in strips: the same pictures up to
+        rounding, in less memory. hold: where whole layers lie then (see `unclip.strips.in_strips`).
+        """
+        config = upsampler.config
+        height, width = (side * config.factor for side in low.shape[2:])
+        low = filled_up(low, config.grain)
+        shape = (3, *(side * config.factor for side in low.shape[2:]))
+        network: Network = upsampler.denoise
+        if upsampler.widest(len(low), *shape[1:]) > workspace:
+            network = partial(upsampler.denoise_in_strips, workspace=workspace, hold=hold)
+
+        def report(component: str, step: int, steps: int, x0: Tensor) -> None:
+            if callback is not None:
+                callback(component, step, steps, x0[:, :, :height, :width])
+
+        denoise = in_range(conditional(network, low), sampling, upsampler.schedule)
+        x = self._sample(f"upsampler-{config.size}", denoise, upsampler.schedule, seeds, shape, sampling, report)
+        return x[:, :, :height, :width]
 
     def _sample(
         self,
@@ -260,7 +239,7 @@ class UnCLIP:
         callback: Report | None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+        extra = sampling.options(pictures=len(shape) > 1)
 
         def report(step: int, _x: Tensor, prediction: Prediction) -> None:
             if callback is not None:
@@ -284,15 +263,9 @@ class UnCLIP:
         return chosen
 
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
-        """Raises Refused for a setting that its model knows nothing of."""
-        for name in self.components[2:]:
-            if sampling[name].guidance != 1:
-                raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
-        for name in self.components:
-            if sampling[name].temperature != 1 and not (
-                name == "prior" and isinstance(self.prior, AutoregressivePrior)
-            ):
-                raise Refused(f"{name} denoises, and only an autoregressive prior has a temperature; leave it at 1")
+        """Raises Refused for a setting that its model has no use for."""
+        for name, settings in sampling.items():
+            check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
 
 
 Report = Callable[[str, int, int, Tensor], None]

@@ -1,21 +1,28 @@
 """A diffusion upsampler: pictures given the same pictures at a lower resolution (section 2.1).
 
-No attention, no caption, no guidance: purely convolutional, so it trains on crops and runs on any side that its levels
-can halve.
+No attention, no caption, no guidance: purely convolutional, so it trains on crops and runs at any size and aspect
+ratio (`UnCLIP.sample_upsampler` fills up what the levels cannot halve), in strips where a picture is large.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import Refused
+from unclip.filters import mirrored
 from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.strips import in_strips
 from unclip.unet import UNet, UNetConfig
+
+WORKSPACE = 1 << 27
+"""Bytes of the widest layer up to which a sampling runs in one piece, and of a layer's strip beyond."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ class UpsamplerConfig:
         return self.size // self.low
 
     @property
+    def grain(self) -> int:
+        """What the sides of an input must be multiples of, so that the levels can halve the output."""
+        halved = self.unshuffle * 2 ** (len(self.multiples) - 1)
+        return halved // math.gcd(halved, self.factor)
+
+    @property
     def unet(self) -> UNetConfig:
         """The U-Net inside."""
         return UNetConfig(
@@ -93,8 +106,20 @@ class Upsampler(nn.Module):
         return F.interpolate(low, scale_factor=float(self.config.factor), mode="bicubic", align_corners=False)
 
     def forward(self, x: Tensor, t: Tensor, low: Tensor) -> Tensor:
-        """x [b, 3, h, w] noised in [-1, 1], low [b, 3, h / f, w / f] in [-1, 1] → output [b, 3 or 6, h, w]."""
-        return self.unet(torch.cat([x, self.enlarge(low)], 1), t)
+        """x [b, 3, h, w] noised in [-1, 1], low [b, 3, h / f, w / f] in [-1, 1] → output [b, 3 or 6, h, w].
+
+        Raises Refused for sides that do not fit each other or that the levels cannot halve.
+        """
+        return self.unet(self._input(x, low), t)
+
+    def _input(self, x: Tensor, low: Tensor) -> Tensor:
+        factor, grain, sides = self.config.factor, self.config.grain, low.shape[2:]
+        if any(side % grain for side in sides) or x.shape[2:] != tuple(factor * side for side in sides):
+            raise Refused(
+                f"upsampler: {[*sides]} px to {[*x.shape[2:]]} px; it takes sides that divide by {grain}, and makes "
+                f"them {factor} times as large"
+            )
+        return torch.cat([x, self.enlarge(low)], 1)
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """Read the network's output at noised x."""
@@ -103,3 +128,34 @@ class Upsampler(nn.Module):
     def denoise(self, x: Tensor, t: Tensor, low: Tensor) -> Prediction:
         """The network as samplers and guidance want it."""
         return self.predict(self(x, t, low), x, t)
+
+    @torch.no_grad()
+    def denoise_in_strips(
+        self,
+        x: Tensor,
+        t: Tensor,
+        low: Tensor,
+        *,
+        workspace: int = WORKSPACE,
+        hold: torch.device | str | None = None,
+    ) -> Prediction:
+        """As `denoise`, picture by picture and each in strips; workspace and hold as in `in_strips`."""
+        pairs = zip(self._input(x, low).split(1), t.split(1), strict=True)
+        output = torch.cat([in_strips(self.unet, one, when, workspace=workspace, hold=hold) for one, when in pairs])
+        return self.predict(output, x, t)
+
+    def widest(self, pictures: int, height: int, width: int) -> int:
+        """Bytes of the widest layer for so many outputs of that size."""
+        config, size = self.config, next(self.parameters()).element_size()
+        layers = [multiple / 4**level for level, multiple in enumerate(config.multiples)]
+        return int(pictures * config.channels * max(layers) * height * width / config.unshuffle**2 * size)
+
+
+def filled_up(low: Tensor, grain: int) -> Tensor:
+    """low [b, c, h, w] mirrored at its lower and right edge until its sides are multiples of `grain`."""
+    for dim in (2, 3):
+        side = low.shape[dim]
+        if side % grain:
+            places = mirrored(np.arange(side + -side % grain), side)
+            low = low.index_select(dim, torch.from_numpy(places).to(low.device))
+    return low

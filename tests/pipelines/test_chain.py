@@ -25,6 +25,7 @@ from tests.proofs import kill, parallel
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+BIN = Path(sys.executable).parent
 UNCLIP = [sys.executable, "-m", "pipelines.cli"]
 
 
@@ -144,6 +145,27 @@ def test_two_runs_at_once_both_end_well_and_train_nothing_twice(tmp_path: Path) 
         assert runs.count(stage) == 1, runs
 
 
+def test_a_terminated_run_saves_its_fits_and_says_so(copy: Path) -> None:
+    change = ("--only", "prior", "--set", "prior.train.steps=100000", "--set", "prior.checkpoint_seconds=1")
+    log = copy.parent / "said.txt"
+    with open(log, "w") as file:
+        run = subprocess.Popen([*UNCLIP, "run", "tiny", "--store", str(copy), *change], stdout=file, stderr=file)
+    until = time.monotonic() + 120
+    while not (before := saved(copy)) and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 5, log.read_text()
+    assert "the same command goes on from there" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert max(saved(copy)) > max(before)
+
+
+def saved(store: Path) -> list[str]:
+    """The valid checkpoints in a store, the oldest first."""
+    names = (entry.name for entry in open_store(str(store)).list("checkpoints/"))
+    return sorted(name for name in names if name.endswith("manifest.json"))
+
+
 def test_generate_draws_with_the_champion(finished: tuple[Path, str], tmp_path: Path) -> None:
     from PIL import Image
 
@@ -162,30 +184,29 @@ def test_the_models_and_data_can_be_looked_at(finished: tuple[Path, str]) -> Non
 
 
 def test_a_run_on_an_existing_cluster_and_as_a_job(tmp_path: Path, head: tuple[str, str]) -> None:
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
     address, jobs = head
     store = tmp_path / "store"
     unclip("run", "tiny", "--store", store, "--address", address, "--until", "filter")
     said = unclip("submit", "tiny", "--store", store, "--address", jobs, "--until", "filter",
                   "--set", "world.pictures=440")  # fmt: skip
-    job, client = said.strip(), JobSubmissionClient(jobs)
-    until = time.monotonic() + 240
-    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < until:
-        time.sleep(1)
-    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
+    followed = [str(BIN / "ray"), "job", "logs", "--follow", "--address", jobs, said.strip()]
+    shown = {**os.environ, "RAY_AUTH_MODE": "token"}  # Ray's own command line shows a token only if told to
+    logs = subprocess.run(followed, capture_output=True, text=True, check=False, timeout=240, env=shown)
+    assert "succeeded" in logs.stderr + logs.stdout, logs.stdout[-3000:] + logs.stderr[-3000:]
     assert newest(store, "download").rows == 440
 
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A Ray head in processes of its own, as a cluster without tokens has it: (its address, its job server)."""
+    """A Ray head in processes of its own that asks for a token: (its address, its job server)."""
     import ray.util
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")  # as an image's python is unclip's
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(BIN), prepend=":")  # as an image's python is unclip's
+    subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], check=True, capture_output=True)
+    assert (tmp_path / ".ray" / "auth_token").is_file()
     port, dashboard, log = free_port(), free_port(), tmp_path / "head.log"
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}",
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}",
                f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats"]  # fmt: skip
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)

@@ -494,6 +494,8 @@ def test_temperature_is_an_autoregressive_priors_alone_and_leaves_other_document
     model = UnCLIP.load(folder)
     with pytest.raises(Refused, match="decoder denoises"):
         model.generate(["a"], sampling={"decoder": Sampling(temperature=0.5)})
+    with pytest.raises(Refused, match="this prior is autoregressive"):
+        model.generate(["a"], sampling={"prior": Sampling(guidance=2.0, rescale=0.5)})
     with pytest.raises(Refused, match="temperature"):
         Sampling(temperature=-0.1)
     assert set(Sampling().document()) == {"sampler", "steps", "guidance", "eta", "candidates"}
