@@ -134,11 +134,58 @@ class UnCLIP:
             report = _Reporter(callback, tile, len(tiles))
             text = self.clip.encode_text(words)
             embedding = self.sample_prior(text, numbers, chosen["prior"], report)
-            x = self.sample_decoder(embedding, text, numbers, chosen["decoder"], report)
-            for name, upsampler in zip(self.components[2:], self.upsamplers, strict=True):
-                x = self.sample_upsampler(upsampler, x, numbers, chosen[name], report)
-            pictures.append(to_uint8(x)[: len(prompts) - rows[0]].cpu())
+            pictures.append(self._render(embedding, text, numbers, chosen, report)[: len(prompts) - rows[0]])
         return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        texts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        start: Tensor | None = None,
+        depth: float = 1.0,
+        bind: Bind | None = None,
+        sampling: Mapping[str, Sampling] | None = None,
+        guidance: float | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Pictures uint8 [n, 3, size, size] of raw image embeddings [n, d] and a text (may be empty) and a seed each.
+
+        start: what the decoder begins with, [n, 3, s, s], instead of the seeds' noise. depth: the share of the
+        decoder's steps that is taken, the last ones, above 0 and at most 1; `start` is as noisy as its first step says.
+        bind: changes each model's denoiser (given the component's name and the rows of the call), as `manipulate` does
+        to keep a part of a picture. The rest as in `generate`.
+        """
+        if not len(embeddings) == len(texts) == len(seeds) == (len(seeds) if start is None else len(start)):
+            raise Refused(
+                f"{len(embeddings)} pictures with {len(texts)} texts and {len(seeds)} seeds: give one of each a picture"
+            )
+        chosen = self._chosen(sampling, guidance, None)
+        tiles = list(_tiles(len(texts), self.tile))
+        pictures = []
+        for tile, rows in enumerate(tiles):
+            report = _Reporter(callback, tile, len(tiles))
+            text, numbers = self.clip.encode_text([texts[row] for row in rows]), [seeds[row] for row in rows]
+            extra = _Extra(None if start is None else start[rows].to(self.device), depth, bind, rows)
+            shown = self._render(embeddings[rows].to(self.device), text, numbers, chosen, report, extra)
+            pictures.append(shown[: len(texts) - rows[0]])
+        return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+
+    def _render(
+        self,
+        embedding: Tensor,
+        text: Text,
+        seeds: Sequence[int],
+        chosen: Mapping[str, Sampling],
+        report: Report,
+        extra: _Extra | None = None,
+    ) -> Tensor:
+        """Decoder and upsamplers, one tile: uint8 on the host."""
+        x = self.sample_decoder(embedding, text, seeds, chosen["decoder"], report, extra)
+        for name, upsampler in zip(self.components[2:], self.upsamplers, strict=True):
+            x = self.sample_upsampler(upsampler, x, seeds, chosen[name], report, extra)
+        return to_uint8(x).cpu()
 
     @torch.no_grad()
     def sample_prior(
@@ -185,6 +232,7 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
+        extra: _Extra | None = None,
     ) -> Tensor:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
         decoder, side = self.decoder, self.decoder.config.size
@@ -192,7 +240,7 @@ class UnCLIP:
         denoise = in_range(
             guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
         )
-        return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback)
+        return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback, extra)
 
     @torch.no_grad()
     def sample_upsampler(
@@ -202,6 +250,7 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
+        extra: _Extra | None = None,
         *,
         workspace: int = WORKSPACE,
         hold: torch.device | str | None = None,
@@ -225,7 +274,9 @@ class UnCLIP:
                 callback(component, step, steps, x0[:, :, :height, :width])
 
         denoise = in_range(conditional(network, low), sampling, upsampler.schedule)
-        x = self._sample(f"upsampler-{config.size}", denoise, upsampler.schedule, seeds, shape, sampling, report)
+        extra = extra and extra._replace(start=None, depth=1.0)
+        name = f"upsampler-{config.size}"
+        x = self._sample(name, denoise, upsampler.schedule, seeds, shape, sampling, report, extra)
         return x[:, :, :height, :width]
 
     def _sample(
@@ -237,18 +288,23 @@ class UnCLIP:
         shape: Sequence[int],
         sampling: Sampling,
         callback: Report | None,
+        extra: _Extra | None = None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        extra = sampling.options(pictures=len(shape) > 1)
+        options = sampling.options(pictures=len(shape) > 1)
+        steps = schedule.respace(sampling.steps)
+        x = noise(0)
+        if extra is not None:
+            x = x if extra.start is None else extra.start
+            steps = last_steps(steps, extra.depth)
+            if extra.bind is not None:
+                denoise = extra.bind(denoise, stream, extra.rows, seeds)
 
         def report(step: int, _x: Tensor, prediction: Prediction) -> None:
             if callback is not None:
-                callback(stream.split("/")[0], step, sampling.steps, prediction.x0)
+                callback(stream.split("/")[0], step, len(steps), prediction.x0)
 
-        x = noise(0)
-        return SAMPLERS[sampling.sampler](
-            denoise, x, schedule.respace(sampling.steps), noise=noise, callback=report, **extra
-        )
+        return SAMPLERS[sampling.sampler](denoise, x, steps, noise=noise, callback=report, **options)
 
     def _chosen(
         self, sampling: Mapping[str, Sampling] | None, guidance: float | None, prior_guidance: float | None
@@ -266,6 +322,26 @@ class UnCLIP:
         """Raises Refused for a setting that its model has no use for."""
         for name, settings in sampling.items():
             check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
+
+
+def last_steps(schedule: Schedule, depth: float) -> Schedule:
+    """The less noisy share `depth` of the steps of a process, at least one; depth in (0, 1]."""
+    if not 0 < depth <= 1:
+        raise Refused(f"the share of the steps to take must lie above 0 and be at most 1, not {depth}")
+    return schedule.keep(torch.arange(max(1, round(depth * len(schedule)))))
+
+
+Bind = Callable[[Denoiser, str, Sequence[int], Sequence[int]], Denoiser]
+"""(denoiser, component, rows of the pictures in this call, their seeds) → denoiser."""
+
+
+class _Extra(NamedTuple):
+    """What a manipulation changes in the sampling of one tile; see `UnCLIP.decode`."""
+
+    start: Tensor | None
+    depth: float
+    bind: Bind | None
+    rows: Sequence[int]
 
 
 Report = Callable[[str, int, int, Tensor], None]

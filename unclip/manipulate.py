@@ -1,0 +1,317 @@
+"""What one does with a release beyond text → picture: variations, interpolations, text diffs and edits (section 3).
+
+A picture is two latents: z_i, what CLIP sees in it, and x_T, all else that the decoder needs to draw this very picture
+again. x_T comes from DDIM inversion under z_i (Song et al. 2020; Dhariwal & Nichol 2021, appendix F). Everything here
+changes one of the two and draws again.
+
+All functions take pictures as uint8 [n, 3, h, w] (RGB, any size; not square ones are cut to their centre) and return
+uint8 [m, 3, size, size] on the host. `sampling` and `guidance` are as in `UnCLIP.generate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.cascade import UnCLIP, last_steps
+from unclip.errors import Refused
+from unclip.guidance import clipped, conditional
+from unclip.samplers import ddim_invert, noise_for
+from unclip.sampling import Sampling
+from unclip.schedule import Denoiser, Prediction, Schedule
+
+
+class Latents(NamedTuple):
+    """The two latents of n pictures."""
+
+    embedding: Tensor
+    """z_i, raw, [n, d]."""
+    start: Tensor
+    """x_T of the decoder, [n, 3, s, s]."""
+
+
+def unconditional(model: UnCLIP, n: int, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:
+    """n pictures of anything: the prior and the decoder under the empty text."""
+    return model.generate([""] * n, seeds=seeds, prior_guidance=1.0, **options)
+
+
+@torch.no_grad()
+def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterations: int = 3) -> Latents:
+    """z_i and x_T of pictures; x_T gives them back by DDIM (η = 0, unguided, no caption) over as many steps.
+
+    steps: of the inversion, default the release's of the decoder. iterations: see `samplers.ddim_invert`.
+    """
+    check_pictures(pictures)
+    decoder = model.decoder
+    schedule = decoder.schedule.respace(steps or model.sampling["decoder"].steps)
+    embeddings, starts = [], []
+    for rows in torch.arange(len(pictures)).split(model.tile):
+        shown = square(pictures[rows].to(model.device))
+        embedding = model.clip.encode_images(shown)
+        context = decoder.context(embedding, *decoder.null_text.expand(len(rows)))
+        base = to_unit(resized(shown, decoder.config.size))
+        denoise = clipped(conditional(decoder.denoise, context), decoder.schedule)
+        starts.append(ddim_invert(denoise, base, schedule, iterations=iterations))
+        embeddings.append(embedding)
+    return Latents(torch.cat(embeddings), torch.cat(starts))
+
+
+def variations(
+    model: UnCLIP, pictures: Tensor, *, n: int = 4, eta: float = 1.0, seeds: Sequence[int] | None = None, **options: Any
+) -> Tensor:
+    """n others of each picture that CLIP sees alike (section 3.1): its z_i and x_T, drawn by DDIM with η > 0.
+
+    eta from 0 (the picture itself, as far as the decoder can) to 1. Picture i's are rows i·n to i·n + n − 1.
+    """
+    latents = encode(model, pictures)
+    rows = torch.arange(len(pictures)).repeat_interleave(n)
+    return _draw(model, latents.embedding[rows], latents.start[rows], eta=eta, seeds=seeds, **options)
+
+
+def interpolate(
+    model: UnCLIP, first: Tensor, second: Tensor, *, steps: int = 7, fixed: bool = False, seed: int = 0, **options: Any
+) -> Tensor:
+    """`steps` pictures from one picture [3, h, w] to another (section 3.2): z_i on the great circle between theirs.
+
+    x_T goes along the great circle between theirs, or, if `fixed`, is one noise from `seed` for all of them.
+    """
+    latents = encode(model, torch.stack([resized_square(first, model), resized_square(second, model)]))
+    shares = _shares(steps)
+    embedding = torch.cat([slerp(latents.embedding[:1], latents.embedding[1:], share) for share in shares])
+    if fixed:
+        start = noise_for([seed], latents.start.shape[1:], stream="decoder", device=model.device)(0).expand(
+            steps, -1, -1, -1
+        )
+    else:
+        start = torch.cat([slerp(latents.start[:1], latents.start[1:], share) for share in shares])
+    return _draw(model, embedding, start, seeds=[seed] * steps, **options)
+
+
+def interpolate_prompts(
+    model: UnCLIP, first: str, second: str, *, steps: int = 7, seed: int = 0, **options: Any
+) -> Tensor:
+    """`steps` pictures between two prompts: the prior's z_i of each, on the great circle between them, one x_T."""
+    text = model.clip.encode_text([first, second])
+    ends = model.sample_prior(text, [seed, seed], model.sampling["prior"])
+    embedding = torch.cat([slerp(ends[:1], ends[1:], share) for share in _shares(steps)])
+    return model.decode(embedding, [""] * steps, seeds=[seed] * steps, **options)
+
+
+def text_diff(
+    model: UnCLIP, picture: Tensor, before: str, after: str, *, theta: float = 0.375, steps: int = 5, **options: Any
+) -> Tensor:
+    """A picture [3, h, w] led away from one description toward another (section 3.3), in `steps` pictures.
+
+    z_i is turned toward norm(z_t − z_t0), the difference of the captions' embeddings, by shares from 0 to `theta` of
+    the way (the paper ends between 0.25 and 0.5); x_T stays.
+    """
+    if not 0 < theta <= 1:
+        raise Refused(f"theta is the share of the way toward the text, above 0 and at most 1, not {theta}")
+    latents = encode(model, resized_square(picture, model)[None])
+    text = model.clip.encode_text([after, before]).embedding
+    difference = text[:1] - text[1:]
+    if float(difference.norm()) < 1e-6 * float(text.norm()):
+        raise Refused(f"{before!r} and {after!r} are the same to this release's CLIP; there is no difference to follow")
+    embedding = torch.cat([slerp(latents.embedding, difference, theta * share) for share in _shares(steps)])
+    return _draw(model, embedding, latents.start.expand(steps, -1, -1, -1), **options)
+
+
+def redraw(
+    model: UnCLIP,
+    pictures: Tensor,
+    prompts: Sequence[str],
+    *,
+    strength: float = 0.6,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Pictures drawn over under a prompt each (SDEdit, Meng et al. 2021): noised, then denoised from there.
+
+    strength in (0, 1]: the share of the decoder's steps that is done again; 1 leaves nothing of the picture.
+    """
+    check_pictures(pictures)
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    settings = _settings(model, options)
+    schedule = last_steps(model.decoder.schedule.respace(settings["decoder"].steps), strength)
+    base = to_unit(resized(square(pictures.to(model.device)), model.decoder.config.size))
+    noise = noise_for(seeds, base.shape[1:], stream="decoder", device=model.device)
+    top = torch.full((len(base),), len(schedule) - 1, device=model.device)
+    start = schedule.q_sample(base, noise(0), top)
+    embedding = _prior(model, prompts, seeds)
+    return model.decode(embedding, prompts, seeds=seeds, start=start, depth=strength, **options)
+
+
+def inpaint(
+    model: UnCLIP,
+    pictures: Tensor,
+    masks: Tensor,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Pictures with what lies under their masks drawn anew under a prompt each; the rest stays.
+
+    masks: bool [n, h, w], True where to draw. Any release can do it: at every step of every model what is known is put
+    back, at that step's noise (Song et al. 2021, appendix I; Lugmayr et al. 2022, without resampling).
+    """
+    check_pictures(pictures)
+    if masks.shape != (len(pictures), *pictures.shape[2:]) or masks.dtype != torch.bool:
+        raise Refused(
+            f"masks must be bool {(len(pictures), *pictures.shape[2:])}, one a picture, not "
+            f"{str(masks.dtype).removeprefix('torch.')} {tuple(masks.shape)}"
+        )
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    shown = square(pictures.to(model.device))
+    drawn = square(masks[:, None].to(model.device))
+    by_name = {"decoder": model.decoder} | dict(zip(model.components[2:], model.upsamplers, strict=True))
+
+    def bind(denoise: Denoiser, component: str, rows: Sequence[int], numbers: Sequence[int]) -> Denoiser:
+        network = by_name[component]
+        side = network.config.size
+        picture = to_unit(resized(shown[list(rows)], side))
+        # A pixel is known only where nothing of it is to be drawn.
+        free = F.adaptive_max_pool2d(drawn[list(rows)].float(), side) > 0
+        noise = noise_for(numbers, picture.shape[1:], stream=f"{component}/known", device=model.device)(0)
+        return known(denoise, picture, free, noise, network.schedule)
+
+    return model.decode(_prior(model, prompts, seeds), prompts, seeds=seeds, bind=bind, **options)
+
+
+def probe(
+    model: UnCLIP, pictures: Tensor, basis: Tensor, mean: Tensor, dimensions: Sequence[int], **options: Any
+) -> Tensor:
+    """What CLIP's principal directions hold (section 5, figure 7): pictures from z_i kept in its first k directions.
+
+    basis [m, d], orthonormal rows by falling variance; mean [d] of raw image embeddings; dimensions: each k, at most m.
+    x_T stays. Picture i's reconstructions are rows i·len(dimensions) and on.
+    """
+    if any(not 0 <= k <= len(basis) for k in dimensions):
+        raise Refused(f"this basis has {len(basis)} directions; the numbers to keep must lie in 0…{len(basis)}")
+    latents = encode(model, pictures)
+    basis, mean = basis.to(model.device), mean.to(model.device)
+    centred = latents.embedding - mean
+    kept = [mean + (centred @ basis[:k].T) @ basis[:k] for k in dimensions]
+    rows = torch.arange(len(pictures)).repeat_interleave(len(dimensions))
+    return _draw(model, torch.stack(kept, 1).flatten(0, 1), latents.start[rows], **options)
+
+
+def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """On the great circle between the directions of two vectors [b, …]; lengths go linearly from one to the other.
+
+    share from 0 (the first) to 1 (the second). For opposite directions there is no one great circle: refused.
+    """
+    a, b = first.flatten(1), second.flatten(1)
+    long_a, long_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
+    if bool((long_a == 0).any() | (long_b == 0).any()):
+        raise Refused("there is no direction from or to a vector of length 0")
+    a, b = a / long_a, b / long_b
+    # The half angles stay exact where the vectors nearly agree, unlike the arc cosine of their product.
+    angle = 2 * torch.atan2((a - b).norm(dim=1, keepdim=True), (a + b).norm(dim=1, keepdim=True))
+    if bool((angle > math.pi - 1e-4).any()):
+        raise Refused("the two point in opposite directions: there is no one way between them")
+    sine = angle.sin()
+    near = sine < 1e-6
+    safe = torch.where(near, torch.ones_like(sine), sine)
+    left = torch.where(near, torch.full_like(sine, 1 - share), ((1 - share) * angle).sin() / safe)
+    right = torch.where(near, torch.full_like(sine, share), (share * angle).sin() / safe)
+    return ((left * a + right * b) * ((1 - share) * long_a + share * long_b)).view_as(first)
+
+
+def known(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, schedule: Schedule) -> Denoiser:
+    """A denoiser that may draw only where free [b, 1, h, w] is True; elsewhere stands `picture` [b, 3, h, w].
+
+    What the network sees of it is noised by `noise` to the step's level; schedule is the timesteps' own.
+    """
+
+    def denoise_free(x: Tensor, t: Tensor) -> Prediction:
+        seen = torch.where(free, x, schedule.q_sample(picture, noise, t))
+        prediction = denoise(seen, t)
+        x0 = torch.where(free, prediction.x0, picture)
+        eps = (x - schedule.at("alpha", t, x) * x0) / schedule.at("sigma", t, x)
+        return prediction._replace(x0=x0, eps=eps)
+
+    return denoise_free
+
+
+def check_pictures(pictures: Tensor) -> None:
+    """Raises Refused unless these are uint8 [n, 3, h, w]."""
+    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8 or 0 in pictures.shape:
+        kind = str(pictures.dtype).removeprefix("torch.")
+        raise Refused(f"pictures must be uint8 [n, 3, h, w], RGB, not {kind} {list(pictures.shape)}")
+
+
+def square(pictures: Tensor) -> Tensor:
+    """The centre of pictures [n, c, h, w], as large as their shorter side."""
+    height, width = pictures.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pictures[:, :, top : top + side, left : left + side]
+
+
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """Square uint8 pictures [n, 3, s, s] at another side, bicubic and antialiased."""
+    if pictures.shape[2] == side:
+        return pictures
+    x = F.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def resized_square(picture: Tensor, model: UnCLIP) -> Tensor:
+    """One picture [3, h, w] as a square of the release's size, so that two of different sizes go side by side."""
+    check_pictures(picture[None])
+    return resized(square(picture[None]), model.size)[0]
+
+
+def to_unit(pictures: Tensor) -> Tensor:
+    """uint8 → float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def _shares(steps: int) -> list[float]:
+    if steps < 2:
+        raise Refused(f"a way has at least 2 pictures, not {steps}")
+    return [k / (steps - 1) for k in range(steps)]
+
+
+def _prior(model: UnCLIP, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """The prior's z_i of each prompt and seed, in calls of the model's tile like `generate`'s."""
+    if len(prompts) != len(seeds):
+        raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
+    found = []
+    for first in range(0, len(prompts), model.tile):
+        words, numbers = list(prompts[first : first + model.tile]), list(seeds[first : first + model.tile])
+        missing = model.tile - len(words)
+        text = model.clip.encode_text(words + words[-1:] * missing)
+        z = model.sample_prior(text, numbers + numbers[-1:] * missing, model.sampling["prior"])
+        found.append(z[: len(words)])
+    return torch.cat(found)
+
+
+def _settings(model: UnCLIP, options: dict[str, Any]) -> dict[str, Sampling]:
+    return model.sampling | dict(options.get("sampling") or {})
+
+
+def _draw(
+    model: UnCLIP,
+    embedding: Tensor,
+    start: Tensor,
+    *,
+    eta: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Pictures of latents by DDIM: x_T means nothing to another sampler, nor under another guidance or caption."""
+    settings = _settings(model, options)
+    decoder = Sampling("ddim", settings["decoder"].steps, eta=eta, percentile=settings["decoder"].percentile)
+    if options.get("guidance") is not None:
+        decoder = replace(decoder, guidance=options.pop("guidance"))
+    options["sampling"] = dict(options.get("sampling") or {}) | {"decoder": decoder}
+    seeds = [0] * len(embedding) if seeds is None else seeds
+    return model.decode(embedding, [""] * len(embedding), seeds=seeds, start=start, **options)
