@@ -38,7 +38,7 @@ class Fit:
 
     name: str
     model: str
-    """clip, prior, decoder or upsampler."""
+    """clip, prior, ar_prior, decoder or upsampler."""
     spec: FitSpec
     how: FitHow
     needs: tuple[str, ...]

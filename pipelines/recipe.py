@@ -29,6 +29,7 @@ from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.source import SourceHow, SourceSpec
 from training.job import CONFIGS, FitHow
+from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling
 from unclip.decoder import DecoderConfig
 from unclip.prior import PriorConfig
@@ -74,8 +75,8 @@ def _optional(hint: Any) -> tuple[Any, Any]:
 
 Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
 
-CLIP_TRAIN, PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
-    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "decoder", "upsampler")
+CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
+    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler")
 )
 
 
@@ -160,6 +161,7 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     Embed: typing.TypeAlias = Any
     Clip: typing.TypeAlias = Any
     Prior: typing.TypeAlias = Any
+    ArPrior: typing.TypeAlias = Any
     Decoder: typing.TypeAlias = Any
     Upsampler: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
@@ -171,6 +173,7 @@ else:
         "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(Pretrained)
     )
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
+    ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
     Evaluate = _section("evaluate", EvaluateSpec, EvaluateHow, drop={"prompts"}, prompts=_optional(str))
@@ -184,12 +187,15 @@ class Recipe:
     models: str
     """The preset (unclip/presets.py) that `prior.model`, `decoder.model` and `upsamplers.N.model` change."""
     clip: Clip
-    prior: Prior
     decoder: Decoder
     upsamplers: dict[int, Upsampler]
     """By the side of their output in pixels."""
     sampling: Sampler
     embed: Embed
+    prior: Prior | None = None
+    """The diffusion prior."""
+    ar_prior: ArPrior | None = None
+    """The autoregressive prior, in the diffusion prior's place."""
     download: Download = field(default_factory=Download)
     source: Source = field(default_factory=Source)
     filter: Select = field(default_factory=Select)
@@ -208,6 +214,8 @@ class Recipe:
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
         if self.clip.model is not None and self.clip.train is None:
             raise Refused("clip: `model` is given without `train`")
+        if (self.prior is None) == (self.ar_prior is None):
+            raise Refused("give either `prior` (a diffusion prior) or `ar_prior` (an autoregressive one)")
         if set(self.sampling.upsamplers) != set(self.upsamplers):
             raise Refused(
                 f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "

@@ -77,14 +77,23 @@ def models(recipe: Recipe) -> dict[str, Any]:
         raise Refused(
             f"preset {recipe.models} has {len(row.upsamplers)} upsamplers, the recipe {len(recipe.upsamplers)}"
         )
+    kind, section = _prior(recipe)
+    prior = getattr(row, kind)
+    if prior is None:
+        raise Refused(f"preset {recipe.models} has no autoregressive prior; give `prior` in place of `ar_prior`")
     out: dict[str, Any] = {
         "decoder": dataclasses.replace(row.decoder, size=chain[0], **clip, **said(recipe.decoder.model)),
-        "prior": dataclasses.replace(row.prior, **clip, **said(recipe.prior.model)),
+        "prior": dataclasses.replace(prior, **clip, **said(section.model)),
     }
     for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
         changes = said(recipe.upsamplers[size].model)
         out[f"upsampler-{size}"] = dataclasses.replace(template, low=low, size=size, **changes)
     return out
+
+
+def _prior(recipe: Recipe) -> tuple[str, Any]:
+    """(kind, section) of the prior that the recipe asks for."""
+    return ("prior", recipe.prior) if recipe.ar_prior is None else ("ar_prior", recipe.ar_prior)
 
 
 def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
@@ -108,15 +117,18 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     else:
         clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
+    kind, section = _prior(recipe)
     fits: list[Any] = [
         _fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
-        _fit("prior", "prior", recipe.prior, plain(made["prior"]), rows),
+        _fit("prior", kind, section, plain(made["prior"]), rows),
         *(
             _fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
             for size in sorted(recipe.upsamplers)
         ),
     ]
-    sampling = plain(recipe.sampling)
+    chosen = recipe.sampling
+    sampling = {"prior": chosen.prior.document(), "decoder": chosen.decoder.document()}
+    sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
     evaluate = part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, EvaluateHow)
     return [

@@ -13,7 +13,7 @@ from unclip.folder import KINDS, config_from
 
 
 def parameters(kind: str, model: dict[str, Any]) -> int:
-    """Trained numbers of a clip, prior, decoder or upsampler of that (plain) configuration.
+    """Trained numbers of a clip, a prior of either kind, a decoder or an upsampler of that (plain) configuration.
 
     Raises Refused for a configuration that the model refuses. A clip takes open_clip's import, some seconds.
     """

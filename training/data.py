@@ -199,7 +199,7 @@ class Data:
             decoded = [self.reads.image(data, uid) for data, uid in zip(pictures, uids, strict=True)]
             tensors["image"] = torch.from_numpy(np.stack(decoded))
         if self.reads.embeddings:
-            tensors["image_embedding"] = torch.from_numpy(_matrix(table["image_embedding"]))
+            tensors["image_embedding"] = torch.from_numpy(matrix(table["image_embedding"]))
         if self.reads.text and self.read_text is not None:
             # Equal captions are read once; the rest of a block's row then depends on the block alone.
             distinct = list(dict.fromkeys(captions))
@@ -294,7 +294,7 @@ def picture(data: bytes, uid: bytes, *, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size float lists as float32 [rows, width]."""
     array = column.combine_chunks()
     return array.flatten().to_numpy().reshape(len(array), -1).astype(np.float32)

@@ -13,7 +13,7 @@ from typing import Any
 from infra.errors import Refused
 from unclip.config import LATER
 
-KINDS = ("clip", "prior", "decoder", "upsampler")
+KINDS = ("clip", "prior", "ar_prior", "decoder", "upsampler")
 DECAYS = ("cosine", "constant")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
 
@@ -119,6 +119,18 @@ class PriorTrain(DiffusionTrain):
 
 
 @dataclass(frozen=True)
+class AutoregressivePriorTrain(TrainConfig):
+    """Options of the autoregressive prior."""
+
+    drop_text: float = 0.1
+    """Fraction of samples whose caption is replaced by the empty one, for guidance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction("drop_text", self.drop_text)
+
+
+@dataclass(frozen=True)
 class DecoderTrain(DiffusionTrain):
     """Options of the decoder (section 2.1: 10 % and 50 %)."""
 
@@ -172,6 +184,7 @@ class ClipTrain(TrainConfig):
 CONFIGS: dict[str, type[TrainConfig]] = {
     "clip": ClipTrain,
     "prior": PriorTrain,
+    "ar_prior": AutoregressivePriorTrain,
     "decoder": DecoderTrain,
     "upsampler": UpsamplerTrain,
 }
@@ -187,13 +200,13 @@ class Job:
     key: str
     """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
     kind: str
-    """clip, prior, decoder or upsampler."""
+    """clip, prior, ar_prior, decoder or upsampler."""
     model: dict[str, Any]
     """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
     train: dict[str, Any]
     """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
     data: dict[str, str]
-    """Role → manifest version. rows and selection always; statistics and clip for prior and decoder."""
+    """Role → manifest version. rows and selection always; statistics and clip for the priors and the decoder."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

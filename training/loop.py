@@ -181,6 +181,8 @@ class Clock:
     monitor: Monitor
     step: int | None
     """Step of the last report; None on ranks that report nothing."""
+    _placed: bool = False
+    """Whether this kind of loss has a place in a process, of whose quartiles there is something to say."""
     _sums: Tensor = field(default_factory=lambda: torch.zeros(QUARTILES, 2, dtype=torch.float64))
     _reported: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
@@ -189,6 +191,7 @@ class Clock:
         """Adds a micro-batch's losses, by quartile of the timestep."""
         if self.step is None or not weight:
             return
+        self._placed = losses.place is not None
         loss = losses.loss.detach().double().cpu()
         place = torch.zeros(len(loss)) if losses.place is None else losses.place.detach().cpu()
         self._sums.index_add_(0, (place * QUARTILES).long(), torch.stack([loss, torch.ones_like(loss)], 1))
@@ -207,7 +210,7 @@ class Clock:
             "samples_per_s": rate,
             "skipped": float(skipped),
         }
-        if self.job.kind != "clip":
+        if self._placed:
             quartiles = {
                 f"loss_q{number}": (row[0] / row[1]) for number, row in enumerate(self._sums.tolist()) if row[1]
             }

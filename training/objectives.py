@@ -1,4 +1,4 @@
-"""What each diffusion model learns: the rows it reads, the network, and its loss on a micro-batch.
+"""What each model but CLIP learns: the rows it reads, the network, and its loss on a micro-batch.
 
 An objective is the whole difference between fits; the loop knows no kind of model. Randomness comes from the
 micro-batch's own generator, drawn on the CPU, so that a sample's noise depends on neither device nor worker.
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from infra.errors import Refused
 from infra.manifest import Manifest, object_name
 from infra.store import Store
-from training.data import Batch, Reads, ReadText, picture
-from training.job import DecoderTrain, DiffusionTrain, Job, PriorTrain, UpsamplerTrain
+from training.data import Batch, Data, Reads, ReadText, matrix, picture, read_rows
+from training.job import AutoregressivePriorTrain, DecoderTrain, Job, PriorTrain, UpsamplerTrain
 from training.order import derived
 from training.parallel import Group
 from unclip import folder as model_folder
+from unclip.ar_prior import AutoregressivePrior
 from unclip.corrupt import FULL, LIGHT, bsr, gaussian_blur
 from unclip.decoder import Decoder
 from unclip.losses import hybrid_loss, simple_loss, weights
@@ -34,6 +35,10 @@ from unclip.upsampler import Upsampler
 
 if TYPE_CHECKING:
     from unclip.clip import Clip
+
+
+DOTS = 1 << 14
+"""Rows that are enough to bound 1024 buckets of equal frequency."""
 
 
 class Losses(NamedTuple):
@@ -78,14 +83,15 @@ def objective(job: Job, store: Store, device: torch.device) -> Objective:
         return ClipObjective(job)
     kinds: dict[str, type[Any]] = {
         "prior": PriorObjective,
+        "ar_prior": AutoregressivePriorObjective,
         "decoder": DecoderObjective,
         "upsampler": UpsamplerObjective,
     }
     return cast(Objective, kinds[job.kind](job, store, device))
 
 
-class _Diffusion:
-    """What the three diffusion models share."""
+class _Model:
+    """What all models but CLIP share."""
 
     whole_batch = False
     read_text: ReadText | None = None
@@ -93,7 +99,7 @@ class _Diffusion:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.config = model_folder.config_from(job.kind, job.model, job.stage)
-        self.options = cast(DiffusionTrain, job.config)
+        self.options: Any = job.config
         self.facts: dict[str, Any] = {}
 
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +108,14 @@ class _Diffusion:
         document |= {"train": self.job.train, "facts": facts}
         model_folder.write_json(out / model_folder.CONFIG, document)
         return {}
+
+    def _drop(self, batch: Batch, fraction: float, device: torch.device) -> Tensor:
+        """bool [b], True for the fraction of samples that lose a condition."""
+        return (torch.rand(len(batch), generator=batch.generator) < fraction).to(device)
+
+
+class _Diffusion(_Model):
+    """What the three diffusion models share."""
 
     def _noise(self, schedule: Schedule, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t [b], noise like x0) of this micro-batch."""
@@ -121,12 +135,8 @@ class _Diffusion:
         loss = (hybrid_loss if learned else simple_loss)(schedule, output, x0, noise, t, kind, weight)
         return Losses(loss, t / len(schedule))
 
-    def _drop(self, batch: Batch, fraction: float, device: torch.device) -> Tensor:
-        """bool [b], True for the fraction of samples that lose a condition."""
-        return (torch.rand(len(batch), generator=batch.generator) < fraction).to(device)
 
-
-class _Conditioned(_Diffusion):
+class _Conditioned(_Model):
     """A model that sees CLIP's embeddings and token states."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
@@ -142,16 +152,19 @@ class _Conditioned(_Diffusion):
         self.statistics = model_folder.read_tensors(store.local(object_name(record.sha("statistics.safetensors"))))
 
     @torch.no_grad()
-    def _furnish(self, model: DiffusionPrior | Decoder) -> nn.Module:
+    def _furnish(self, model: DiffusionPrior | AutoregressivePrior | Decoder) -> nn.Module:
         """Statistics and CLIP's empty text belong to the model from its start."""
-        model.mean.copy_(self.statistics["image_mean"])
-        model.std.copy_(self.statistics["image_std"])
+        if isinstance(model, AutoregressivePrior):
+            model.pca.set(*(self.statistics[name] for name in ("image_mean", "pca", "eigenvalues")))
+        else:
+            model.mean.copy_(self.statistics["image_mean"])
+            model.std.copy_(self.statistics["image_std"])
         empty = self.clip.encode_text([""])
         model.null_text.set(*(part[0].cpu() for part in empty))
         return model
 
 
-class PriorObjective(_Conditioned):
+class PriorObjective(_Conditioned, _Diffusion):
     """Clean z_i from noised z_i and a caption (section 2.2); standardised embeddings."""
 
     reads = Reads(embeddings=True, text=True)
@@ -169,7 +182,36 @@ class PriorObjective(_Conditioned):
         return self._loss(prior.schedule, output, x0, noise, t)
 
 
-class DecoderObjective(_Conditioned):
+class AutoregressivePriorObjective(_Conditioned):
+    """The buckets of z_i, one after the other, from a caption (section 2.2); cross-entropy a token, in nats."""
+
+    reads = Reads(embeddings=True, text=True)
+
+    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
+        super().__init__(job, store, device)
+        self.config = self.config.fitted(self.statistics["eigenvalues"])
+        self.facts["components"] = self.config.kept
+        self._store = store
+
+    def build(self) -> nn.Module:
+        prior = AutoregressivePrior(self.config)
+        prior.set_dots(sample_dots(self._store, self.job.data["rows"], self.job.data["selection"]))
+        return self._furnish(prior)
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        prior, options, rows = (
+            cast(AutoregressivePrior, model),
+            cast(AutoregressivePriorTrain, self.options),
+            batch.tensors,
+        )
+        tokens = prior.tokenise(rows["image_embedding"], rows["text_embedding"])
+        drop = self._drop(batch, options.drop_text, tokens.device)
+        context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"], drop)
+        logits = prior(tokens[:, :-1], *context)
+        return Losses(F.cross_entropy(logits.mT, tokens, reduction="none").mean(1))
+
+
+class DecoderObjective(_Conditioned, _Diffusion):
     """Pictures given z_i and the caption, each dropped on its own (section 2.1)."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
@@ -242,6 +284,19 @@ class UpsamplerObjective(_Diffusion):
         ]
         small = [x[:, y : y + side, z : z + side] for x, (y, z) in zip(low, corners, strict=True)]
         return torch.stack(high), torch.stack(small)
+
+
+def sample_dots(store: Store, rows: str, selection: str, least: int = DOTS) -> Tensor:
+    """z_i·z_t of kept rows, float64 [n]: of all, or of blocks evenly apart that hold `least` or somewhat more."""
+    columns = ("image_embedding", "text_embedding")
+    places = [place for place in Data(store, rows, selection, Reads()).places if len(place.keep)]
+    apart = max(1, sum(len(place.keep) for place in places) // least)
+    dots = []
+    for place in places[::apart]:
+        table = read_rows(store, place.parquet, place.first, place.rows, columns)
+        image, text = (torch.from_numpy(matrix(table[name])[place.keep]).double() for name in columns)
+        dots.append((image * text).sum(1))
+    return torch.cat(dots) if dots else torch.zeros(0, dtype=torch.float64)
 
 
 def to_unit(images: Tensor) -> Tensor:

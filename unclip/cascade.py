@@ -15,16 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, write_tokens
 from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
 from unclip.guidance import Network, clipped, conditional
-from unclip.prior import DiffusionPrior, PriorConfig
+from unclip.prior import DiffusionPrior, PriorConfig, PriorContext
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
 from unclip.schedule import Denoiser, Prediction, Schedule
 from unclip.upsampler import WORKSPACE, Upsampler, UpsamplerConfig, filled_up
+
+Prior = DiffusionPrior | AutoregressivePrior
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -58,7 +61,7 @@ class UnCLIP:
     def __init__(
         self,
         clip: Clip,
-        prior: DiffusionPrior,
+        prior: Prior,
         decoder: Decoder,
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
@@ -72,8 +75,7 @@ class UnCLIP:
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
-        for name, settings in self.sampling.items():
-            check_sampling(name, settings)
+        self._check_sampling(self.sampling)
         for model in (prior, decoder, *upsamplers):
             model.requires_grad_(False).eval()
 
@@ -190,18 +192,39 @@ class UnCLIP:
         self, text: Text, seeds: Sequence[int], sampling: Sampling, callback: Report | None = None
     ) -> Tensor:
         """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
-        prior, shape = self.prior, (self.prior.config.embedding,)
-        context, null = prior.context(*text), prior.null_context(len(seeds))
-        denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
-        if prior.config.clip_range is not None:
-            denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
+        context, null = self.prior.context(*text), self.prior.null_context(len(seeds))
         found = [
-            prior.destandardise(self._sample(f"prior/{k}", denoise, prior.schedule, seeds, shape, sampling, callback))
-            for k in range(sampling.candidates)
+            self._draw_prior(f"prior/{k}", context, null, seeds, sampling, callback) for k in range(sampling.candidates)
         ]
         stacked = torch.stack(found)
         best = (stacked * text.embedding).sum(2).argmax(0)
         return stacked[best, torch.arange(len(seeds), device=stacked.device)]
+
+    def _draw_prior(
+        self,
+        stream: str,
+        context: PriorContext,
+        null: PriorContext,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        callback: Report | None,
+    ) -> Tensor:
+        """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
+        prior = self.prior
+        if isinstance(prior, DiffusionPrior):
+            denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
+            if prior.config.clip_range is not None:
+                denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
+            z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
+            return prior.destandardise(z)
+
+        def report(step: int, tokens: Tensor) -> None:
+            if callback is not None:
+                callback("prior", step, prior.config.tokens, prior.embedding(tokens))
+
+        noise = noise_for(seeds, (prior.config.buckets,), stream=stream, device=self.device)
+        settings = {"guidance": sampling.guidance, "temperature": sampling.temperature}
+        return prior.embedding(write_tokens(prior, context, null, noise, callback=report, **settings))
 
     @torch.no_grad()
     def sample_decoder(
@@ -294,9 +317,13 @@ class UnCLIP:
         for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
             if scale is not None:
                 chosen[name] = replace(chosen[name], guidance=scale)
-        for name, settings in chosen.items():
-            check_sampling(name, settings)
+        self._check_sampling(chosen)
         return chosen
+
+    def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
+        """Raises Refused for a setting that its model has no use for."""
+        for name, settings in sampling.items():
+            check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:
@@ -347,13 +374,16 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def check_fit(
-    clip: Mapping[str, int], prior: PriorConfig, decoder: DecoderConfig, upsamplers: Sequence[UpsamplerConfig]
+    clip: Mapping[str, int],
+    prior: PriorConfig | AutoregressivePriorConfig,
+    decoder: DecoderConfig,
+    upsamplers: Sequence[UpsamplerConfig],
 ) -> None:
     """Raises Refused, naming both sides, where models do not fit together.
 
     clip: its `embedding` and `text_width`, and its `context` in tokens.
     """
-    configs: dict[str, PriorConfig | DecoderConfig] = {"prior": prior, "decoder": decoder}
+    configs: dict[str, PriorConfig | AutoregressivePriorConfig | DecoderConfig] = {"prior": prior, "decoder": decoder}
     for name, config in configs.items():
         for field, width in clip.items():
             if getattr(config, field) != width:

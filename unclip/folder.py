@@ -7,12 +7,14 @@ another kind, or one written by another unclip, is refused before a tensor is re
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
 from unclip.prior import DiffusionPrior, PriorConfig
@@ -24,9 +26,12 @@ WEIGHTS = "model.safetensors"
 
 KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "prior": (PriorConfig, DiffusionPrior),
+    "ar_prior": (AutoregressivePriorConfig, AutoregressivePrior),
     "decoder": (DecoderConfig, Decoder),
     "upsampler": (UpsamplerConfig, Upsampler),
 }
+PRIORS = ("prior", "ar_prior")
+"""Kinds that can be the prior of a release."""
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -73,9 +78,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
-    """Writes a prior, decoder or upsampler.
+    """Writes a prior of either kind, a decoder or an upsampler.
 
-    config: its PriorConfig, DecoderConfig or UpsamplerConfig. state: the weights to keep (the averaged ones). clip: the
+    config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the
     fingerprint of the CLIP whose embeddings it was trained on; None for an upsampler, which sees none.
     """
     if kind not in KINDS:
@@ -85,11 +90,9 @@ def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *
     write_tensors(folder / WEIGHTS, state)
 
 
-def read_model_config(folder: Path, kind: str) -> tuple[Any, str | None]:
+def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
     """(configuration, CLIP fingerprint) of a model's folder, without its tensors; raises Refused for another kind."""
-    document = read_json(folder / CONFIG, kind)
-    if document.get("kind") != kind:
-        raise Refused(f"{folder} holds a {document.get('kind')!r}, and a {kind!r} was asked for")
+    kind, document = _kind(folder, kinds)
     return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
 
 
@@ -105,12 +108,24 @@ def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
         raise Refused(f"{where} is no configuration of a {kind}: {error}") from None
 
 
-def load_model(folder: Path, kind: str) -> nn.Module:
-    """The model of a folder, frozen and in evaluation mode; raises Refused where its tensors do not fit its config."""
-    config, _ = read_model_config(folder, kind)
-    model = KINDS[kind][1](config)
+def load_model(folder: Path, *kinds: str) -> nn.Module:
+    """The model of a folder, one of those kinds, frozen and in evaluation mode.
+
+    Raises Refused for another kind, or where its tensors do not fit its config.
+    """
+    config, _ = read_model_config(folder, *kinds)
+    model = KINDS[_kind(folder, kinds)[0]][1](config)
     try:
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
         raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from None
     return model.requires_grad_(False).eval()
+
+
+def _kind(folder: Path, kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(kind, document) of a model's folder."""
+    document = read_json(folder / CONFIG, kinds[0])
+    for kind in kinds:
+        if document.get("kind") == kind:
+            return kind, document
+    raise Refused(f"{folder} holds a {document.get('kind')!r}, and a {' or '.join(map(repr, kinds))} was asked for")

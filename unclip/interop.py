@@ -108,6 +108,7 @@ def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported
     if why := _unheld(model):
         raise Refused("diffusers' UnCLIPPipeline cannot hold this release: " + "; ".join(why))
     prior, decoder, upsampler, clip = model.prior, model.decoder, model.upsamplers[0], model.clip
+    assert isinstance(prior, DiffusionPrior)  # any other was refused above
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "prior", prior_document(prior.config), PRIOR.theirs(_without_null_text(prior)))
     _write(folder / "text_proj", text_proj_document(decoder.config), TEXT_PROJ.theirs(_folded(decoder)))

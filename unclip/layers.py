@@ -67,6 +67,27 @@ def bfloat16_convolutions(model: nn.Module, least: int = 32) -> None:
             module.in_bfloat16 = module.in_channels >= least
 
 
+class KeyValues:
+    """What a causal block keeps of the tokens it has read, so that the next one costs one token: room for `room`.
+
+    It is written in place, so that it serves sampling and not training.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.read = room, 0
+        self._stored: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in those of the next n tokens, [b, heads, n, c] each; returns those of all tokens so far."""
+        if self._stored is None:
+            b, heads, _, c = keys.shape
+            self._stored = keys.new_empty(2, b, heads, self.room, c)
+        start, self.read = self.read, self.read + keys.shape[2]
+        self._stored[0, :, :, start : self.read] = keys
+        self._stored[1, :, :, start : self.read] = values
+        return self._stored[0, :, :, : self.read], self._stored[1, :, :, : self.read]
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and MLP over [b, n, width]."""
 
@@ -81,10 +102,15 @@ class TransformerBlock(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """mask, broadcast to [b, heads, n, n]: True where a query (row) may look at a key (column)."""
+    def forward(self, x: Tensor, mask: Tensor, past: KeyValues | None = None) -> Tensor:
+        """mask, broadcast to [b, heads, n, n]: True where a query (row) may look at a key (column).
+
+        With `past`, x holds the tokens after those read before, and keys (columns) are all tokens so far.
+        """
         b, n, width = x.shape
         q, k, v = self.qkv(self.norm_1(x)).view(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = past.extend(k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(b, n, width)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))

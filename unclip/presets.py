@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.decoder import DecoderConfig
 from unclip.errors import Refused
 from unclip.prior import PriorConfig
@@ -21,6 +22,8 @@ class Preset:
     prior: PriorConfig
     decoder: DecoderConfig
     upsamplers: tuple[UpsamplerConfig, ...]
+    ar_prior: AutoregressivePriorConfig | None = None
+    """The prior that may stand in the diffusion prior's place."""
 
 
 PAPER = Preset(
@@ -37,6 +40,11 @@ PAPER = Preset(
         UpsamplerConfig(
             low=256, size=1024, channels=192, multiples=(1, 1, 2, 2, 4, 4), depth=2, schedule="linear", time_multiple=6
         ),
+    ),
+    # The table's "text encoder" and "latent decoder". Ours reads the text again in its own sequence of 256 + 1 + 320.
+    ar_prior=AutoregressivePriorConfig(
+        embedding=1024, text_width=1024, context=256, width=1664, depth=24, heads=26, components=319,
+        context_width=2048, text_depth=24, text_heads=32,
     ),
 )  # fmt: skip
 """The table of arXiv 2204.06125, appendix C. Counted: prior 1,226 M (the table says 1 B; 24 layers of width 2048 alone
@@ -82,6 +90,7 @@ BASE = Preset(
         UpsamplerConfig(low=64, size=256, channels=128, multiples=(1, 2, 3, 4), depth=2, antialias=True),
         UpsamplerConfig(low=256, size=1024, channels=64, multiples=(1, 1, 2, 2, 4, 4), depth=2, antialias=True),
     ),
+    ar_prior=AutoregressivePriorConfig(embedding=768, text_width=768, context=77, width=1024, depth=12, heads=16),
 )  # fmt: skip
 
 DEMO = Preset(
@@ -99,6 +108,9 @@ DEMO = Preset(
             low=64, size=128, channels=32, multiples=(1, 2), depth=1, groups=8, unshuffle=4, prediction="x0"
         ),
     ),
+    ar_prior=AutoregressivePriorConfig(
+        embedding=128, text_width=64, context=24, width=128, depth=3, heads=4, buckets=128
+    ),
 )  # fmt: skip
 
 TINY = Preset(
@@ -110,6 +122,9 @@ TINY = Preset(
     upsamplers=(
         UpsamplerConfig(low=16, size=32, channels=16, multiples=(1, 2), depth=1, groups=8, antialias=True),
         UpsamplerConfig(low=32, size=64, channels=16, multiples=(1, 2), depth=1, groups=8, antialias=True),
+    ),
+    ar_prior=AutoregressivePriorConfig(
+        embedding=32, text_width=32, context=24, width=32, depth=1, heads=2, components=6, buckets=16
     ),
 )  # fmt: skip
 """What diffusers' UnCLIPPipeline can hold: no unshuffling, no positions, no text blocks, one width for all of CLIP.

@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from unclip.cascade import Sampling, UnCLIP, check_fit
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Refused
-from unclip.folder import CONFIG, WEIGHTS, load_model, read_json, read_model_config, write_json
+from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -74,7 +74,7 @@ def save(
     document = {
         "name": name,
         "components": digests,
-        "sampling": {component: asdict(settings) for component, settings in sorted(sampling.items())},
+        "sampling": {component: settings.document() for component, settings in sorted(sampling.items())},
         "data": dict(sorted((data or {}).items())),
         "clip": read_json(folder / "clip" / CONFIG, "CLIP")["fingerprint"] if "clip" in digests else "",
     }
@@ -124,8 +124,8 @@ def check(folder: Path | str) -> Release:
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
-    for component in ("prior", "decoder"):
-        configs[component], trained_on = read_model_config(folder / component, component)
+    for component, kinds in (("prior", PRIORS), ("decoder", ("decoder",))):
+        configs[component], trained_on = read_model_config(folder / component, *kinds)
         if trained_on != clip:
             raise Refused(
                 f"the {component} in {folder} was trained on embeddings of the CLIP {str(trained_on)[:12]}…, "
@@ -145,7 +145,7 @@ def load(folder: Path | str) -> UnCLIP:
     folder = Path(folder)
     release = check(folder)
     clip = Clip.load(folder / "clip")
-    prior: Any = load_model(folder / "prior", "prior")
+    prior: Any = load_model(folder / "prior", *PRIORS)
     decoder: Any = load_model(folder / "decoder", "decoder")
     upsamplers: list[Any] = [load_model(folder / name, "upsampler") for name in release.upsamplers]
     return UnCLIP(clip, prior, decoder, upsamplers, release.sampling)

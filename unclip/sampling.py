@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from unclip.schedule import VARIANCES, Denoiser, Schedule
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one model of the cascade is sampled."""
+    """How one model of the cascade is sampled.
+
+    An autoregressive prior goes by guidance, candidates and temperature alone: it has no process with steps.
+    """
 
     sampler: str = "ddim"
     """ddpm, ddim, dpm_solver_pp or analytic_dpm."""
@@ -39,6 +42,8 @@ class Sampling:
     """Dynamic thresholding of pictures at this share of |x0|, above 0 and at most 1; None clamps to [-1, 1]."""
     gamma: tuple[float, ...] = ()
     """For analytic_dpm: E‖ε̂‖²/d at each timestep of the model's process (unclip.analytic.estimate_gamma)."""
+    temperature: float = 1.0
+    """An autoregressive prior's: logits are divided by it; below 1 likelier tokens, 0 the likeliest alone."""
 
     def __post_init__(self) -> None:
         # Out of JSON they come as lists.
@@ -66,6 +71,18 @@ class Sampling:
         if bool(self.gamma) != (self.sampler == "analytic_dpm"):
             raise Refused("gamma is what analytic_dpm needs, and no other sampler has use for it")
 
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise Refused(f"temperature must be a finite number, at least 0, not {self.temperature}")
+
+    def document(self) -> dict[str, Any]:
+        """As plain JSON, without what was added since and is at its default: older releases keep their bytes."""
+        first = ("sampler", "steps", "guidance", "eta", "candidates")
+        return {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name in first or getattr(self, item.name) != item.default
+        }
+
     def options(self, *, pictures: bool) -> dict[str, Any]:
         """Arguments of this sampler beyond those that all share."""
         if self.sampler == "ddim":
@@ -78,12 +95,19 @@ class Sampling:
         return {}
 
 
-def check_sampling(name: str, sampling: Sampling) -> None:
-    """Raises Refused for settings that the component of this name has no use for."""
+def check_sampling(name: str, sampling: Sampling, *, written: bool = False) -> None:
+    """Raises Refused for settings that the component of this name has no use for.
+
+    written: it is an autoregressive prior, which writes tokens and does not denoise.
+    """
     if name.startswith("upsampler") and (sampling.guidance != 1 or sampling.interval or sampling.rescale):
         raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
     if name == "prior" and sampling.percentile is not None:
         raise Refused("percentile is for pictures, and the prior makes embeddings")
+    if written and (sampling.interval or sampling.rescale):
+        raise Refused(f"interval and rescale guide what denoises, and this {name} is autoregressive")
+    if not written and sampling.temperature != 1:
+        raise Refused(f"{name} denoises, and only an autoregressive prior has a temperature; leave it at 1")
 
 
 def guided(network: Network, context: Any, null: Any, sampling: Sampling, schedule: Schedule) -> Denoiser:

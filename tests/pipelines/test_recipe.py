@@ -73,3 +73,33 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 
 def test_a_number_may_be_written_as_people_write_it() -> None:
     assert recipe.load("demo", ["decoder.train.lr=2e-4"]).decoder.train.lr == 2e-4  # type: ignore[attr-defined]
+
+
+def test_the_prior_may_be_autoregressive() -> None:
+    diffusion, other = (
+        stages("demo"),
+        stages("demo", "prior=null", "ar_prior.train.steps=7", "ar_prior.model.buckets=64"),
+    )
+    fit = other["prior"]
+    assert (diffusion["prior"].model, fit.model) == ("prior", "ar_prior")  # type: ignore[attr-defined]
+    assert fit.spec.model["buckets"] == 64  # type: ignore[attr-defined]
+    assert fit.spec.model["embedding"] == 128  # type: ignore[attr-defined]
+    assert fit.spec.train["steps"] == 7  # type: ignore[attr-defined]
+    unchanged = set(diffusion) - {"prior"}
+    assert all(plain(other[name].spec) == plain(diffusion[name].spec) for name in unchanged)  # type: ignore[attr-defined]
+
+
+def test_a_recipe_has_one_prior() -> None:
+    with pytest.raises(Refused, match="either `prior`"):
+        recipe.load("demo", ["ar_prior.train.steps=7"])
+    with pytest.raises(Refused, match="either `prior`"):
+        recipe.load("demo", ["prior=null"])
+    with pytest.raises(Refused, match=r"ar_prior\.train\.t_std is no known key"):
+        recipe.load("demo", ["prior=null", "ar_prior.train={steps: 7, t_std: 1}"])
+
+
+def test_a_temperature_of_one_is_in_no_key() -> None:
+    spec = plain(stages("demo")["bundle"].spec)  # type: ignore[attr-defined]
+    assert "temperature" not in spec["sampling"]["prior"]
+    warm = plain(stages("demo", "sampling.prior.temperature=0.9")["bundle"].spec)  # type: ignore[attr-defined]
+    assert warm["sampling"]["prior"]["temperature"] == 0.9

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from tests.training.tiny import CLIP
 from training.cost import parameters
+from unclip.ar_prior import AutoregressivePrior
 from unclip.errors import Refused
 from unclip.presets import PAPER, TINY
 from unclip.prior import DiffusionPrior
@@ -14,6 +15,13 @@ from unclip.prior import DiffusionPrior
 def test_the_count_is_that_of_the_real_model():
     real = sum(parameter.numel() for parameter in DiffusionPrior(TINY.prior).parameters())
     assert parameters("prior", asdict(TINY.prior)) == real
+
+
+def test_an_autoregressive_prior_whose_components_are_not_chosen_yet_is_counted_with_all():
+    assert TINY.ar_prior is not None
+    config = replace(TINY.ar_prior, components=None)
+    real = sum(parameter.numel() for parameter in AutoregressivePrior(replace(config, components=32)).parameters())
+    assert parameters("ar_prior", asdict(config)) == real
 
 
 def test_the_papers_models_are_counted_without_being_allocated():

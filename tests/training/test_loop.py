@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from infra.errors import Refused
 from tests.training.tiny import Tiny, tiny
@@ -18,6 +19,7 @@ from training.checkpoint import Checkpoints
 from training.job import FitHow
 from training.launch import train_local
 from training.loop import Stopped
+from training.objectives import objective
 from unclip.folder import load_model, read_json
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
@@ -55,14 +57,14 @@ def stopping_after(steps: int) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(world: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     made = {}
-    for kind in ("prior", "decoder", "upsampler"):
+    for kind in ("prior", "ar_prior", "decoder", "upsampler"):
         out = tmp_path_factory.mktemp(kind)
         train_local(world.job(kind, f"undisturbed-{kind}", **SHORT), HOW, world.store, out, Seen())
         made[kind] = contents(out)
     return made
 
 
-@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler"])
 def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path, kind):
     job = world.job(kind, f"interrupted-{kind}", **SHORT)
     for lease, more in enumerate((0, 4, 1), 1):
@@ -121,6 +123,20 @@ def test_the_released_folder_loads_and_says_how_it_was_made(world, tmp_path):
     assert seen.steps == list(range(1, 13))
     assert {"loss", "gradient_norm", "lr", "samples_per_s"} <= set(seen.values[-1])
     assert any(name.startswith("loss_q") for name in seen.values[-1])
+
+
+def test_an_autoregressive_prior_is_released_with_its_bounds(world, tmp_path):
+    seen = Seen()
+    job = world.job("ar_prior", "bounds", **SHORT | {"steps": 2, "ema": 0.5})
+    facts = train_local(job, FitHow(log_seconds=0), world.store, tmp_path, seen)
+    start = objective(job, world.store, torch.device("cpu")).build()
+    model = load_model(tmp_path, "ar_prior")
+    for name, buffer in start.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name  # averaging leaves what never changes as it is
+    assert not torch.equal(model.out.weight, start.out.weight)
+    assert facts["components"] == 6
+    assert "loss" in seen.values[-1]
+    assert not any(name.startswith("loss_q") for name in seen.values[-1])
 
 
 def test_micro_batches_of_one_batch_add_up_to_its_mean_loss(world, tmp_path):

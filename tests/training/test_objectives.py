@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 
+from infra.manifest import Manifest, object_name
 from tests.training.tiny import Tiny, tiny
 from training.data import Batch, Data
 from training.job import FitHow, TrainConfig
@@ -49,7 +54,7 @@ def test_the_loss_depends_on_the_micro_batchs_seed_and_on_nothing_else(world, ki
     assert 0 <= float(one.place.min()) <= float(one.place.max()) < 1
 
 
-@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler"])
 def test_a_batch_can_be_learned_by_heart(world, kind):
     task, model, batch = furnished(world, kind)
     model.train()
@@ -65,11 +70,13 @@ def test_a_batch_can_be_learned_by_heart(world, kind):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_dropped_caption_cannot_be_seen_and_a_kept_one_can(world):
+@pytest.mark.parametrize("kind", ["prior", "ar_prior"])
+def test_a_dropped_caption_cannot_be_seen_and_a_kept_one_can(world, kind):
     def loss(drop: float, shift: float) -> torch.Tensor:
-        task, model, batch = furnished(world, "prior", drop_text=drop)
+        task, model, batch = furnished(world, kind, drop_text=drop)
         batch.tensors["text_states"] = batch.tensors["text_states"] + shift
-        batch.tensors["text_embedding"] = batch.tensors["text_embedding"] + shift
+        if kind == "prior":  # the autoregressive one is also asked for z_i·z_t, which is no secret
+            batch.tensors["text_embedding"] = batch.tensors["text_embedding"] + shift
         return task.loss(model, batch, Group()).loss
 
     assert torch.equal(loss(1.0, 0.0), loss(1.0, 3.0))
@@ -160,3 +167,37 @@ def test_timesteps_can_be_drawn_where_the_noise_is(world):
     logits = torch.cat(many).add(0.0005).logit()
     assert float(logits.mean()) == pytest.approx(1.0, abs=0.1)
     assert float(logits.std()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_autoregressive_prior_starts_at_chance_and_takes_its_bounds_from_the_data(world):
+    task, model, batch = furnished(world, "ar_prior", drop_text=0.0)
+    losses = task.loss(model, again(batch), Group())
+    assert losses.place is None
+    assert losses.loss.shape == (16,)
+    assert losses.loss.mean().item() == pytest.approx(math.log(16), abs=0.3)
+    statistics = task.statistics
+    assert torch.equal(model.pca.basis, statistics["pca"][:6])
+    stored = [pq.read_table(path) for path in parquets(world)]
+    dots = np.concatenate([np.einsum("nd,nd->n", *(stack(table, name) for name in EMBEDDINGS)) for table in stored])
+    kept = np.concatenate([[uid in world.kept for uid in table["uid"].to_pylist()] for table in stored])
+    np.testing.assert_allclose(model.dot_edges, np.quantile(dots[kept], np.arange(1, 16) / 16), rtol=1e-5)
+
+
+def test_components_are_chosen_by_the_variance_that_the_data_have(world):
+    job = world.job("ar_prior", steps=1)
+    job.model.update(components=None, explained=0.5)  # of 32 equal eigenvalues
+    task = objective(job, world.store, CPU)
+    assert task.build().config.components == 16
+    assert task.facts["components"] == 16
+
+
+EMBEDDINGS = ("image_embedding", "text_embedding")
+
+
+def parquets(world: Tiny) -> list[Path]:
+    records = Manifest.load(world.store, world.embed).records
+    return [world.store.local(object_name(record.sha("rows.parquet"))) for record in records]
+
+
+def stack(table: pa.Table, name: str) -> np.ndarray:
+    return np.stack(table[name].to_pylist()).astype(np.float64)

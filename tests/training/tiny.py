@@ -51,10 +51,9 @@ class Tiny:
         data = {"rows": self.embed, "selection": self.curate, "statistics": self.statistics, "clip": self.clip}
         if kind == "clip":
             return Job("clip", key, kind, CLIP, train, {"rows": self.download, "selection": self.filter})
-        model = {"prior": TINY.prior, "decoder": TINY.decoder, "upsampler": TINY.upsamplers[0]}[kind]
-        if kind == "upsampler":
-            model = replace(TINY.upsamplers[0], low=16, size=32)
-        return Job(kind, key, kind, asdict(model), train, data)
+        upsampler = replace(TINY.upsamplers[0], low=16, size=32)
+        models: dict[str, Any] = {"prior": TINY.prior, "ar_prior": TINY.ar_prior, "decoder": TINY.decoder}
+        return Job(kind, key, kind, asdict((models | {"upsampler": upsampler})[kind]), train, data)
 
 
 def tiny(root: Path, *, shards: int = 3, count: int = 40, group: int = 16, seed: int = 0) -> Tiny:
