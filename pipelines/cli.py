@@ -13,6 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.cli_edit import edit
+from pipelines.options import ReleaseOption, SeedOption, StoreOption
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -24,10 +27,10 @@ releases = typer.Typer(
     no_args_is_help=True, help="Released models: list, show, promote, roll back, verify, export, import."
 )
 data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store.")
+app.add_typer(edit, name="edit")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
 
-StoreOption = Annotated[str, typer.Option("--store", envvar="UNCLIP_STORE", help="Folder or s3://bucket/prefix.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
 ]
@@ -88,9 +91,9 @@ def submit(
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
-    release: Annotated[str, typer.Option(help="NAME@champion, a version, or a folder.")] = "champion",
+    release: ReleaseOption = "champion",
     number: Annotated[int, typer.Option("-n", help="Pictures a prompt.")] = 4,
-    seed: Annotated[int, typer.Option(help="The first picture's seed.")] = 0,
+    seed: SeedOption = 0,
     guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
     prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
     out: Annotated[Path, typer.Option(help="Where the picture grid goes.")] = Path("grid.png"),

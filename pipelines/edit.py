@@ -1,0 +1,135 @@
+"""Pictures from pictures with a stored release, for `unclip edit`: read, given to unclip.manipulate, shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import Refused
+from infra.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unclip import UnCLIP
+
+MOST_PIXELS = 64_000_000
+"""Larger pictures are refused by their header, before they are decoded."""
+
+
+def vary(store: Store, release: str, picture: Path, n: int, eta: float, seed: int, out: Path) -> Path:
+    """n variations of a picture, beside it."""
+    from unclip import manipulate
+
+    if n < 1:
+        raise Refused(f"there is nothing to draw: {n} variations")
+    model, (shown,) = _ready(store, release, [picture])
+    drawn = manipulate.variations(model, shown[None], n=n, eta=eta, seeds=[seed + k for k in range(n)])
+    return _saved(model, [shown], drawn, picture.name, out)
+
+
+def interpolate(store: Store, release: str, first: str, second: str, steps: int, seed: int, out: Path) -> Path:
+    """`steps` pictures between two pictures (both files that exist), or between two prompts."""
+    from unclip import manipulate
+
+    files = [Path(first), Path(second)]
+    if [file.is_file() for file in files].count(True) == 1:
+        missing = first if not files[0].is_file() else second
+        raise Refused(f"there is no file {missing!r}; give two pictures, or two prompts")
+    if files[0].is_file():
+        model, (one, other) = _ready(store, release, files)
+        drawn = manipulate.interpolate(model, one, other, steps=steps, seed=seed)
+        return _saved(model, [], drawn, f"{files[0].name} → {files[1].name}", out)
+    model, _ = _ready(store, release, [])
+    drawn = manipulate.interpolate_prompts(model, first, second, steps=steps, seed=seed)
+    return _saved(model, [], drawn, f"{first} → {second}", out)
+
+
+def diff(
+    store: Store, release: str, picture: Path, before: str, after: str, theta: float, steps: int, out: Path
+) -> Path:
+    """A picture led from one description toward another, in `steps` pictures."""
+    from unclip import manipulate
+
+    model, (shown,) = _ready(store, release, [picture])
+    drawn = manipulate.text_diff(model, shown, before, after, theta=theta, steps=steps)
+    return _saved(model, [shown], drawn, f"{before} → {after}", out)
+
+
+def redraw(
+    store: Store, release: str, picture: Path, prompt: str, strength: float, n: int, seed: int, out: Path
+) -> Path:
+    """n times a picture drawn over under a prompt, beside it."""
+    from unclip import manipulate
+
+    if n < 1:
+        raise Refused(f"there is nothing to draw: {n} pictures")
+    model, (shown,) = _ready(store, release, [picture])
+    seeds = [seed + k for k in range(n)]
+    drawn = manipulate.redraw(model, shown.expand(n, -1, -1, -1), [prompt] * n, strength=strength, seeds=seeds)
+    return _saved(model, [shown], drawn, prompt, out)
+
+
+def inpaint(store: Store, release: str, picture: Path, mask: Path, prompt: str, n: int, seed: int, out: Path) -> Path:
+    """n times a picture with what is white in the mask drawn anew under a prompt, beside it."""
+    from unclip import manipulate
+
+    if n < 1:
+        raise Refused(f"there is nothing to draw: {n} pictures")
+    model, (shown, where) = _ready(store, release, [picture, mask])
+    if shown.shape != where.shape:
+        sides = [f"{tensor.shape[2]}×{tensor.shape[1]}" for tensor in (where, shown)]
+        raise Refused(f"the mask {mask} is {sides[0]} px, and the picture {sides[1]}; they must be equally large")
+    free = where.float().mean(0) > 127.5
+    if not bool(free.any()):
+        raise Refused(f"the mask {mask} has no white in it: there is nothing to draw")
+    seeds = [seed + k for k in range(n)]
+    pictures, masks = shown.expand(n, -1, -1, -1), free.expand(n, -1, -1)
+    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * n, seeds=seeds)
+    return _saved(model, [shown], drawn, prompt, out)
+
+
+def read_picture(path: Path) -> Tensor:
+    """A file as uint8 [3, h, w], RGB, upright, transparent parts on white; raises Refused for what is no picture."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise Refused(
+                    f"{path} has {opened.width}×{opened.height} px, more than {MOST_PIXELS:,}; make it smaller"
+                )
+            upright = ImageOps.exif_transpose(opened)
+            on_white = Image.new("RGBA", upright.size, "white")
+            on_white.alpha_composite(upright.convert("RGBA"))
+    except Refused:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refused(f"{path} cannot be read as a picture ({error})") from None
+    return torch.from_numpy(np.array(on_white.convert("RGB"))).permute(2, 0, 1)
+
+
+def _ready(store: Store, release: str, pictures: Sequence[Path]) -> tuple[UnCLIP, list[Tensor]]:
+    """The model, and the pictures, which are read first: a mistake should show before the models are loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pipelines.generate
+    shown = [read_picture(path) for path in pictures]
+    from pipelines.release import open_release
+    from unclip.cascade import UnCLIP
+
+    return UnCLIP.load(open_release(store, release)), shown
+
+
+def _saved(model: Any, given: Sequence[Tensor], drawn: Tensor, words: str, out: Path) -> Path:
+    """One row: what was given, at the release's size, then what was drawn."""
+    import torch
+
+    from pipelines import grids
+    from unclip.manipulate import resized_square
+
+    row = torch.cat([*(resized_square(picture, model)[None] for picture in given), drawn])
+    grids.save(grids.rows(row.permute(0, 2, 3, 1)[None].numpy(), [words]), out)
+    return out
