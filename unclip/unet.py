@@ -103,8 +103,8 @@ class UNet(nn.Module):
                 current = widths[level]
             up.append(Stage(config, inputs, current, sides[level], "up" if level else ""))
         self.up = nn.ModuleList(up)
-        self.norm_out = nn.GroupNorm(config.groups, config.channels)
-        self.conv_out = zeroed(Conv2d(config.channels, config.out_channels * fold, 3, padding=1))
+        self.norm_out = nn.GroupNorm(config.groups, current)
+        self.conv_out = zeroed(Conv2d(current, config.out_channels * fold, 3, padding=1))
         self.positions = nn.ParameterList(
             [torch.zeros(1, width, s, s) for width, s in zip([config.channels, *widths[:-1]], sides, strict=True)]
             if config.position
