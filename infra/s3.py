@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -145,21 +144,17 @@ class S3Store:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._tmp.mkdir(parents=True, exist_ok=True)
 
         @_again
         def fetch() -> None:
             found = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
-            with tempfile.NamedTemporaryFile(dir=self._tmp, delete=False) as file:
-                try:
+            with self.scratch() as folder:  # which `sweep` finds if this process is killed
+                copy = folder / "copy"
+                with open(copy, "wb") as file:
                     for chunk in found["Body"].iter_chunks(_CHUNK):
                         file.write(chunk)
-                    file.close()
-                    os.chmod(file.name, 0o444)
-                    os.replace(file.name, path)  # whole or not at all
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+                os.chmod(copy, 0o444)
+                os.replace(copy, path)  # whole or not at all
 
         with self._speaking(name):
             fetch()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +143,22 @@ def test_a_copy_is_fetched_once(s3_uri: str) -> None:
     fetched = first.stat().st_ino
     assert store.local("objects/aa/some").stat().st_ino == fetched
     assert not first.stat().st_mode & 0o222
+
+
+def test_a_copy_whose_process_was_killed_half_way_is_swept(s3_uri: str, tmp_path: Path) -> None:
+    open_store(s3_uri).put_new("objects/aa/some", b"bytes")
+    script = (
+        "import os, sys; from infra.store import open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "store.local('objects/aa/some')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, s3_uri], check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.glob("cache/unclip/s3/*/tmp/*"))) == 1
+    store = open_store(s3_uri)
+    assert list(tmp_path.glob("cache/unclip/s3/*/tmp/*")) == []
+    assert store.local("objects/aa/some").read_bytes() == b"bytes"
 
 
 def test_a_store_that_is_only_looked_at_stays_empty(s3_uri: str) -> None:
