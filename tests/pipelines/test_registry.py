@@ -116,11 +116,17 @@ def test_the_pages_of_a_server_are_where_it_serves_them(
 
 
 @pytest.mark.slow
-def test_a_server_takes_a_folders_releases_too(tmp_path: Path) -> None:
+def test_a_server_takes_a_folders_releases_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = open_store(str(tmp_path / "store"))
     port = free_port()
-    append(store, "promote", FIRST)
+    head = append(store, "promote", FIRST)
     assert "not registered now" in registry.mirror(store, "line", f"http://127.0.0.1:{port}")
     with mlflow_server(f"sqlite:///{tmp_path}/server.db", port) as uri:
+        with monkeypatch.context() as environment:
+            environment.setenv("MLFLOW_TRACKING_URI", uri)
+            assert registry.anchor(store, "line") is None
         assert registry.mirror(store, "line", uri) == "model 'line', alias champion"
+        assert registry.tracking_uri(store, "line") == uri
+        assert registry.anchor(store, "line") == head.digest
         follow(open_store(str(tmp_path / "other")), uri)
