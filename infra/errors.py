@@ -7,7 +7,7 @@ class Refused(ValueError):
     """What was asked for is impossible; the message says what was wrong, where, and what to do.
 
     The command line prints it as one paragraph, without a traceback, and exits with `code`:
-    2 usage or input, 3 gate refused, 4 lease held by another, 5 a stage failed.
+    2 usage or input, 3 gate refused, 4 the ledger has moved on, 5 a stage failed.
     """
 
     code: int = 2

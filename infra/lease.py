@@ -33,28 +33,26 @@ TTL_S = 60.0
 
 @dataclass
 class Lease:
-    """A lease that is held (from `acquire`), or that another holds (from `held`)."""
+    """A lease that is held; `acquire` gives it."""
 
     store: Store
     key: str
     number: int
-    owner: str
     ttl_s: float
-    holder: Process
     beats: int = 0
+    """Renewals so far."""
 
     @classmethod
-    def acquire(cls, store: Store, key: str, ttl_s: float = TTL_S, owner: str = "") -> Lease | None:
-        """The lease of that key, or None while another holds it. owner: for people, who wonder who that is."""
+    def acquire(cls, store: Store, key: str, ttl_s: float = TTL_S) -> Lease | None:
+        """The lease of that key, or None while another holds it."""
         number, standing = _newest(store, key)
         if standing:
             return None
-        lease = cls(store, key, number + 1, owner, ttl_s, Process.this())
+        lease = cls(store, key, number + 1, ttl_s)
         document = {
             "schema_version": SCHEMA_VERSION,
-            "owner": owner,
             "ttl_s": ttl_s,
-            "holder": asdict(lease.holder),
+            "holder": asdict(Process.this()),
             "nonce": uuid.uuid4().hex,
         }
         return lease if store.put_new(lease._name(), canonical(document)) else None
@@ -106,36 +104,28 @@ class Lease:
         return f"leases/{self.key}/{self.number:08d}{suffix}.json"
 
 
-def held(store: Store, key: str) -> Lease | None:
-    """The lease that somebody holds now, or None."""
-    return _newest(store, key)[1]
-
-
-def _newest(store: Store, key: str) -> tuple[int, Lease | None]:
-    """The newest number (0: none yet), and its lease if that still stands."""
+def _newest(store: Store, key: str) -> tuple[int, bool]:
+    """The newest number (0: none yet), and whether its lease still stands."""
     signs: dict[int, datetime] = {}
     ended: set[int] = set()
-    beats = 0
     for entry in store.list(f"leases/{key}/"):
-        found = re.fullmatch(r"(\d{8})(?:\.(end)|\.beat-(\d+))?\.json", entry.name.rpartition("/")[2])
+        found = re.fullmatch(r"(\d{8})(?:\.(end)|\.beat-\d+)?\.json", entry.name.rpartition("/")[2])
         if not found:
             continue
         number = int(found[1])
         signs[number] = max(signs.get(number, entry.modified), entry.modified)
         if found[2]:
             ended.add(number)
-        beats = int(found[3] or 0)
     if not signs:
-        return 0, None
+        return 0, False
     number = max(signs)
     if number in ended:
-        return number, None
+        return number, False
     name = f"leases/{key}/{number:08d}.json"
     document = check_schema(json.loads(store.get(name)), name)
-    holder = Process(**document["holder"])
-    if holder.dead() or _now(store, key) - signs[number] > timedelta(seconds=document["ttl_s"]):
-        return number, None
-    return number, Lease(store, key, number, document["owner"], document["ttl_s"], holder, beats)
+    if Process(**document["holder"]).dead():
+        return number, False
+    return number, _now(store, key) - signs[number] <= timedelta(seconds=document["ttl_s"])
 
 
 def _now(store: Store, key: str) -> datetime:

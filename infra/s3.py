@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import boto3
 from botocore import exceptions as boto
 from botocore.config import Config
-from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from infra.errors import Refused
 from infra.manifest import canonical, digest
@@ -32,6 +31,7 @@ _SINGLE = 4 << 30
 _PART = 256 << 20
 _CHUNK = 1 << 20
 _MARKER = "store.json"
+_CONFLICT = "ConditionalRequestConflict"
 _BROKEN = (boto.ReadTimeoutError, boto.ResponseStreamingError, boto.IncompleteReadError, boto.ConnectionClosedError)
 _UNREACHABLE = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError, boto.SSLError)
 
@@ -39,6 +39,15 @@ _UNREACHABLE = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.Pro
 _again = retry(
     retry=retry_if_exception_type(_BROKEN),
     stop=stop_after_attempt(6),
+    wait=wait_random_exponential(multiplier=0.2, max=10),
+    reraise=True,
+)
+
+# S3's advice to one of two writers of a name whose requests meet: wait and begin again, an upload in parts from its
+# first part. By then the name is mostly taken.
+_settled = retry(
+    retry=retry_if_exception(lambda error: isinstance(error, boto.ClientError) and _code(error) == _CONFLICT),
+    stop=stop_after_attempt(8),
     wait=wait_random_exponential(multiplier=0.2, max=10),
     reraise=True,
 )
@@ -135,21 +144,17 @@ class S3Store:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._tmp.mkdir(parents=True, exist_ok=True)
 
         @_again
         def fetch() -> None:
             found = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
-            with tempfile.NamedTemporaryFile(dir=self._tmp, delete=False) as file:
-                try:
+            with self.scratch() as folder:  # which `sweep` finds if this process is killed
+                copy = folder / "copy"
+                with open(copy, "wb") as file:
                     for chunk in found["Body"].iter_chunks(_CHUNK):
                         file.write(chunk)
-                    file.close()
-                    os.chmod(file.name, 0o444)
-                    os.replace(file.name, path)  # whole or not at all
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+                os.chmod(copy, 0o444)
+                os.replace(copy, path)  # whole or not at all
 
         with self._speaking(name):
             fetch()
@@ -189,25 +194,29 @@ class S3Store:
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
+    @_settled
     def _put(self, client: Any, name: str, data: bytes | Path) -> bool:
         """One conditional PUT; False if the name is taken."""
-        for _ in range(8):
-            try:
-                if isinstance(data, bytes):
-                    client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
-                else:
-                    with open(data, "rb") as file:
-                        client.put_object(Bucket=self.bucket, Key=self._key(name), Body=file, IfNoneMatch="*")
-                return True
-            except boto.ClientError as error:
-                if _code(error) in ("PreconditionFailed", "412"):
-                    return False
-                if _code(error) != "ConditionalRequestConflict":  # else: a put of the same name is under way
-                    raise
-        raise Refused(f"store {self.uri}: others kept writing {name}; run again", code=5)
+        try:
+            if isinstance(data, bytes):
+                client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
+            else:
+                with open(data, "rb") as file:
+                    client.put_object(Bucket=self.bucket, Key=self._key(name), Body=file, IfNoneMatch="*")
+            return True
+        except boto.ClientError as error:
+            if _code(error) in ("PreconditionFailed", "412"):
+                return False
+            raise
 
+    @_settled
     def _put_parts(self, name: str, path: Path) -> bool:
-        """As `_put`. Servers that know If-None-Match in whole PUTs alone do no harm: such names are digests."""
+        """As `_put`, for a file too large for one PUT.
+
+        A server may know If-None-Match in whole PUTs (which `check` tries) and ignore it where parts are joined. Then
+        the last of two concurrent writers wins, and it does no harm: an object's name is its digest, and a checkpoint's
+        has the number of a lease, which one writer holds.
+        """
         if self.exists(name):
             return False
         place = {"Bucket": self.bucket, "Key": self._key(name)}
@@ -268,6 +277,8 @@ class S3Store:
                         f"{where}: access denied ({_code(error)}{f' for {name}' if name else ''}). It needs listing, "
                         "reading and writing; check the credentials and the bucket's policy."
                     ) from error
+                case "ConditionalRequestConflict":
+                    raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
                 case "MethodNotAllowed" | "NotImplemented":
                     raise Refused(f"{where}: its server cannot do this ({error}).") from error
             raise Refused(f"{where}: {error}", code=5) from error

@@ -299,7 +299,7 @@ def _advice(error: OSError) -> str:
     said = error.strerror or str(error)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return f"{said}. Make room (unclip data gc), then run again: what is done stays done."
+            return f"{said}. Make room there, then run again: what is done stays done."
         case errno.EACCES | errno.EROFS:
             return f"{said}. Make the folder writable, or choose another with --store."
         case errno.EPERM | errno.EOPNOTSUPP | errno.EMLINK:

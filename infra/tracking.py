@@ -39,10 +39,11 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 def default_uri(store_uri: str) -> str:
     """Where a store's runs are tracked when no server is named: SQLite in the store's folder.
 
-    SQLite cannot lie in S3: for such a store it lies in the user's state folder.
+    SQLite cannot lie in S3: for such a store it lies in the user's state folder, and is one however the URI is written.
     """
     if store_uri.startswith("s3://"):
-        folder = _state() / "mlflow" / _short(store_uri)
+        bucket, _, prefix = store_uri.removeprefix("s3://").partition("/")
+        folder = _state() / "mlflow" / _short(f"s3://{bucket}/{prefix.strip('/')}".rstrip("/"))
     else:
         folder = Path(store_uri.removeprefix("file://")).expanduser().absolute() / "mlflow"
     return f"sqlite:///{folder / 'mlflow.db'}"

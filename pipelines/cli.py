@@ -113,10 +113,14 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
     store: StoreOption = "./store",
 ) -> None:
-    """Serves MLflow's pages on the store's tracking database."""
-    from infra.tracking import default_uri
+    """Serves MLflow's pages on the store's tracking database, or says where its server has them."""
+    from pipelines.registry import tracking_uri
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store)
+    with _opened(store) as opened:
+        uri = tracking_uri(opened)
+    if uri.startswith(("http://", "https://")):
+        _say(f"MLflow's pages are at {uri}")
+        return
     command = [
         sys.executable,
         "-m",

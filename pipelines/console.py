@@ -43,7 +43,7 @@ class _Row:
 
 
 class Console:
-    """Thread-safe; `with console:` around a run. `quiet` leaves only notes and failures."""
+    """Thread-safe; `with console:` around a run."""
 
     def __init__(self, stages: Sequence[str], terminal: Terminal | None = None) -> None:
         self.terminal = terminal or Terminal(highlight=False)

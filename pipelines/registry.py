@@ -6,6 +6,7 @@ Beside infra/tracking.py the only file that imports mlflow.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,12 +14,27 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import SCHEMA_VERSION, canonical, digest, object_name
+from infra.manifest import SCHEMA_VERSION, canonical, check_schema, digest, object_name
 from infra.store import Store
 from infra.tracking import check_server, database_folder, default_uri, open_client
 
 ALIAS = "champion"
 _HEAD, _NUMBER, _RELEASE = "unclip.ledger.head", "unclip.ledger.number", "unclip.release"
+
+
+def tracking_uri(store: Store, name: str = "") -> str:
+    """The MLflow that a person means who names none: the environment's, else the one that knows the ledger `name`.
+
+    The last is where `mirror` registered it most recently (without a name: any ledger of the store), which may come
+    from a recipe; where there is no such note, the store's default. Passwords are not noted: a server that asks for one
+    takes it from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or from MLFLOW_TRACKING_URI.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    notes = store.list(f"mirrors/{name}/" if name else "mirrors/")
+    newest = max(notes, key=lambda note: (note.modified, note.name), default=None)
+    noted = check_schema(json.loads(store.get(newest.name)), newest.name)["tracking"] if newest else None
+    return noted or default_uri(store.uri)
 
 
 def mirror(store: Store, name: str, uri: str) -> str:
@@ -40,21 +56,27 @@ def mirror(store: Store, name: str, uri: str) -> str:
     except (Refused, _mlflow_error(), OSError) as error:
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
         return f"not registered now ({reason}); the ledger holds, and the next run tries again"
-    store.put_new(done, canonical({"schema_version": SCHEMA_VERSION, "head": head.digest, "tracking": _place(uri)}))
+    # The store's own database moves with it and is another on each machine: it is noted as none.
+    tracking = None if uri == default_uri(store.uri) else _place(uri)
+    store.put_new(done, canonical({"schema_version": SCHEMA_VERSION, "head": head.digest, "tracking": tracking}))
     return said
 
 
 def anchor(store: Store, name: str) -> str | None:
-    """The digest of the ledger's head as MLflow noted it, or None where it has noted none or does not answer."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store.uri)
+    """The digest of the ledger's head as MLflow noted it, None where it has noted none; Refused if it cannot say."""
+    uri = tracking_uri(store, name)
     folder = database_folder(uri)
     if folder is not None and not (folder / "mlflow.db").exists():
         return None
+    check_server(uri)  # before MLflow is imported, which takes seconds
+    from mlflow.exceptions import MlflowException
+
     try:
-        check_server(uri)
         return open_client(uri).get_model_version_by_alias(name, ALIAS).tags.get(_HEAD)
-    except (Refused, _mlflow_error()):
-        return None
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model; no such alias
+            return None
+        raise Refused(f"MLflow at {_place(uri)} cannot say what it noted ({error})", code=5) from error
 
 
 def _bring_up(client: Any, store: Store, name: str, head: Entry) -> None:
@@ -99,5 +121,7 @@ def _source(store: Store, version: str) -> str:
 
 def _place(uri: str) -> str:
     """The URI without a password."""
+    if database_folder(uri) is not None:
+        return uri  # a path, in which an @ is an @
     scheme, _, rest = uri.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}"

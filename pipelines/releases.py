@@ -104,7 +104,12 @@ def verify(store: Store, name: str) -> str:
     from pipelines import registry
 
     ledger = Ledger(store, name)
-    anchor = registry.anchor(store, name)
+    try:
+        anchor = registry.anchor(store, name)
+        against = "and MLflow noted one of them as the head" if anchor else "and MLflow has noted no head to compare"
+    except Refused as error:
+        reason = str(error).partition(". ")[0]
+        anchor, against = None, f"not compared with the head that MLflow may have noted ({reason})"
     length = ledger.verify(anchor or "")
     if not length:
         raise Refused(f"no release of {name!r} was promoted in {store.uri}; its lines: {_lines(store)}")
@@ -117,7 +122,6 @@ def verify(store: Store, name: str) -> str:
             raise Refused(f"{error}: a release of {name} is incomplete", code=5) from error
         if found != sha256:
             raise Refused(f"{object_name(sha256)} was altered: its SHA-256 is {found[:12]}…", code=5)
-    against = "and its head is the one that MLflow noted" if anchor else "and MLflow has noted no head to compare with"
     return (
         f"{name}: {length} ledger entries are chained, {against}; {len(checked)} files of {len(releases)} releases are "
         "whole"
@@ -193,7 +197,6 @@ def _lines(store: Store) -> str:
 
 
 def _mirror(store: Store, name: str) -> str:
-    from infra.tracking import default_uri
     from pipelines import registry
 
-    return registry.mirror(store, name, os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store.uri)) + "."
+    return registry.mirror(store, name, registry.tracking_uri(store, name)) + "."

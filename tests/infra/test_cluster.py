@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from infra.cluster import connect, submit
 from infra.errors import Refused
 from infra.monitor import NullMonitor
 from infra.tracking import default_uri, open_client
+from pipelines import recipe, workflow
+from pipelines.execute import needs_of
 from tests.fixtures.s3 import free_port
 
 RUN = """
@@ -53,6 +56,49 @@ disconnect()
 print(json.dumps({"board": board, "cpus": info.cpus, "local": info.local, "again": again == info, "job": status,
                   "closed": closed, "dashboard": info.dashboard, "left": ray.is_initialized()}))
 """
+
+
+SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "ray_cluster.yaml").read_text())["spec"]
+
+
+def pods() -> list[tuple[int, int, dict[str, float]]]:
+    """Of each group of workers: the fewest pods, the most, and what one of them has."""
+    found = []
+    for group in SHIPPED["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        asked = container["resources"]["requests"]
+        has = {"CPU": float(asked["cpu"]), "GPU": float(asked.get("nvidia.com/gpu", 0))}
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        found.append((group["minReplicas"], group["maxReplicas"], has))
+    return found
+
+
+def fits(name: str) -> list[object]:
+    inputs = workflow.Inputs("list.parquet", ("0" * 64,), str(recipe.FOLDER / "prompts.jsonl"), None)
+    return [stage for stage in workflow.stages(recipe.load(name), inputs) if stage.kind == "fit"]
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_the_shipped_cluster_can_grow_to_hold_every_fit_of_a_shipped_recipe(name: str) -> None:
+    assert SHIPPED["enableInTreeAutoscaling"]
+    for stage in fits(name):
+        for resource, amount in needs_of(stage).items():
+            assert amount <= sum(most * has[resource] for _, most, has in pods()), (stage, resource)
+        assert workers(stage, most=True) >= stage.how.workers, stage
+
+
+def test_the_shipped_cluster_at_its_smallest_holds_every_fit_of_laion_art() -> None:
+    for stage in fits("laion-art"):
+        assert workers(stage, most=False) >= stage.how.workers, stage
+
+
+def workers(stage: object, *, most: bool) -> int:
+    """How many workers of a fit find room, each whole in one pod, in the largest or the smallest cluster."""
+    need = {resource: amount for resource, amount in {"CPU": stage.how.cpus, "GPU": stage.how.gpus}.items() if amount}
+    return sum(
+        (upper if most else lower) * int(min(has[resource] / amount for resource, amount in need.items()))
+        for lower, upper, has in pods()
+    )
 
 
 @pytest.mark.ray

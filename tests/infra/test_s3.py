@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import pytest
+from botocore.awsrequest import AWSResponse
 
 import infra.s3
 from infra.errors import Refused
@@ -70,6 +77,65 @@ def test_a_file_larger_than_one_put_takes_goes_in_parts(
     assert not store.put_new("objects/large", tmp_path / "large")
 
 
+@contextmanager
+def conflicts(store: infra.s3.S3Store, operation: str, times: int) -> Iterator[list[str]]:
+    """The first `times` requests of an operation are answered with S3's 409 on the wire, and do not reach the server.
+
+    Yields the methods of those requests. (The test server never answers so itself.)
+    """
+    answered: list[str] = []
+
+    class Raw(io.BytesIO):
+        def stream(self, *_: Any, **__: Any) -> Iterator[bytes]:
+            yield self.read()
+
+    def answer(request: Any, **_: Any) -> AWSResponse | None:
+        if len(answered) >= times:
+            return None
+        answered.append(request.method)
+        body = b"<Error><Code>ConditionalRequestConflict</Code><Message>conflict</Message></Error>"
+        return AWSResponse(request.url, 409, {"Content-Type": "application/xml"}, Raw(body))
+
+    events, event = store._client.meta.events, f"before-send.s3.{operation}"
+    events.register(event, answer)
+    try:
+        yield answered
+    finally:
+        events.unregister(event, answer)
+
+
+def test_two_puts_that_meet_are_settled_after_a_wait(s3_uri: str, tmp_path: Path, monkeypatch) -> None:
+    store = open_store(s3_uri)
+    assert isinstance(store, infra.s3.S3Store)
+    with conflicts(store, "PutObject", 2) as answered:
+        assert store.put_new("objects/small", b"bytes")
+    assert answered == ["PUT", "PUT"]
+    waits: list[float] = []
+    monkeypatch.setattr(infra.s3.S3Store._put.retry, "sleep", waits.append)  # type: ignore[attr-defined]
+    with conflicts(store, "PutObject", 100) as answered, pytest.raises(Refused, match="others kept writing") as refused:
+        store.put_new("objects/other", b"bytes")
+    assert refused.value.code == 5
+    assert len(answered) == 8
+    assert len(waits) == 7
+    assert 0 < sum(waits) <= 70
+
+
+def test_an_upload_in_parts_that_meets_another_begins_again(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infra.s3, "_SINGLE", 6 << 20)
+    monkeypatch.setattr(infra.s3, "_PART", 5 << 20)
+    (tmp_path / "large").write_bytes(os.urandom((6 << 20) + 7))
+    store = open_store(s3_uri)
+    assert isinstance(store, infra.s3.S3Store)
+    with conflicts(store, "CompleteMultipartUpload", 1) as answered:
+        assert store.put_new("checkpoints/large", tmp_path / "large")
+    assert answered == ["POST"]
+    assert store.local("checkpoints/large").read_bytes() == (tmp_path / "large").read_bytes()
+    left = boto3.client("s3", endpoint_url=store.endpoint).list_multipart_uploads(Bucket=store.bucket)
+    assert left.get("Uploads", []) == []
+
+
 def test_a_copy_is_fetched_once(s3_uri: str) -> None:
     store = open_store(s3_uri)
     store.put_new("objects/aa/some", b"bytes")
@@ -77,6 +143,22 @@ def test_a_copy_is_fetched_once(s3_uri: str) -> None:
     fetched = first.stat().st_ino
     assert store.local("objects/aa/some").stat().st_ino == fetched
     assert not first.stat().st_mode & 0o222
+
+
+def test_a_copy_whose_process_was_killed_half_way_is_swept(s3_uri: str, tmp_path: Path) -> None:
+    open_store(s3_uri).put_new("objects/aa/some", b"bytes")
+    script = (
+        "import os, sys; from infra.store import open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "store.local('objects/aa/some')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, s3_uri], check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.glob("cache/unclip/s3/*/tmp/*"))) == 1
+    store = open_store(s3_uri)
+    assert list(tmp_path.glob("cache/unclip/s3/*/tmp/*")) == []
+    assert store.local("objects/aa/some").read_bytes() == b"bytes"
 
 
 def test_a_store_that_is_only_looked_at_stays_empty(s3_uri: str) -> None:

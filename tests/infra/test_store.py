@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.store import LocalStore, NotFound, open_store
+from pipelines import cli
 
 
 def test_what_was_put_is_read_back_whole_and_in_part(store_uri: str) -> None:
@@ -170,3 +172,16 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path: Path) -
         open_store(str(tmp_path))
         assert list((tmp_path / "tmp").iterdir()) == [alive]
         assert (alive / "file").read_bytes() == b"x"
+
+
+def test_every_command_that_a_message_advises_exists() -> None:
+    groups = {"data": cli.data, "releases": cli.releases}
+    known = {f"{group} {command.name}" for group, app in groups.items() for command in app.registered_commands}
+    sources = "".join(
+        path.read_text()
+        for floor in ("infra", "pipelines", "training")
+        for path in (Path(__file__).parents[2] / floor).glob("*.py")
+    )
+    advised = set(re.findall(r"unclip ((?:data|releases) [a-z]+)", sources))
+    assert advised
+    assert advised <= known

@@ -145,5 +145,7 @@ def test_the_default_database_lies_in_the_store_and_for_s3_in_the_users_state(
     in_state = default_uri("s3://bucket/prefix")
     assert in_state.startswith(f"sqlite:///{tmp_path}/state/unclip/")
     assert in_state != default_uri("s3://bucket/other")
+    assert in_state == default_uri("s3://bucket/prefix/")
+    assert default_uri("s3://bucket") == default_uri("s3://bucket/")
     assert spool_folder("http://host:5000").is_relative_to(tmp_path / "state" / "unclip")
     assert spool_folder(in_state).parent == Path(in_state.removeprefix("sqlite:///")).parent

@@ -8,9 +8,10 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
+from infra.manifest import Action, Manifest, Record, commit
 from infra.store import Store, open_store
 from infra.tracking import default_uri, open_client
-from pipelines import registry
+from pipelines import cli, registry, releases
 from tests.fixtures.mlflow import mlflow_server
 from tests.fixtures.s3 import free_port
 
@@ -52,12 +53,80 @@ def test_the_alias_follows_promotions_and_rollbacks(tmp_path: Path, monkeypatch:
         Ledger(store, "line").verify(registry.anchor(store, "line") or "")
 
 
+def released(store: Store, text: str) -> str:
+    """The version of a bundle of one small file."""
+    action = Action("bundle/1", {"text": text}, ())
+    with store.scratch() as out:
+        (out / "release.json").write_text(text)
+        record = commit(store, action, Record.of(action, out), out)
+    return Manifest(action, (record,)).save(store)
+
+
+def test_what_is_done_by_hand_reaches_the_mlflow_that_the_recipe_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = open_store(str(tmp_path / "store"))
+    good, bad = released(store, "good"), released(store, "bad")
+    named = f"sqlite:///{tmp_path}/a@b/mlflow.db"
+    for version in (good, bad):
+        append(store, "promote", version)
+        registry.mirror(store, "line", named)
+    releases.rollback(store, "line", "it draws squares only")
+    champion = open_client(named).get_model_version_by_alias("line", "champion")
+    assert champion.tags["unclip.release"] == good
+    assert "MLflow noted one of them as the head" in releases.verify(store, "line")
+    assert not (tmp_path / "store" / "mlflow").exists()
+
+
+def test_the_environment_goes_before_the_note_and_the_stores_own_database_moves_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = open_store(str(tmp_path / "store"))
+    append(store, "promote", FIRST)
+    registry.mirror(store, "line", default_uri(store.uri))
+    moved = open_store(str((tmp_path / "store").rename(tmp_path / "moved")))
+    assert registry.tracking_uri(moved, "line") == registry.tracking_uri(moved) == default_uri(moved.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert registry.tracking_uri(moved, "line") == "http://host:5000"
+
+
+def test_a_server_that_does_not_answer_is_not_one_that_noted_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    append(store, "promote", released(store, "good"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "MLflow has noted no head" in releases.verify(store, "line")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(Refused, match="does not answer"):
+        registry.anchor(store, "line")
+    said = releases.verify(store, "line")
+    assert "does not answer" in said
+    assert "has noted no head" not in said
+
+
+def test_the_pages_of_a_server_are_where_it_serves_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    cli.ui(store=str(tmp_path / "store"))
+    assert "http://host:5000" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_a_server_takes_a_folders_releases_too(tmp_path: Path) -> None:
+def test_a_server_takes_a_folders_releases_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = open_store(str(tmp_path / "store"))
     port = free_port()
-    append(store, "promote", FIRST)
+    head = append(store, "promote", FIRST)
     assert "not registered now" in registry.mirror(store, "line", f"http://127.0.0.1:{port}")
     with mlflow_server(f"sqlite:///{tmp_path}/server.db", port) as uri:
+        with monkeypatch.context() as environment:
+            environment.setenv("MLFLOW_TRACKING_URI", uri)
+            assert registry.anchor(store, "line") is None
         assert registry.mirror(store, "line", uri) == "model 'line', alias champion"
+        assert registry.tracking_uri(store, "line") == uri
+        assert registry.anchor(store, "line") == head.digest
         follow(open_store(str(tmp_path / "other")), uri)
