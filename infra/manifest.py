@@ -7,7 +7,7 @@ changes nothing behind it. A record is written last and never overwritten: it is
 In the store:
     objects/<aa>/<sha256>                                  every file of every record, and manifest bodies
     records/<stage>-<version>/<spec digest>/<key>.<generation>.json
-    manifests/<stage>-<version>/<spec digest>/<version>.json    heads; the body is the object named <version>
+    manifests/<stage>-<version>/<spec digest>/<version>.<key, 16 digits>.json    heads; the body is object <version>
 """
 
 from __future__ import annotations

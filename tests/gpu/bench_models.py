@@ -3,7 +3,8 @@
     python -m tests.gpu.bench_models [--device cuda] [--batch 32] [--models karlo,base] [--steps 20]
 
 Needs torch alone. Each network is trained (forward and backward, no optimiser) in bfloat16 with channels-last weights
-and torch.compile, as a fit on one card would. FLOPs are those of matrix products and convolutions as torch counts them. Prints one line of JSON a network.
+and torch.compile, as a fit on one card would. FLOPs are those of matrix products and convolutions, as torch counts
+them. Prints one line of JSON a network.
 """
 
 from __future__ import annotations
