@@ -143,6 +143,7 @@ def test_two_runs_at_once_both_end_well_and_train_nothing_twice(tmp_path: Path) 
     for stage in ("clip", "prior"):
         assert len(list(opened.list(f"records/{stage}-1/"))) == 1
         assert runs.count(stage) == 1, runs
+        assert parallel.last_losses(store, stage) == 1
 
 
 def test_a_terminated_run_saves_its_fits_and_says_so(copy: Path) -> None:

@@ -35,6 +35,16 @@ def runs(store: Path) -> list[str]:
         return [name for (name,) in database.execute("select name from runs")]
 
 
+def last_losses(store: Path, stage: str) -> int:
+    """How often a stage's loss at its last step was reported: as often as it was trained to the end."""
+    query = (
+        "select count(*) from metrics m join runs r using (run_uuid) where r.name = ? and m.key = 'loss' and m.step = "
+        "(select max(step) from metrics n where n.run_uuid = m.run_uuid and n.key = 'loss')"
+    )
+    with sqlite3.connect(store / "mlflow" / "mlflow.db") as database:
+        return database.execute(query, (stage,)).fetchone()[0]
+
+
 def training(prepared: Path, store: Path, options: list[str]) -> float:
     """Seconds from the first trainer's start to the last one's end, on a copy of the prepared store."""
     shutil.rmtree(store, ignore_errors=True)
