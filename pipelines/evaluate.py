@@ -18,7 +18,7 @@ from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, canonical, object_name
 from infra.store import Store
 from pipelines.prompts import Chunk, Prompt, alternatives, chunks
-from pipelines.stage import plain
+from pipelines.stage import PoolHow, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,20 +68,6 @@ class EvaluateSpec:
                 raise Refused(f"evaluate.{name} is {value}; it must be a finite number, at least 0")
 
 
-@dataclass(frozen=True)
-class EvaluateHow:
-    """Who draws."""
-
-    actors: int = 0
-    """Processes, each with the whole release; 0: as many as the cluster's CPUs (or GPUs) hold."""
-    threads: int = 1
-    """Torch threads of each."""
-    cpus: float = 1
-    """CPUs that Ray reserves for each."""
-    gpus: float = 0
-    """GPUs that Ray reserves for each; with any, the models live on the first."""
-
-
 def function(name: str | None, what: str) -> Callable[..., Any] | None:
     """The function that "module:function" names; raises Refused where there is none."""
     if name is None:
@@ -101,7 +87,7 @@ class EvaluateSample:
     """Stage: a chunk of prompts → `samples.parquet`, a row a prompt, in their order."""
 
     spec: EvaluateSpec
-    how: EvaluateHow
+    how: PoolHow
     prompts: tuple[Prompt, ...] = field(repr=False)
     name: str = "evaluate-sample"
     group: str = "evaluate"
@@ -148,7 +134,7 @@ class Evaluate:
     """Stage: all samples → `scores.json` and picture grids."""
 
     spec: EvaluateSpec
-    how: EvaluateHow
+    how: PoolHow
     name: str = "evaluate"
     group: str = "evaluate"
     version: int = 1

@@ -23,11 +23,12 @@ import yaml
 from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION
 from pipelines.download import DownloadHow, DownloadSpec
-from pipelines.embed import EmbedHow, EmbedSpec
-from pipelines.evaluate import EvaluateHow, EvaluateSpec
+from pipelines.embed import EmbedSpec
+from pipelines.evaluate import EvaluateSpec
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.source import SourceHow, SourceSpec
+from pipelines.stage import PoolHow
 from training.job import CONFIGS, FitHow
 from unclip.cascade import Sampling
 from unclip.decoder import DecoderConfig
@@ -166,14 +167,14 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
 else:
     Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
     Download = _section("download", DownloadSpec, DownloadHow)
-    Embed = _section("embed", EmbedSpec, EmbedHow)
+    Embed = _section("embed", EmbedSpec, PoolHow)
     Clip = _section(
         "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(Pretrained)
     )
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
-    Evaluate = _section("evaluate", EvaluateSpec, EvaluateHow, drop={"prompts"}, prompts=_optional(str))
+    Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
 
 
 @dataclass(frozen=True)

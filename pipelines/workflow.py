@@ -12,8 +12,8 @@ from typing import Any
 from infra.errors import Refused
 from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.embed import Embed, EmbedHow, EmbedSpec
-from pipelines.evaluate import Evaluate, EvaluateHow, EvaluateSample, EvaluateSpec
+from pipelines.embed import Embed, EmbedSpec
+from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, part, said
@@ -21,7 +21,7 @@ from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
-from pipelines.stage import Stage, plain
+from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
 from training.job import CONFIGS, FitHow
 
@@ -118,14 +118,14 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     ]
     sampling = plain(recipe.sampling)
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
-    evaluate = part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, EvaluateHow)
+    evaluate = part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
         Look("filter", recipe.filter.rules),
         Select("filter", recipe.filter.rules),
         clip,
-        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
+        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
         Look("curate", recipe.curate.rules),
         Select("curate", recipe.curate.rules),
         Statistics(),
