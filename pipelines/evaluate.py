@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, canonical, object_name
+from infra.manifest import Action, Manifest, Record, canonical, digest_file, object_name
 from infra.store import Store
 from pipelines.prompts import Chunk, Prompt, alternatives, chunks
 from pipelines.stage import PoolHow, plain
@@ -82,6 +82,17 @@ def function(name: str | None, what: str) -> Callable[..., Any] | None:
     return found
 
 
+def code(name: str | None, what: str) -> str | None:
+    """SHA-256 of the file that holds that function; raises Refused where there is none."""
+    if name is None:
+        return None
+    function(name, what)
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    if file is None:
+        raise Refused(f"evaluate.{what} {name!r} lies in no file; name a module of Python code")
+    return digest_file(Path(file))
+
+
 @dataclass(frozen=True)
 class EvaluateSample:
     """Stage: a chunk of prompts → `samples.parquet`, a row a prompt, in their order."""
@@ -97,8 +108,8 @@ class EvaluateSample:
 
     def __post_init__(self) -> None:
         # At the start of a run, not after its hours of training.
-        function(self.spec.judge, "judge")
-        function(self.spec.reference, "reference")
+        code(self.spec.judge, "judge")
+        code(self.spec.reference, "reference")
 
     @property
     def shards(self) -> int:
@@ -106,10 +117,15 @@ class EvaluateSample:
         return -(-len(self.prompts) // self.spec.chunk)
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One a chunk, named by the chunk's contents, so that a longer list keeps what its start gave."""
+        """One a chunk, named by the chunk's contents, so that a longer list keeps what its start gave.
+
+        The files of judge and reference are in the key beside their names, since it is their code that decides.
+        """
         (bundle,) = inputs
+        files = {what: code(getattr(self.spec, what), what) for what in ("judge", "reference")}
+        spec = {**plain(self.spec), "code": files}
         for chunk in chunks(self.prompts, self.spec.chunk):
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (bundle.version, chunk.digest))
+            yield Action(f"{self.name}/{self.version}", spec, (bundle.version, chunk.digest))
 
     def setup(self) -> None:
         """Sets the number of threads; the release is loaded by the first `run`, which knows which one, and stays."""
@@ -133,17 +149,17 @@ class EvaluateSample:
 class Evaluate:
     """Stage: all samples → `scores.json` and picture grids."""
 
-    spec: EvaluateSpec
-    how: PoolHow
     name: str = "evaluate"
     group: str = "evaluate"
-    version: int = 1
+    version: int = 2
     needs: tuple[str, ...] = ("evaluate-sample", "bundle")
     kind: str = "driver"
+    spec: dict[str, Any] = field(default_factory=dict)
+    how: None = None
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(manifest.version for manifest in inputs))
+        """One in all; whatever was asked of the samples is in their version."""
+        yield Action(f"{self.name}/{self.version}", self.spec, tuple(manifest.version for manifest in inputs))
 
     def setup(self) -> None:
         """Nothing to set up."""

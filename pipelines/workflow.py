@@ -118,7 +118,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     ]
     sampling = plain(recipe.sampling)
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
-    evaluate = part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow)
+    prompts = read_prompts(inputs.prompts)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
@@ -131,8 +131,8 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Statistics(),
         *fits,
         bundle,
-        EvaluateSample(*evaluate, read_prompts(inputs.prompts)),
-        Evaluate(*evaluate),
+        EvaluateSample(part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow), prompts),
+        Evaluate(),
         Gate(recipe.gate, inputs.head),
         Promote(recipe.release.name, inputs.head),
         Report(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,25 @@ def test_the_same_prompts_are_not_drawn_again_and_a_longer_list_draws_what_is_ne
     assert todo(store, EvaluateSample(SPEC, PoolHow(), (*ASKED, *ASKED[:4])), released) == 2
 
 
+def test_another_code_of_judge_or_reference_draws_anew(store, released, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    module = tmp_path / "own.py"
+    module.write_text("def judge(picture, expected): return {'all': True}\ndef reference(prompts, seed, side): ...\n")
+
+    def keys(spec: EvaluateSpec) -> list[str]:
+        return [action.key for action in EvaluateSample(spec, PoolHow(), ASKED).actions(released)]
+
+    specs = EvaluateSpec("own:judge"), EvaluateSpec(reference="own:reference"), EvaluateSpec()
+    before = [keys(spec) for spec in specs]
+    assert [keys(spec) for spec in specs] == before
+    module.write_text(module.read_text().replace("True", "False"))
+    judge, reference, neither = (keys(spec) for spec in specs)
+    assert set(judge).isdisjoint(before[0])
+    assert set(reference).isdisjoint(before[1])
+    assert neither == before[2]
+
+
 def test_how_changes_no_byte(store, released, sampled):
     stage = EvaluateSample(SPEC, PoolHow(actors=3, cpus=0.5), ASKED)
     stage = pickle.loads(pickle.dumps(stage))
@@ -111,7 +131,7 @@ def test_how_changes_no_byte(store, released, sampled):
 
 @pytest.fixture(scope="module")
 def evaluated(store: Store, released: Manifest, sampled: Manifest) -> Manifest:
-    return make(store, Evaluate(SPEC, PoolHow()), sampled, released)
+    return make(store, Evaluate(), sampled, released)
 
 
 def test_scores_are_those_of_the_rows(store, released, rows, evaluated):
@@ -137,7 +157,7 @@ def test_grids_show_the_kept_pictures(store, rows, evaluated):
 def test_without_judge_and_reference_clip_alone_measures(store: Store, released: Manifest):
     spec = EvaluateSpec(chunk=2, tile=2)
     samples = make(store, EvaluateSample(spec, PoolHow(), (Prompt("a cat"), Prompt("a dog"))), released)
-    made = make(store, Evaluate(spec, PoolHow()), samples, released)
+    made = make(store, Evaluate(), samples, released)
     assert set(made.only.files) == {"scores.json", "grid-all.png"}
     assert set(made.only.facts["scores"]) == {"clip_score", "all.clip_score"}
 
@@ -149,6 +169,7 @@ def test_without_judge_and_reference_clip_alone_measures(store: Store, released:
         ({"judge": "pipelines.shapes.oracle:nothing"}, "cannot be imported"),
         ({"judge": "pipelines.shapes.oracle"}, "module:function"),
         ({"reference": "pipelines.shapes.world:COLOURS"}, "no function"),
+        ({"judge": "builtins:print"}, "lies in no file"),
         ({"chunk": 0}, "chunk"),
         ({"guidance": float("nan")}, "finite"),
     ],
