@@ -25,6 +25,7 @@ from infra.manifest import SCHEMA_VERSION
 from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.embed import EmbedSpec
 from pipelines.evaluate import EvaluateSpec
+from pipelines.fit import LoadHow, LoadSpec
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.source import SourceHow, SourceSpec
@@ -79,6 +80,8 @@ CLIP_TRAIN, PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
     _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "decoder", "upsampler")
 )
 
+PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
+
 
 @dataclass(frozen=True)
 class World:
@@ -111,15 +114,6 @@ class Select:
     """Rules, applied in order; a row is marked with the first that rejects it."""
 
     rules: Rules = ()
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """An open_clip model by name and pretrained tag."""
-
-    name: str
-    tag: str = ""
-    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,7 @@ else:
     Download = _section("download", DownloadSpec, DownloadHow)
     Embed = _section("embed", EmbedSpec, PoolHow)
     Clip = _section(
-        "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(Pretrained)
+        "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(PRETRAINED)
     )
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))

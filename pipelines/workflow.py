@@ -97,14 +97,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     made = models(recipe)
     if recipe.clip.pretrained:
         loaded = recipe.clip.pretrained
-        digest = ""
-        if loaded.file:
-            from infra.manifest import digest_file
-
-            if not Path(loaded.file).is_file():
-                raise Refused(f"clip.pretrained.file {loaded.file!r} is no file")
-            digest = digest_file(Path(loaded.file))
-        clip: Any = LoadClip(LoadSpec(loaded.name, "" if loaded.file else loaded.tag, digest), LoadHow(loaded.file))
+        clip: Any = LoadClip.of(part(loaded, LoadSpec), part(loaded, LoadHow))
     else:
         clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
