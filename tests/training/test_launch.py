@@ -108,7 +108,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(world, tmp_path):
 def test_a_fit_that_is_asked_to_stop_saves_and_stops_at_once(world, tmp_path, how):
     job = world.job("decoder", f"stopped-{how.workers}", **{**SHORT, "steps": 100_000})
     request_stop(world.store, job.key, 5)
-    with pytest.raises(Refused, match="^decoder stopped at step") as caught:
+    with pytest.raises(Refused, match=r"^decoder stopped at step") as caught:
         fit(job, how, world.store.uri, tmp_path, NullMonitor(), 5)
     assert caught.value.code == 5
     assert Checkpoints(world.store, job.key).newest().samples > 0
@@ -118,7 +118,7 @@ def test_a_fit_that_is_asked_to_stop_saves_and_stops_at_once(world, tmp_path, ho
 
 def test_a_fit_that_diverges_on_two_workers_is_not_started_again(world, tmp_path):
     job = world.job("prior", "diverged", **{**SHORT, "steps": 100, "lr": 1e30})
-    with pytest.raises(Refused, match="^the gradient was not finite in 50 steps in a row") as caught:
+    with pytest.raises(Refused, match=r"^the gradient was not finite in 50 steps in a row") as caught:
         fit(job, TWO, world.store.uri, tmp_path, NullMonitor(), 1)
     assert caught.value.code == 5
 
