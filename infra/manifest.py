@@ -232,8 +232,11 @@ class Manifest:
         return self.records[0]
 
     def save(self, store: Store) -> str:
-        """Writes body and head, and returns the version. Writing the same manifest twice changes nothing."""
-        store.put_new(object_name(self.version), self.body)
+        """Writes body and head, and returns the version. Writing the same manifest twice changes nothing.
+
+        Raises Refused, code 5, if the body's name holds other bytes.
+        """
+        put_object(store, self.version, self.body)
         head = {
             "schema_version": SCHEMA_VERSION,
             "action": self.action.document,
@@ -258,14 +261,21 @@ def object_name(sha256: str) -> str:
     return f"objects/{sha256[:2]}/{sha256}"
 
 
+def put_object(store: Store, sha256: str, data: bytes | Path) -> None:
+    """Puts the bytes of that SHA-256; raises Refused, code 5, if others lie under its name, which are damaged."""
+    if not store.put_new(object_name(sha256), data):
+        raise Refused(f"{object_name(sha256)} in store {store.uri} is damaged: delete it and run again", code=5)
+
+
 def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
     """Puts the record's files, then the record itself; returns the record that won.
 
-    Two runs may finish the same action: the first record stays, the other's copy is dropped.
+    Two runs may finish the same action: the first record stays, the other's copy is dropped. Raises Refused, code 5,
+    before there is a record, if a file's object is damaged.
     """
     record.check()
     for name, file in record.files.items():
-        store.put_new(object_name(file.sha256), out / name)
+        put_object(store, file.sha256, out / name)
     name = action.record_name(record.generation)
     if store.put_new(name, record.to_json(action)):
         return record

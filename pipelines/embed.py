@@ -23,7 +23,7 @@ from infra.manifest import Action, Block, Manifest, Record, object_name
 from infra.rows import KEPT, embedded
 from infra.store import Store
 from pipelines.select import selected
-from pipelines.stage import plain
+from pipelines.stage import PoolHow, plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,29 +55,11 @@ class EmbedSpec:
 
 
 @dataclass(frozen=True)
-class EmbedHow:
-    """Who embeds. Values are the same for the same number of threads on the same type of device."""
-
-    actors: int = 0
-    """Processes, each with a CLIP of its own; 0: as many as the cluster's CPUs (or GPUs) hold."""
-    threads: int = 1
-    """Torch threads of each."""
-    cpus: float = 1
-    """CPUs that Ray reserves for each."""
-    gpus: float = 0
-    """GPUs that Ray reserves for each; with any, CLIP lives on the first."""
-
-    def __post_init__(self) -> None:
-        if self.actors < 0 or self.threads < 1 or self.cpus < 0 or self.gpus < 0:
-            raise Refused("embed: threads must be at least 1, and actors, cpus and gpus not negative")
-
-
-@dataclass(frozen=True)
 class Embed:
     """Stage: each downloaded shard → `rows.parquet`; a block is a row group of at most 256 rows."""
 
     spec: EmbedSpec = field(default_factory=EmbedSpec)
-    how: EmbedHow = field(default_factory=EmbedHow)
+    how: PoolHow = field(default_factory=PoolHow)
     name: str = "embed"
     group: str = "embed"
     version: int = 1

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, canonical, object_name
+from infra.manifest import Action, Manifest, Record, canonical, digest_file, object_name
 from infra.store import Store
 from pipelines.prompts import Chunk, Prompt, alternatives, chunks
-from pipelines.stage import plain
+from pipelines.stage import PoolHow, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,20 +68,6 @@ class EvaluateSpec:
                 raise Refused(f"evaluate.{name} is {value}; it must be a finite number, at least 0")
 
 
-@dataclass(frozen=True)
-class EvaluateHow:
-    """Who draws."""
-
-    actors: int = 0
-    """Processes, each with the whole release; 0: as many as the cluster's CPUs (or GPUs) hold."""
-    threads: int = 1
-    """Torch threads of each."""
-    cpus: float = 1
-    """CPUs that Ray reserves for each."""
-    gpus: float = 0
-    """GPUs that Ray reserves for each; with any, the models live on the first."""
-
-
 def function(name: str | None, what: str) -> Callable[..., Any] | None:
     """The function that "module:function" names; raises Refused where there is none."""
     if name is None:
@@ -96,12 +82,23 @@ def function(name: str | None, what: str) -> Callable[..., Any] | None:
     return found
 
 
+def code(name: str | None, what: str) -> str | None:
+    """SHA-256 of the file that holds that function; raises Refused where there is none."""
+    if name is None:
+        return None
+    function(name, what)
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    if file is None:
+        raise Refused(f"evaluate.{what} {name!r} lies in no file; name a module of Python code")
+    return digest_file(Path(file))
+
+
 @dataclass(frozen=True)
 class EvaluateSample:
     """Stage: a chunk of prompts → `samples.parquet`, a row a prompt, in their order."""
 
     spec: EvaluateSpec
-    how: EvaluateHow
+    how: PoolHow
     prompts: tuple[Prompt, ...] = field(repr=False)
     name: str = "evaluate-sample"
     group: str = "evaluate"
@@ -111,8 +108,8 @@ class EvaluateSample:
 
     def __post_init__(self) -> None:
         # At the start of a run, not after its hours of training.
-        function(self.spec.judge, "judge")
-        function(self.spec.reference, "reference")
+        code(self.spec.judge, "judge")
+        code(self.spec.reference, "reference")
 
     @property
     def shards(self) -> int:
@@ -120,10 +117,15 @@ class EvaluateSample:
         return -(-len(self.prompts) // self.spec.chunk)
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One a chunk, named by the chunk's contents, so that a longer list keeps what its start gave."""
+        """One a chunk, named by the chunk's contents, so that a longer list keeps what its start gave.
+
+        The files of judge and reference are in the key beside their names, since it is their code that decides.
+        """
         (bundle,) = inputs
+        files = {what: code(getattr(self.spec, what), what) for what in ("judge", "reference")}
+        spec = {**plain(self.spec), "code": files}
         for chunk in chunks(self.prompts, self.spec.chunk):
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (bundle.version, chunk.digest))
+            yield Action(f"{self.name}/{self.version}", spec, (bundle.version, chunk.digest))
 
     def setup(self) -> None:
         """Sets the number of threads; the release is loaded by the first `run`, which knows which one, and stays."""
@@ -147,17 +149,17 @@ class EvaluateSample:
 class Evaluate:
     """Stage: all samples → `scores.json` and picture grids."""
 
-    spec: EvaluateSpec
-    how: EvaluateHow
     name: str = "evaluate"
     group: str = "evaluate"
-    version: int = 1
+    version: int = 2
     needs: tuple[str, ...] = ("evaluate-sample", "bundle")
     kind: str = "driver"
+    spec: dict[str, Any] = field(default_factory=dict)
+    how: None = None
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(manifest.version for manifest in inputs))
+        """One in all; whatever was asked of the samples is in their version."""
+        yield Action(f"{self.name}/{self.version}", self.spec, tuple(manifest.version for manifest in inputs))
 
     def setup(self) -> None:
         """Nothing to set up."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record
+from infra.manifest import Action, Manifest, Record, digest_file
 from infra.store import Store
 from pipelines.stage import plain
 from training.launch import FitHow, Job, discard, fit
@@ -90,12 +90,15 @@ class LoadHow:
     """Where a weights file lies; its digest is in the spec."""
 
     file: str = ""
-    cpus: float = 1
+    """A file of weights that open_clip can load; then the tag counts for nothing."""
 
 
 @dataclass(frozen=True)
 class LoadClip:
-    """Takes a CLIP from open_clip's hub or from a file and stores it as this pipeline's CLIP."""
+    """Takes a CLIP from open_clip's hub or from a file and stores it as this pipeline's CLIP.
+
+    It runs in the driver, where the file's digest was taken: the same path on another node may be another file.
+    """
 
     spec: LoadSpec
     how: LoadHow = field(default_factory=LoadHow)
@@ -103,7 +106,16 @@ class LoadClip:
     group: str = "clip"
     needs: tuple[str, ...] = ()
     version: int = 1
-    kind: str = "task"
+    kind: str = "driver"
+
+    @classmethod
+    def of(cls, spec: LoadSpec, how: LoadHow) -> LoadClip:
+        """The stage with the digest of the file, if one is given; raises Refused if it is none."""
+        if not how.file:
+            return cls(spec, how)
+        if not Path(how.file).is_file():
+            raise Refused(f"clip.pretrained.file {how.file!r} is no file")
+        return cls(replace(spec, tag="", sha256=digest_file(Path(how.file))), how)
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all; it reads no data."""
@@ -113,9 +125,11 @@ class LoadClip:
         """Nothing to set up."""
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        """Loads and saves it; raises Refused where hub or file do not give it."""
+        """Loads and saves it; raises Refused where hub or file do not give it, or the file is not the key's."""
         from unclip.clip import Clip
 
+        if self.spec.sha256 and digest_file(Path(self.how.file)) != self.spec.sha256:
+            raise Refused(f"{self.how.file} was changed while this run went on: run it again", code=5)
         clip = Clip.pretrained(self.spec.name, self.how.file or self.spec.tag)
         clip.save(out)
         return Record.of(action, out, facts={"fingerprint": clip.fingerprint})

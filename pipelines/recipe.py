@@ -23,11 +23,13 @@ import yaml
 from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION
 from pipelines.download import DownloadHow, DownloadSpec
-from pipelines.embed import EmbedHow, EmbedSpec
-from pipelines.evaluate import EvaluateHow, EvaluateSpec
+from pipelines.embed import EmbedSpec
+from pipelines.evaluate import EvaluateSpec
+from pipelines.fit import LoadHow, LoadSpec
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.source import SourceHow, SourceSpec
+from pipelines.stage import PoolHow
 from training.job import CONFIGS, FitHow
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling
@@ -79,6 +81,8 @@ CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
     _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler")
 )
 
+PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
+
 
 @dataclass(frozen=True)
 class World:
@@ -111,15 +115,6 @@ class Select:
     """Rules, applied in order; a row is marked with the first that rejects it."""
 
     rules: Rules = ()
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """An open_clip model by name and pretrained tag."""
-
-    name: str
-    tag: str = ""
-    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,15 +163,15 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
 else:
     Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
     Download = _section("download", DownloadSpec, DownloadHow)
-    Embed = _section("embed", EmbedSpec, EmbedHow)
+    Embed = _section("embed", EmbedSpec, PoolHow)
     Clip = _section(
-        "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(Pretrained)
+        "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(PRETRAINED)
     )
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
     ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
-    Evaluate = _section("evaluate", EvaluateSpec, EvaluateHow, drop={"prompts"}, prompts=_optional(str))
+    Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
 
 
 @dataclass(frozen=True)

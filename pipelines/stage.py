@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record
 from infra.store import Store
 
@@ -40,6 +42,28 @@ class Stage(Protocol):
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Does one action: files go to the empty folder `out`; returns `Record.of(action, out, …)` to be committed."""
         ...
+
+
+@dataclass(frozen=True)
+class PoolHow:
+    """Who does the actions of a stage of kind "actor". Values are the same for the same number of threads on the same
+    type of device."""
+
+    actors: int = 0
+    """Processes, each with the models of its own; 0: as many as the cluster's CPUs (or GPUs) hold."""
+    threads: int = 1
+    """Torch threads of each."""
+    cpus: float = 1
+    """CPUs that Ray reserves for each."""
+    gpus: float = 0
+    """GPUs that Ray reserves for each; with any, the models live on the first."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise Refused(f"threads is {self.threads}; it must be at least 1")
+        for name in ("actors", "cpus", "gpus"):
+            if getattr(self, name) < 0:
+                raise Refused(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 def plain(spec: Any) -> Any:

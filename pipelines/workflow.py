@@ -12,8 +12,8 @@ from typing import Any
 from infra.errors import Refused
 from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.embed import Embed, EmbedHow, EmbedSpec
-from pipelines.evaluate import Evaluate, EvaluateHow, EvaluateSample, EvaluateSpec
+from pipelines.embed import Embed, EmbedSpec
+from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, part, said
@@ -21,7 +21,7 @@ from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
-from pipelines.stage import Stage, plain
+from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
 from training.job import CONFIGS, FitHow
 
@@ -106,14 +106,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     made = models(recipe)
     if recipe.clip.pretrained:
         loaded = recipe.clip.pretrained
-        digest = ""
-        if loaded.file:
-            from infra.manifest import digest_file
-
-            if not Path(loaded.file).is_file():
-                raise Refused(f"clip.pretrained.file {loaded.file!r} is no file")
-            digest = digest_file(Path(loaded.file))
-        clip: Any = LoadClip(LoadSpec(loaded.name, "" if loaded.file else loaded.tag, digest), LoadHow(loaded.file))
+        clip: Any = LoadClip.of(part(loaded, LoadSpec), part(loaded, LoadHow))
     else:
         clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
@@ -130,21 +123,21 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     sampling = {"prior": chosen.prior.document(), "decoder": chosen.decoder.document()}
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
-    evaluate = part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, EvaluateHow)
+    prompts = read_prompts(inputs.prompts)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
         Look("filter", recipe.filter.rules),
         Select("filter", recipe.filter.rules),
         clip,
-        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
+        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
         Look("curate", recipe.curate.rules),
         Select("curate", recipe.curate.rules),
         Statistics(),
         *fits,
         bundle,
-        EvaluateSample(*evaluate, read_prompts(inputs.prompts)),
-        Evaluate(*evaluate),
+        EvaluateSample(part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow), prompts),
+        Evaluate(),
         Gate(recipe.gate, inputs.head),
         Promote(recipe.release.name, inputs.head),
         Report(),

@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A valid checkpoint: how far it is, what its writer said, and its files (read-only) by name."""
+    """A valid checkpoint: where it lies, how far it is, what its writer said, and its files (read-only) by name."""
 
+    place: str
     samples: int
     head: dict[str, Any]
     files: dict[str, Path]
@@ -64,10 +65,21 @@ class Checkpoints:
         """The newest checkpoint whose files are all there and intact; damaged ones are passed over with a warning."""
         for place in self._places():
             try:
-                return self._read(place)
+                return self.read(place)
             except (NotFound, Refused, ValueError, KeyError) as error:
                 log.warning("checkpoint %s is passed over: %s", place, error)
         return None
+
+    def read(self, place: str) -> Checkpoint:
+        """The checkpoint of that place; raises NotFound or Refused where it is not whole."""
+        document = check_schema(json.loads(self._store.get(place + MANIFEST)), place)
+        files = {}
+        for name, said in document["files"].items():
+            path = self._store.local(place + name)
+            if path.stat().st_size != said["bytes"] or digest_file(path) != said["sha256"]:
+                raise Refused(f"{name} is damaged")
+            files[name] = path
+        return Checkpoint(place, document["samples"], document["head"], files)
 
     def discard(self) -> None:
         """Removes every checkpoint of this fit, once its record is committed."""
@@ -79,16 +91,6 @@ class Checkpoints:
         ends = f"/{MANIFEST}"
         found = [entry.name for entry in self._store.list(self._root) if entry.name.endswith(ends)]
         return sorted((name.removesuffix(MANIFEST) for name in found), key=_age, reverse=True)
-
-    def _read(self, place: str) -> Checkpoint:
-        document = check_schema(json.loads(self._store.get(place + MANIFEST)), place)
-        files = {}
-        for name, said in document["files"].items():
-            path = self._store.local(place + name)
-            if path.stat().st_size != said["bytes"] or digest_file(path) != said["sha256"]:
-                raise Refused(f"{name} is damaged")
-            files[name] = path
-        return Checkpoint(document["samples"], document["head"], files)
 
     def _retain(self) -> None:
         """Keeps the newest two, and removes the rest and what killed writers left half-written before those."""

@@ -301,7 +301,7 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 class Feed:
-    """Micro-batches of some lanes, prepared ahead by a thread: `with Feed(...) as feed: feed.next(step, lane)`.
+    """Micro-batches of some lanes, prepared ahead by a thread: `with Feed(...) as feed: feed.next()`.
 
     They come in the order (step, lane of `lanes`) from `first_step` on; the seed of each is (seed, step, lane)'s.
     """

@@ -154,13 +154,14 @@ def _failure(job: Job, error: BaseException) -> Refused:
 def _worker(config: dict[str, Any]) -> tuple[str, int] | None:
     """What runs in each of Ray Train's workers; returns (message, exit code) of what was refused.
 
-    A lone worker returns its refusal, since Ray Train would start it again if it raised. Among several, one that
-    returned would leave the others waiting for it, so there it raises.
+    Ray Train would start again a worker that raised. So a worker returns what it alone, or every rank at the same step,
+    refused; a rank that returned by itself would leave the others waiting for it, so there it raises.
     """
     import ray.train
     import torch
 
     from training.loop import Stopped, train
+    from training.optim import Diverged
     from training.parallel import Group
     from unclip.errors import Refused as Impossible
 
@@ -174,7 +175,7 @@ def _worker(config: dict[str, Any]) -> tuple[str, int] | None:
     try:
         train(job, how, store, config["monitor"], lease=config["lease"], group=group, device=device, stop=stop)
     except (Refused, Impossible, Stopped) as error:
-        if group.ranks > 1:
+        if group.ranks > 1 and not isinstance(error, (Stopped, Diverged)):
             raise
         return str(error), getattr(error, "code", 5)
     return None

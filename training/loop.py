@@ -63,7 +63,7 @@ def train(
     config = job.config
     torch.set_num_threads(how.threads)
     checkpoints = Checkpoints(store, job.key, lease)
-    found = checkpoints.newest()
+    found = newest(checkpoints, group)
     if found and finished(found, job):
         return
     task = objective(job, store, device)
@@ -145,6 +145,14 @@ class State:
         moments = read_tensors(checkpoint.files["optimiser.safetensors"])
         self.optimiser.load(moments, checkpoint.head["updates"], checkpoint.head["skipped"])
         self.step = checkpoint.samples // self.config.batch
+
+
+def newest(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
+    """The newest checkpoint that is valid to rank 0, on every rank: two that went on from different ones would add up
+    the gradients of different weights. Raises NotFound or Refused on a rank that cannot read it."""
+    found = checkpoints.newest() if group.rank == 0 else None
+    place = group.agreed(found and found.place)
+    return checkpoints.read(place) if place and group.rank else found
 
 
 def save(checkpoints: Checkpoints, store: Store, state: State) -> None:

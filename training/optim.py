@@ -16,6 +16,10 @@ from training.parallel import Flat
 MAX_SKIPPED_IN_A_ROW = 50
 
 
+class Diverged(Refused):
+    """The gradient is not finite any more. It is the sum over the ranks, so all of them raise this at one step."""
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step 0, 1, …: linear warm-up, then constant or a cosine that would reach 0 at step `steps`."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -46,7 +50,7 @@ class Optimiser:
             self.skipped += 1
             self._in_a_row += 1
             if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise Refused(
+                raise Diverged(
                     f"the gradient was not finite in {self._in_a_row} steps in a row: training diverged. "
                     "Lower train.lr, or lengthen train.warmup.",
                     code=5,

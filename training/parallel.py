@@ -37,6 +37,14 @@ class Group:
         if self.ranks > 1:
             torch.distributed.all_reduce(vector)
 
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value (picklable, small), on every rank."""
+        if self.ranks == 1:
+            return value
+        told = [value]
+        torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
+
     def gather(self, features: Tensor) -> Tensor:
         """features [b, d] of every rank, in rank order, [ranks·b, d]; gradients flow back to where they came from."""
         return features if self.ranks == 1 else _Gather.apply(features, self.rank, self.ranks)

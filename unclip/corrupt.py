@@ -22,14 +22,6 @@ from unclip.filters import INTERPOLATIONS, extended, filtered, gaussian_kernel, 
 from unclip.jpeg import jpeg
 
 
-def blur_sigmas(seeds: Sequence[int], high: float = 0.6) -> Tensor:
-    """A blur for each sample, uniform in [0, high], from that sample's own seed; float32 [b]."""
-    if not 0 <= high < math.inf:
-        raise Refused(f"the largest σ of a blur must be a finite number, at least 0, not {high}")
-    draws = [int.from_bytes(hashlib.sha256(f"blur/{seed}".encode()).digest()[:8], "little") for seed in seeds]
-    return torch.tensor([draw / 2**64 * high for draw in draws], dtype=torch.float32)
-
-
 def gaussian_blur(images: Tensor, sigmas: Tensor, kernel: int = 3) -> Tensor:
     """images [b, c, h, w] blurred each by its own sigma [b] ≥ 0 (0 leaves it as it is), borders reflected.
 

@@ -68,6 +68,12 @@ def test_an_impossible_value_says_why(unclip: Run) -> None:
     refused(unclip("plan", "tiny", "--set", "prior.train.steps=0"), "train.steps is 0")
 
 
+@pytest.mark.parametrize("stage", ["embed", "evaluate"])
+@pytest.mark.parametrize("change", ["threads=0", "actors=-1", "cpus=-1", "gpus=-0.5"])
+def test_an_impossible_pool_of_actors_is_refused(unclip: Run, stage: str, change: str) -> None:
+    refused(unclip("plan", "tiny", "--set", f"{stage}.{change}"), change.replace("=", " is "))
+
+
 def test_a_set_without_a_value_shows_the_form(unclip: Run) -> None:
     refused(unclip("plan", "tiny", "--set", "prior.train.steps"), "key=value")
 

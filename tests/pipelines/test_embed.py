@@ -15,8 +15,9 @@ from infra.errors import Refused
 from infra.manifest import Action, Block, Manifest, Record, commit, object_name
 from infra.rows import INDEX, KEPT, embedded
 from infra.store import Store
-from pipelines.embed import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels
+from pipelines.embed import Embed, EmbedSpec, base, chosen_rows, load_clip, pixels
 from pipelines.select import Look, Select
+from pipelines.stage import PoolHow
 from tests.fixtures.stages import Data, clip, make
 
 
@@ -28,7 +29,7 @@ def seen(data: Data) -> tuple[Manifest, Manifest]:
 
 
 def stage(batch: int = 16, **how) -> Embed:
-    return Embed(EmbedSpec(base=32, batch=batch), EmbedHow(**how))
+    return Embed(EmbedSpec(base=32, batch=batch), PoolHow(**how))
 
 
 def rows(store: Store, record: Record) -> pa.Table:
@@ -197,5 +198,3 @@ def test_clip_is_loaded_once_a_process(data: Data, seen):
 def test_impossible_specs_are_refused(options):
     with pytest.raises(Refused, match="embed"):
         EmbedSpec(**options)
-    with pytest.raises(Refused, match="embed"):
-        EmbedHow(threads=0)

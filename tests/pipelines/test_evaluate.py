@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from infra.errors import Refused
 from infra.manifest import Manifest, object_name
 from infra.store import Store, open_store
 from pipelines import grids, scores
-from pipelines.evaluate import Evaluate, EvaluateHow, EvaluateSample, EvaluateSpec
+from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.prompts import Prompt
 from pipelines.release import open_release
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import prompts
+from pipelines.stage import PoolHow
 from tests.fixtures.release import bundle
 from tests.fixtures.stages import make, todo
 from unclip import UnCLIP
@@ -45,7 +47,7 @@ def released(store: Store) -> Manifest:
 
 @pytest.fixture(scope="module")
 def sampled(store: Store, released: Manifest) -> Manifest:
-    return make(store, EvaluateSample(SPEC, EvaluateHow(), ASKED), released)
+    return make(store, EvaluateSample(SPEC, PoolHow(), ASKED), released)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +96,31 @@ def test_zero_shot_asks_for_each_attribute_of_the_prompt(rows: list[dict]):
 
 
 def test_the_same_prompts_are_not_drawn_again_and_a_longer_list_draws_what_is_new(store, released, sampled):
-    assert todo(store, EvaluateSample(SPEC, EvaluateHow(), ASKED), released) == 0
-    assert todo(store, EvaluateSample(SPEC, EvaluateHow(), (*ASKED, *ASKED[:4])), released) == 2
+    assert todo(store, EvaluateSample(SPEC, PoolHow(), ASKED), released) == 0
+    assert todo(store, EvaluateSample(SPEC, PoolHow(), (*ASKED, *ASKED[:4])), released) == 2
+
+
+def test_another_code_of_judge_or_reference_draws_anew(store, released, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    module = tmp_path / "own.py"
+    module.write_text("def judge(picture, expected): return {'all': True}\ndef reference(prompts, seed, side): ...\n")
+
+    def keys(spec: EvaluateSpec) -> list[str]:
+        return [action.key for action in EvaluateSample(spec, PoolHow(), ASKED).actions(released)]
+
+    specs = EvaluateSpec("own:judge"), EvaluateSpec(reference="own:reference"), EvaluateSpec()
+    before = [keys(spec) for spec in specs]
+    assert [keys(spec) for spec in specs] == before
+    module.write_text(module.read_text().replace("True", "False"))
+    judge, reference, neither = (keys(spec) for spec in specs)
+    assert set(judge).isdisjoint(before[0])
+    assert set(reference).isdisjoint(before[1])
+    assert neither == before[2]
 
 
 def test_how_changes_no_byte(store, released, sampled):
-    stage = EvaluateSample(SPEC, EvaluateHow(actors=3, cpus=0.5), ASKED)
+    stage = EvaluateSample(SPEC, PoolHow(actors=3, cpus=0.5), ASKED)
     stage = pickle.loads(pickle.dumps(stage))
     stage.setup()
     action = next(stage.actions(released))
@@ -110,7 +131,7 @@ def test_how_changes_no_byte(store, released, sampled):
 
 @pytest.fixture(scope="module")
 def evaluated(store: Store, released: Manifest, sampled: Manifest) -> Manifest:
-    return make(store, Evaluate(SPEC, EvaluateHow()), sampled, released)
+    return make(store, Evaluate(), sampled, released)
 
 
 def test_scores_are_those_of_the_rows(store, released, rows, evaluated):
@@ -135,8 +156,8 @@ def test_grids_show_the_kept_pictures(store, rows, evaluated):
 
 def test_without_judge_and_reference_clip_alone_measures(store: Store, released: Manifest):
     spec = EvaluateSpec(chunk=2, tile=2)
-    samples = make(store, EvaluateSample(spec, EvaluateHow(), (Prompt("a cat"), Prompt("a dog"))), released)
-    made = make(store, Evaluate(spec, EvaluateHow()), samples, released)
+    samples = make(store, EvaluateSample(spec, PoolHow(), (Prompt("a cat"), Prompt("a dog"))), released)
+    made = make(store, Evaluate(), samples, released)
     assert set(made.only.files) == {"scores.json", "grid-all.png"}
     assert set(made.only.facts["scores"]) == {"clip_score", "all.clip_score"}
 
@@ -148,18 +169,19 @@ def test_without_judge_and_reference_clip_alone_measures(store: Store, released:
         ({"judge": "pipelines.shapes.oracle:nothing"}, "cannot be imported"),
         ({"judge": "pipelines.shapes.oracle"}, "module:function"),
         ({"reference": "pipelines.shapes.world:COLOURS"}, "no function"),
+        ({"judge": "builtins:print"}, "lies in no file"),
         ({"chunk": 0}, "chunk"),
         ({"guidance": float("nan")}, "finite"),
     ],
 )
 def test_impossible_evaluations_are_refused_before_anything_is_drawn(changes, reason):
     with pytest.raises(Refused, match=reason):
-        EvaluateSample(EvaluateSpec(**changes), EvaluateHow(), ASKED)
+        EvaluateSample(EvaluateSpec(**changes), PoolHow(), ASKED)
 
 
 def test_a_stage_that_travels_is_small():
-    assert len(pickle.dumps(EvaluateSample(SPEC, EvaluateHow(), ASKED * 100))) < 300_000
-    assert len(repr(EvaluateSample(SPEC, EvaluateHow(), ASKED * 100))) < 1000
+    assert len(pickle.dumps(EvaluateSample(SPEC, PoolHow(), ASKED * 100))) < 300_000
+    assert len(repr(EvaluateSample(SPEC, PoolHow(), ASKED * 100))) < 1000
 
 
 def test_evaluation_code_lies_below_no_world():

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
 HOW = FitHow(cpus=0.5)
+TWO = FitHow(workers=2, cpus=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +104,28 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(world, tmp_path):
     assert weights(tmp_path / "killed") == weights(tmp_path / "undisturbed")
 
 
-def test_a_fit_that_is_asked_to_stop_saves_and_stops(world, tmp_path):
-    job = world.job("decoder", "stopped", **{**SHORT, "steps": 100_000})
+@pytest.mark.parametrize("how", [HOW, TWO], ids=["one", "two"])
+def test_a_fit_that_is_asked_to_stop_saves_and_stops_at_once(world, tmp_path, how):
+    job = world.job("decoder", f"stopped-{how.workers}", **{**SHORT, "steps": 100_000})
     request_stop(world.store, job.key, 5)
-    with pytest.raises(Refused, match="stopped at step") as caught:
-        fit(job, HOW, world.store.uri, tmp_path, NullMonitor(), 5)
+    with pytest.raises(Refused, match=r"^decoder stopped at step") as caught:
+        fit(job, how, world.store.uri, tmp_path, NullMonitor(), 5)
     assert caught.value.code == 5
     assert Checkpoints(world.store, job.key).newest().samples > 0
     discard(world.store, job.key)
     assert list(world.store.list(f"checkpoints/{job.key}/")) == []
 
 
+def test_a_fit_that_diverges_on_two_workers_is_not_started_again(world, tmp_path):
+    job = world.job("prior", "diverged", **{**SHORT, "steps": 100, "lr": 1e30})
+    with pytest.raises(Refused, match=r"^the gradient was not finite in 50 steps in a row") as caught:
+        fit(job, TWO, world.store.uri, tmp_path, NullMonitor(), 1)
+    assert caught.value.code == 5
+
+
 def test_two_workers_see_the_batch_that_one_would_see(world, tmp_path):
     job = world.job("prior", "two", **SHORT)
-    two = FitHow(workers=2, cpus=0.5)
-    facts = fit(job, two, world.store.uri, tmp_path / "two", NullMonitor(), 1)
+    facts = fit(job, TWO, world.store.uri, tmp_path / "two", NullMonitor(), 1)
     train_local(world.job("prior", "one", **SHORT), HOW, world.store, tmp_path / "one", NullMonitor())
     assert facts["samples"] == 72
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from infra.errors import Refused
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints
-from training.job import FitHow
+from training.job import FitHow, Job
 from training.launch import train_local
 from training.loop import Stopped
 from training.objectives import objective
@@ -24,6 +24,15 @@ from unclip.folder import load_model, read_json
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
 HOW = FitHow(checkpoint_seconds=1000)
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "prior": ("prior", {}, {}),
+    "ar_prior": ("ar_prior", {}, {}),
+    "decoder": ("decoder", {}, {}),
+    "upsampler": ("upsampler", {}, {}),
+    "clip": ("clip", {}, {}),  # a ResNet, whose batch norms have statistics, on the whole batch
+    "muon": ("decoder", {"dropout": 0.2}, {"muon": 0.02, "bfloat16_convolutions": True}),
+}
+"""Kind, changes of the model and training options of each way to train."""
 
 
 @dataclass
@@ -54,25 +63,32 @@ def stopping_after(steps: int) -> Any:
     return lambda: next(asked, None) is None
 
 
+def case(world: Tiny, name: str, key: str) -> Job:
+    """A short fit of `CASES`."""
+    kind, model, train = CASES[name]
+    job = world.job(kind, f"{key}-{name}", **{**SHORT, **train})
+    return replace(job, model={**job.model, **model})
+
+
 @pytest.fixture(scope="module")
 def undisturbed(world: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     made = {}
-    for kind in ("prior", "ar_prior", "decoder", "upsampler"):
-        out = tmp_path_factory.mktemp(kind)
-        train_local(world.job(kind, f"undisturbed-{kind}", **SHORT), HOW, world.store, out, Seen())
-        made[kind] = contents(out)
+    for name in CASES:
+        out = tmp_path_factory.mktemp(name)
+        train_local(case(world, name, "undisturbed"), HOW, world.store, out, Seen())
+        made[name] = contents(out)
     return made
 
 
-@pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler"])
-def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path, kind):
-    job = world.job(kind, f"interrupted-{kind}", **SHORT)
+@pytest.mark.parametrize("name", CASES)
+def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path, name):
+    job = case(world, name, "interrupted")
     for lease, more in enumerate((0, 4, 1), 1):
         with pytest.raises(Stopped):
             train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=lease, stop=stopping_after(more))
     assert Checkpoints(world.store, job.key).newest().samples == (1 + 5 + 2) * 6
     facts = train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=4)
-    assert contents(tmp_path) == undisturbed[kind]
+    assert contents(tmp_path) == undisturbed[name]
     assert facts["samples"] == 72
 
 
