@@ -18,10 +18,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.lease import Lease
 from infra.manifest import Action, Manifest, Record, canonical, commit
 from infra.store import Store
+from pipelines.admission import Admission, needs_of
 from pipelines.console import Console
 from pipelines.graph import Resolved, order, resolve
 from pipelines.stage import Stage
@@ -67,46 +68,6 @@ class ShardWorker:
         return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
 
 
-class Admission:
-    """Lets fits start while their CPUs and GPUs fit into the cluster, first come, first served."""
-
-    def __init__(self, cpus: float, gpus: float) -> None:
-        self.total = {"CPU": cpus, "GPU": gpus}
-        self.free = dict(self.total)
-        self.waiting: list[object] = []
-        self.changed = threading.Condition()
-
-    def check(self, name: str, need: dict[str, float]) -> None:
-        """Raises Refused where the cluster could never hold it: an error beats a wait without end."""
-        for resource, amount in need.items():
-            if amount > self.total[resource] + 1e-9:
-                raise Refused(
-                    f"{name} wants {amount:g} {resource}, and the cluster has {self.total[resource]:g}. "
-                    f"Ask for less (--set {name.replace('-', 's.', 1) if 'upsampler' in name else name}.workers=…) "
-                    "or connect to a larger cluster (--address)."
-                )
-
-    def enter(self, need: dict[str, float]) -> None:
-        """Blocks until it is this one's turn and its resources are free, and takes them."""
-        turn = object()
-        with self.changed:
-            self.waiting.append(turn)
-            self.changed.wait_for(
-                lambda: self.waiting[0] is turn and all(self.free[r] + 1e-9 >= n for r, n in need.items())
-            )
-            self.waiting.remove(turn)
-            for resource, amount in need.items():
-                self.free[resource] -= amount
-            self.changed.notify_all()
-
-    def leave(self, need: dict[str, float]) -> None:
-        """Gives them back."""
-        with self.changed:
-            for resource, amount in need.items():
-                self.free[resource] += amount
-            self.changed.notify_all()
-
-
 class Execution:
     """One run of the workflow over one store.
 
@@ -146,21 +107,20 @@ class Execution:
                 self._link = self._connect()
                 info = self._link[0]
                 self._admission = Admission(info.cpus, info.gpus)
-                for stage in self.stages:
-                    if stage.kind == "fit":
-                        self._admission.check(stage.name, needs_of(stage))
             return self._link
 
     def stop(self) -> None:
         """Begins no more work, and asks the fits that run to save a checkpoint and stop; `run` then raises Refused."""
         self._stopping.set()
+        if self._admission is not None:
+            self._admission.close()
         for key, lease in list(self._leases.items()):
             request_stop(self.store, key, lease)
 
     def _go_on(self) -> None:
-        """Raises Refused once a stop was asked for."""
+        """Raises Stopped once a stop was asked for."""
         if self._stopping.is_set():
-            raise Refused("stopped as asked", code=5)
+            raise Stopped("stopped as asked")
 
     def run(self, names: set[str]) -> dict[str, Manifest]:
         """Runs the stages named, each as soon as its inputs are there; the others are only looked up.
@@ -328,8 +288,10 @@ class Execution:
         _, monitor = self.link()
         assert self._admission is not None
         need = needs_of(stage)
+        self._admission.check(stage.name, need)
         self.console.state(stage.name, "waiting")
-        time.sleep(getattr(stage.how, "nice", 0))  # what gives way does so from the start: imports take both cores
+        self._stopping.wait(getattr(stage.how, "nice", 0))  # what gives way does so from the start: imports take cores
+        self._go_on()  # once the admission is there, so that a stop before that is not missed
         self._admission.enter(need)
         try:
             lease = None
@@ -381,9 +343,3 @@ def last_line(error: BaseException) -> str:
     """The last line of an error's text: of a remote traceback, the part that says what happened."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else "no message"
-
-
-def needs_of(stage: Any) -> dict[str, float]:
-    """CPUs and GPUs that a fit takes from the cluster."""
-    how = stage.how
-    return {"CPU": how.workers * how.cpus, "GPU": how.workers * how.gpus}

@@ -14,8 +14,9 @@ import pytest
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, commit
 from infra.store import Store, open_store
+from pipelines.admission import Admission, needs_of
 from pipelines.console import Console
-from pipelines.execute import Admission, Execution, needs_of
+from pipelines.execute import Execution
 from pipelines.graph import chosen, differences, order, resolve, why
 from pipelines.plan import plan
 from pipelines.stage import plain

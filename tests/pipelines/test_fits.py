@@ -1,0 +1,110 @@
+"""Fits as a run sees them: let in by their size, under a lease, stopped, settled. No Ray: they sleep and write a file."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra.errors import Refused, Stopped
+from infra.manifest import Action, Manifest, Record
+from infra.monitor import NullMonitor
+from infra.store import Store, open_store
+from pipelines.console import Console
+from pipelines.execute import Execution
+from pipelines.fit import FitSpec
+from training.launch import discard
+
+pytestmark = pytest.mark.timeout(60)  # a run that waits for ever is what several of these are about
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Leaves a checkpoint, works until `seconds` are over or it is asked to stop, as a real fit does, and writes."""
+
+    name: str
+    seconds: float = 0.0
+    cpus: float = 1
+    spec: FitSpec = field(default_factory=lambda: FitSpec({}, {}))
+    needs: tuple[str, ...] = ()
+    version: int = 1
+    kind: str = "fit"
+
+    @property
+    def group(self) -> str:
+        return self.name
+
+    @property
+    def how(self) -> Any:
+        return SimpleNamespace(workers=1, cpus=self.cpus, gpus=0, nice=0)
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        yield Action(f"{self.name}/1", {}, tuple(manifest.version for manifest in inputs))
+
+    def setup(self) -> None: ...
+
+    def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
+        store.put_new(f"checkpoints/{action.key}/000000000001-{lease}/manifest.json", b"{}")
+        until = time.monotonic() + self.seconds
+        while time.monotonic() < until:
+            if store.exists(f"checkpoints/{action.key}/stop-{lease}"):
+                raise Stopped("stopped at step 1")
+            time.sleep(0.02)
+        (out / "model").write_text(self.name)
+        return Record.of(action, out)
+
+    def settle(self, action: Action, store: Store) -> None:
+        discard(store, action.key)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def execution(store: Store, *stages: Any, monitor: Any = None) -> Execution:
+    """A run on a cluster of two CPUs and no GPU."""
+    link = SimpleNamespace(cpus=2, gpus=0), monitor or NullMonitor()
+    return Execution(store, stages, lambda: link, Console([]))
+
+
+def run(work: Execution) -> dict[str, Manifest]:
+    return work.run({stage.name for stage in work.stages})
+
+
+def soon(what: Callable[[], Any]) -> None:
+    """Waits until that is so."""
+    until = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def checkpoints(store: Store) -> list[str]:
+    return [entry.name for entry in store.list("checkpoints/")]
+
+
+def test_every_fit_too_large_for_the_cluster_is_refused_and_the_others_are_made(store: Store) -> None:
+    work = execution(store, Toy("prior", cpus=8), Toy("decoder", cpus=9), Toy("clip"))
+    with pytest.raises(Refused, match="and the cluster has 2"):
+        run(work)
+    assert set(work.failures) == {"prior", "decoder"}
+    assert [entry.name.split("/")[1] for entry in store.list("records/")] == ["clip-1"]
+
+
+def test_a_fit_too_large_for_the_cluster_does_not_bar_a_run_that_leaves_it_out(store: Store) -> None:
+    assert set(execution(store, Toy("clip"), Toy("decoder", cpus=8)).run({"clip"})) == {"clip"}
+
+
+def test_a_stop_reaches_the_fit_that_runs_and_the_one_that_waits_for_its_turn(store: Store) -> None:
+    work = execution(store, Toy("prior", 50, cpus=2), Toy("decoder", 50, cpus=2))
+    threading.Thread(target=lambda: (soon(lambda: checkpoints(store)), work.stop())).start()
+    with pytest.raises(Refused, match="goes on from there"):
+        run(work)
+    assert len(checkpoints(store)) == 2  # the checkpoint and the request to stop of the one that ran
