@@ -27,6 +27,7 @@ from pipelines.console import Console
 from pipelines.graph import Resolved, order, resolve
 from pipelines.stage import Stage
 from training.launch import request_stop
+from unclip.errors import Refused as Impossible
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,13 @@ class ShardWorker:
         record, refused, code = "", "", 0
         try:
             record = perform(self.stage, action, self.store).to_json(action).decode()
-        except ValueError as error:
-            if type(error).__name__ != "Refused":
-                raise
+        except (Refused, Impossible) as error:
             refused, code = str(error), getattr(error, "code", 2)
         return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
+
+
+class _Skipped(Refused):
+    """A stage that was not run, since one that it needs failed or was stopped."""
 
 
 class Execution:
@@ -110,7 +113,7 @@ class Execution:
             return self._link
 
     def stop(self) -> None:
-        """Begins no more work, and asks the fits that run to save a checkpoint and stop; `run` then raises Refused."""
+        """Begins no more work, and asks the fits that run to save a checkpoint and stop; `run` then raises Stopped."""
         self._stopping.set()
         if self._admission is not None:
             self._admission.close()
@@ -125,8 +128,8 @@ class Execution:
     def run(self, names: set[str]) -> dict[str, Manifest]:
         """Runs the stages named, each as soon as its inputs are there; the others are only looked up.
 
-        Raises Refused with code 5 (or the stage's own) naming every stage that failed, after those that do not depend
-        on it have ended.
+        Raises Refused with the first failure's code (5 unless it has its own) naming every stage that failed, after
+        those that do not depend on it have ended; Stopped if nothing failed but a stop was asked for.
         """
         waiting = {stage.name: stage for stage in self.stages if stage.name in names or self._before(stage, names)}
         running: dict[Future[Manifest], Stage] = {}
@@ -134,7 +137,7 @@ class Execution:
             while waiting or running:
                 for name, stage in list(waiting.items()):
                     if any(need in self.failures for need in stage.needs):
-                        self.failures[name] = Refused(f"{name}: not run, since what it needs failed", code=5)
+                        self.failures[name] = _Skipped(f"{name}: not run, since what it needs failed", code=5)
                         self.console.state(name, "skipped")
                         del waiting[name]
                     elif all(need in self.manifests for need in stage.needs):
@@ -168,25 +171,29 @@ class Execution:
         return stage.name in below
 
     def _failed(self) -> Refused:
-        """The failures as one message; the first real one gives the exit code."""
-        if self._stopping.is_set():
-            kept = "Fits saved a checkpoint and what finished is kept; the same command goes on from there."
-            return Refused(f"stopped. {kept}", code=5)
-        real = {name: error for name, error in self.failures.items() if "not run, since" not in str(error)}
-        lines, code = [], 5
-        for name, error in real.items():
-            cause = getattr(error, "cause", None) or error
-            if type(cause).__name__ == "Refused":  # infra's or unclip's
-                code = getattr(cause, "code", 2)
-                lines.append(f"{name}: {cause}")
+        """The failures as one message; the first real one gives the exit code. Stopped if there is only that."""
+        lines, codes, skipped = list[str](), list[int](), list[str]()
+        stopping = self._stopping.is_set()
+        for name, error in self.failures.items():
+            cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised
+            if isinstance(cause, _Skipped):
+                skipped.append(name)
+            elif isinstance(cause, Refused | Impossible):
+                if not (stopping and isinstance(cause, Stopped)):
+                    lines.append(f"{name}: {cause}")
+                    codes.append(getattr(cause, "code", 2))
             else:
                 log.error("stage %s failed", name, exc_info=error)
                 lines.append(f"{name} failed: {type(cause).__name__}: {last_line(cause)}")
-        skipped = [name for name in self.failures if name not in real]
-        if skipped:
-            lines.append(f"Not run, since they need it: {', '.join(skipped)}.")
-        lines.append("What finished is kept; the same command goes on from there.")
-        return Refused("\n".join(lines) if code == 5 else "\n".join(lines[:1]), code=code)
+                codes.append(5)
+        if stopping:
+            kept = "stopped. Fits saved a checkpoint and what finished is kept; the same command goes on from there."
+            return Refused("\n".join([*lines, kept]), code=codes[0]) if lines else Stopped(kept)
+        if codes[0] == 5:
+            if skipped:
+                lines.append(f"Not run, since they need it: {', '.join(skipped)}.")
+            lines.append("What finished is kept; the same command goes on from there.")
+        return Refused("\n".join(lines), code=codes[0])
 
     def _stage(self, stage: Stage, allowed: bool) -> Manifest:
         """Resolves one stage, does what is missing, saves and returns its manifest."""

@@ -1,4 +1,4 @@
-"""Fits as a run sees them: let in by their size, under a lease, stopped, settled. No Ray: they sleep and write a file."""
+"""Fits as a run sees them: let in by their size, under a lease, stopped, settled. No Ray: they sleep and write."""
 
 from __future__ import annotations
 
@@ -78,6 +78,15 @@ def run(work: Execution) -> dict[str, Manifest]:
     return work.run({stage.name for stage in work.stages})
 
 
+@dataclass(frozen=True)
+class Broken(Toy):
+    """A fit that fails, with the exit code that is its version."""
+
+    def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
+        time.sleep(self.seconds)
+        raise Refused(f"the {self.name} is broken", code=self.version)
+
+
 def soon(what: Callable[[], Any]) -> None:
     """Waits until that is so."""
     until = time.monotonic() + 20
@@ -105,6 +114,27 @@ def test_a_fit_too_large_for_the_cluster_does_not_bar_a_run_that_leaves_it_out(s
 def test_a_stop_reaches_the_fit_that_runs_and_the_one_that_waits_for_its_turn(store: Store) -> None:
     work = execution(store, Toy("prior", 50, cpus=2), Toy("decoder", 50, cpus=2))
     threading.Thread(target=lambda: (soon(lambda: checkpoints(store)), work.stop())).start()
-    with pytest.raises(Refused, match="goes on from there"):
+    with pytest.raises(Stopped, match="goes on from there"):
         run(work)
     assert len(checkpoints(store)) == 2  # the checkpoint and the request to stop of the one that ran
+
+
+def test_what_failed_is_told_after_a_stop_too(store: Store) -> None:
+    work = execution(store, Toy("prior", 50), Broken("decoder", version=4), Toy("bundle", needs=("decoder",)))
+    threading.Thread(target=lambda: (soon(lambda: "decoder" in work.failures), work.stop())).start()
+    with pytest.raises(Refused) as caught:
+        run(work)
+    told = str(caught.value).splitlines()
+    assert told[0] == "decoder: the decoder is broken"
+    assert told[1].startswith("stopped. ")
+    assert len(told) == 2
+    assert caught.value.code == 4
+    assert not isinstance(caught.value, Stopped)
+
+
+def test_all_that_failed_is_told_and_the_first_gives_the_exit_code(store: Store) -> None:
+    work = execution(store, Broken("prior", version=3), Broken("decoder", 0.5, version=5))
+    with pytest.raises(Refused) as caught:
+        run(work)
+    assert str(caught.value).splitlines() == ["prior: the prior is broken", "decoder: the decoder is broken"]
+    assert caught.value.code == 3

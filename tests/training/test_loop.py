@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints
 from training.job import FitHow
 from training.launch import train_local
-from training.loop import Stopped
 from unclip.folder import load_model, read_json
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
