@@ -239,17 +239,23 @@ class Execution:
         shared = ray.put(stage)
         todo, made = list(resolved.todo), list[Record]()
         flying: dict[Any, Action] = {}
-        while todo or flying:
-            while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
-                action = todo.pop(0)
-                flying[work.remote(shared, action, self.store)] = action
-            ready, _ = ray.wait(list(flying), timeout=1.0)
-            for reference in ready:
-                del flying[reference]
-                made.append(ray.get(reference))
-                self._shards(resolved, len(made))
-            if todo:
-                self._go_on()
+        try:
+            while todo or flying:
+                while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
+                    action = todo.pop(0)
+                    flying[work.remote(shared, action, self.store)] = action
+                ready, _ = ray.wait(list(flying), timeout=1.0)
+                for reference in ready:
+                    del flying[reference]
+                    made.append(ray.get(reference))
+                    self._shards(resolved, len(made))
+                if todo or flying:
+                    self._go_on()
+        finally:  # what is left after a stop or a failure must not go on by itself: a web server may end with this run
+            for reference in flying:
+                ray.cancel(reference, force=True)
+            if flying:
+                ray.wait(list(flying), num_returns=len(flying), timeout=10.0)
         return made
 
     def _actors(self, resolved: Resolved) -> list[Record]:
