@@ -13,13 +13,14 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused, Stopped
-from infra.lease import Lease
+from infra.lease import TTL_S, Lease
 from infra.manifest import Action, Manifest, Record, canonical, commit
 from infra.store import Store
 from pipelines.admission import Admission, needs_of
@@ -76,7 +77,7 @@ class Execution:
 
     `connect` starts or joins Ray and returns (cluster info, monitor); it is called at most once, and only when a stage
     has work that needs it. `ready` gives the stage as it is to run here and now (its `how` filled in), and is called
-    only for a stage that has work.
+    only for a stage that has work. `lease_s`: a fit's lease is void that long after its holder's last sign of life.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Execution:
         connect: Callable[[], tuple[Any, Any]],
         console: Console,
         ready: Callable[[Stage], Stage] = lambda stage: stage,
+        lease_s: float = TTL_S,
     ) -> None:
         self.store, self.stages, self.console = store, order(stages), console
-        self.ready = ready
+        self.ready, self.lease_s = ready, lease_s
         self.manifests: dict[str, Manifest] = {}
         self.failures: dict[str, BaseException] = {}
         self._connect, self._lock = connect, threading.Lock()
@@ -307,25 +309,52 @@ class Execution:
         self._go_on()  # once the admission is there, so that a stop before that is not missed
         self._admission.enter(need)
         try:
-            lease = None
-            while lease is None:
+            made = None
+            while made is None:
                 self._go_on()
-                found = self._record(action)
-                if found is not None:
-                    return found
-                lease = Lease.acquire(self.store, action.key)
-                if lease is None:
+                made = self._record(action)
+                if made is None and (lease := Lease.acquire(self.store, action.key, self.lease_s)):
+                    made = self._hold(stage, action, monitor, lease)
+                elif made is None:
                     self.console.state(stage.name, "trained by another run")
-                    time.sleep(1.0)
-            with lease.kept():
-                found = self._record(action)
-                if found is not None:
-                    return found
-                return self._train(stage, action, monitor, lease.number)
+                    self._stopping.wait(1.0)
+            return made
         finally:
             self._admission.leave(need)
 
-    def _train(self, stage: Any, action: Action, monitor: Any, lease: int) -> Record:
+    def _hold(self, stage: Any, action: Action, monitor: Any, lease: Lease) -> Record | None:
+        """One fit under its lease; None if that was lost and the fit stopped (or failed) for it: another has it now."""
+        with lease.kept() as lost, self._stopped_once(lost, action.key, lease.number):
+            found = self._record(action)
+            if found is not None:
+                return found
+            try:
+                return self._train(stage, action, monitor, lease.number, lost)
+            except Refused:
+                if lost.is_set() and not self._stopping.is_set():
+                    return None
+                raise
+
+    @contextmanager
+    def _stopped_once(self, lost: threading.Event, key: str, lease: int) -> Iterator[None]:
+        """Asks a fit to stop once its lease is lost: as soon as the store answers, which may be why it was lost."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                if lost.is_set():
+                    with suppress(Refused, OSError):
+                        return request_stop(self.store, key, lease)
+
+        thread = threading.Thread(target=watch, name=f"lost {key[:12]}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _train(self, stage: Any, action: Action, monitor: Any, lease: int, lost: threading.Event) -> Record:
         """One fit, as a child run in MLflow from its start to its end."""
         self.console.state(stage.name, "running")
         tags = {"unclip.key": action.key, "unclip.inputs": " ".join(action.inputs)}
@@ -337,12 +366,16 @@ class Execution:
             with tempfile.TemporaryDirectory(prefix="unclip-fit-") as folder:
                 out = Path(folder)
                 won = commit(self.store, action, stage.fit(action, self.store, out, monitor, lease), out)
-            stage.settle(action, self.store)
+            if not lost.is_set():  # else they are the next holder's, who may be training from them
+                stage.settle(action, self.store)
             status = "FINISHED"
             return won
+        except Stopped:
+            status = "KILLED"
+            raise
         finally:
             self._leases.pop(action.key, None)
-            monitor.end(stage.name, "KILLED" if self._stopping.is_set() and status == "FAILED" else status)
+            monitor.end(stage.name, status)
 
     def _record(self, action: Action) -> Record | None:
         name = action.record_name()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from infra.errors import Refused, Stopped
-from infra.manifest import Action, Manifest, Record
+from infra.manifest import Action, Manifest, Record, commit, object_name
 from infra.monitor import NullMonitor
+from infra.process import Process
 from infra.store import Store, open_store
 from pipelines.console import Console
 from pipelines.execute import Execution
@@ -68,10 +70,10 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def execution(store: Store, *stages: Any, monitor: Any = None) -> Execution:
+def execution(store: Store, *stages: Any, lease_s: float = 60) -> Execution:
     """A run on a cluster of two CPUs and no GPU."""
-    link = SimpleNamespace(cpus=2, gpus=0), monitor or NullMonitor()
-    return Execution(store, stages, lambda: link, Console([]))
+    link = SimpleNamespace(cpus=2, gpus=0), NullMonitor()
+    return Execution(store, stages, lambda: link, Console([]), lease_s=lease_s)
 
 
 def run(work: Execution) -> dict[str, Manifest]:
@@ -138,3 +140,24 @@ def test_all_that_failed_is_told_and_the_first_gives_the_exit_code(store: Store)
         run(work)
     assert str(caught.value).splitlines() == ["prior: the prior is broken", "decoder: the decoder is broken"]
     assert caught.value.code == 3
+
+
+def test_a_run_that_lost_its_lease_stops_its_fit_and_takes_the_other_runs_model(store: Store, tmp_path: Path) -> None:
+    stage = Toy("prior", 50)
+    (action,) = stage.actions()
+    work = execution(store, stage, lease_s=1)
+
+    def take_over() -> None:
+        soon(lambda: checkpoints(store))
+        holder = {"schema_version": 1, "owner": "another run", "ttl_s": 60, "holder": asdict(Process.this())}
+        store.put_new(f"leases/{action.key}/00000002.json", json.dumps(holder).encode())
+        soon(lambda: store.exists(f"checkpoints/{action.key}/stop-1"))
+        (tmp_path / "model").write_text("the other run's")
+        commit(store, action, Record.of(action, tmp_path), tmp_path)
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    made = run(work)["prior"].only
+    thread.join()
+    assert store.get(object_name(made.sha("model"))) == b"the other run's"
+    assert checkpoints(store)  # they are the other run's to settle
