@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused, Stopped
@@ -213,6 +211,7 @@ class Execution:
             manifest = resolved.manifest()
             if allowed:
                 manifest.save(self.store)
+                self._settle(resolved)
             return manifest
         began = time.monotonic()
         resolved = dataclasses.replace(resolved, stage=self.ready(stage))
@@ -354,6 +353,13 @@ class Execution:
             ended.set()
             thread.join()
 
+    def _settle(self, resolved: Resolved) -> None:
+        """Removes the checkpoints of finished fits that a driver left, which died right after it had committed."""
+        if resolved.stage.kind == "fit":
+            stage: Any = resolved.stage
+            for action in resolved.actions:
+                stage.settle(action, self.store)
+
     def _train(self, stage: Any, action: Action, monitor: Any, lease: int, lost: threading.Event) -> Record:
         """One fit, as a child run in MLflow from its start to its end."""
         self.console.state(stage.name, "running")
@@ -363,8 +369,7 @@ class Execution:
         try:
             self._leases[action.key] = lease
             self._go_on()  # once the lease is known, so that a stop between the two is not missed
-            with tempfile.TemporaryDirectory(prefix="unclip-fit-") as folder:
-                out = Path(folder)
+            with self.store.scratch() as out:
                 won = commit(self.store, action, stage.fit(action, self.store, out, monitor, lease), out)
             if not lost.is_set():  # else they are the next holder's, who may be training from them
                 stage.settle(action, self.store)

@@ -59,7 +59,7 @@ class Toy:
                 raise Stopped("stopped at step 1")
             time.sleep(0.02)
         (out / "model").write_text(self.name)
-        return Record.of(action, out)
+        return Record.of(action, out, facts={"out": str(out)})
 
     def settle(self, action: Action, store: Store) -> None:
         discard(store, action.key)
@@ -142,7 +142,7 @@ def test_all_that_failed_is_told_and_the_first_gives_the_exit_code(store: Store)
     assert caught.value.code == 3
 
 
-def test_a_run_that_lost_its_lease_stops_its_fit_and_takes_the_other_runs_model(store: Store, tmp_path: Path) -> None:
+def test_a_run_that_lost_its_lease_stops_its_fit_and_takes_the_other_runs_model(store: Store) -> None:
     stage = Toy("prior", 50)
     (action,) = stage.actions()
     work = execution(store, stage, lease_s=1)
@@ -152,8 +152,9 @@ def test_a_run_that_lost_its_lease_stops_its_fit_and_takes_the_other_runs_model(
         holder = {"schema_version": 1, "owner": "another run", "ttl_s": 60, "holder": asdict(Process.this())}
         store.put_new(f"leases/{action.key}/00000002.json", json.dumps(holder).encode())
         soon(lambda: store.exists(f"checkpoints/{action.key}/stop-1"))
-        (tmp_path / "model").write_text("the other run's")
-        commit(store, action, Record.of(action, tmp_path), tmp_path)
+        with store.scratch() as out:
+            (out / "model").write_text("the other run's")
+            commit(store, action, Record.of(action, out), out)
 
     thread = threading.Thread(target=take_over)
     thread.start()
@@ -161,3 +162,21 @@ def test_a_run_that_lost_its_lease_stops_its_fit_and_takes_the_other_runs_model(
     thread.join()
     assert store.get(object_name(made.sha("model"))) == b"the other run's"
     assert checkpoints(store)  # they are the other run's to settle
+
+
+def test_checkpoints_that_a_killed_driver_left_go_with_the_next_run_of_their_stage(store: Store) -> None:
+    prior, bundle = Toy("prior"), Toy("bundle", needs=("prior",))
+    run(execution(store, prior))
+    assert checkpoints(store) == []
+    (action,) = prior.actions()
+    for name in ("000000000007-1/model.safetensors", "000000000007-1/manifest.json"):
+        store.put_new(f"checkpoints/{action.key}/{name}", b"left")
+    execution(store, prior, bundle).run({"bundle"})
+    assert len(checkpoints(store)) == 2
+    run(execution(store, prior, bundle))
+    assert checkpoints(store) == []
+
+
+def test_a_fit_writes_where_the_store_takes_it_without_a_copy(store: Store) -> None:
+    made = run(execution(store, Toy("prior")))["prior"].only
+    assert Path(made.facts["out"]).is_relative_to(Path(store.uri) / "tmp")
