@@ -63,3 +63,10 @@ def needs_of(stage: Any) -> dict[str, float]:
     """CPUs and GPUs that a fit takes from the cluster."""
     how = stage.how
     return {"CPU": how.workers * how.cpus, "GPU": how.workers * how.gpus}
+
+
+def most_actors(info: Any, cpus: float, gpus: float) -> int:
+    """How many actors of so many CPUs and GPUs the cluster of that info holds at once; at least 1."""
+    by_cpus = info.cpus / max(cpus, 0.1)
+    by_gpus = info.gpus / gpus if gpus else by_cpus
+    return max(1, int(min(by_cpus, by_gpus) + 1e-9))

@@ -21,7 +21,7 @@ from infra.errors import Refused, Stopped
 from infra.lease import TTL_S, Lease
 from infra.manifest import Action, Manifest, Record, canonical, commit
 from infra.store import Store
-from pipelines.admission import Admission, needs_of
+from pipelines.admission import Admission, most_actors, needs_of
 from pipelines.console import Console
 from pipelines.graph import Resolved, order, resolve
 from pipelines.stage import Stage
@@ -266,7 +266,7 @@ class Execution:
 
         stage, todo = resolved.stage, resolved.todo
         cpus, gpus = getattr(stage.how, "cpus", 1), getattr(stage.how, "gpus", 0)
-        actors = max(1, min(getattr(stage.how, "actors", 0) or int(info.cpus / max(cpus, 0.1)), len(todo)))
+        most = getattr(stage.how, "actors", 0) or most_actors(info, cpus, gpus)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -278,7 +278,7 @@ class Execution:
                 ShardWorker,
                 fn_constructor_args=(stage, self.store, monitor),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=actors),
+                compute=ray.data.ActorPoolStrategy(size=min(most, len(todo))),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
             )
