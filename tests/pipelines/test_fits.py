@@ -113,12 +113,29 @@ def test_a_fit_too_large_for_the_cluster_does_not_bar_a_run_that_leaves_it_out(s
     assert set(execution(store, Toy("clip"), Toy("decoder", cpus=8)).run({"clip"})) == {"clip"}
 
 
-def test_a_stop_reaches_the_fit_that_runs_and_the_one_that_waits_for_its_turn(store: Store) -> None:
-    work = execution(store, Toy("prior", 50, cpus=2), Toy("decoder", 50, cpus=2))
+def test_a_stop_reaches_the_fit_that_runs(store: Store) -> None:
+    work = execution(store, Toy("prior", 50))
     threading.Thread(target=lambda: (soon(lambda: checkpoints(store)), work.stop())).start()
     with pytest.raises(Stopped, match="goes on from there"):
         run(work)
-    assert len(checkpoints(store)) == 2  # the checkpoint and the request to stop of the one that ran
+
+
+def test_a_stop_reaches_the_fit_that_waits_for_its_turn(store: Store) -> None:
+    work = execution(store, Broken("prior", 2, cpus=2), Broken("decoder", 2, cpus=2))
+    failed: list[BaseException] = []
+
+    def stop() -> None:
+        soon(lambda: list(store.list("leases/")))
+        work.stop()
+        soon(lambda: work.failures)
+        failed.extend(work.failures.values())
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Refused):
+        run(work)
+    thread.join()
+    assert [type(error) for error in failed] == [Stopped]  # at once, though the one that runs does not listen
 
 
 def test_what_failed_is_told_after_a_stop_too(store: Store) -> None:
