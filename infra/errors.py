@@ -15,3 +15,10 @@ class Refused(ValueError):
     def __init__(self, message: str, *, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Stopped(Refused):
+    """What was asked to stop has stopped; what it had done is kept, and the same request goes on from there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=5)

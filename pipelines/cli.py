@@ -283,13 +283,14 @@ def main() -> None:
     """Entry point: a user's mistake is one paragraph and an exit code; anything else is our defect."""
     import warnings
 
+    from infra.errors import Refused
+    from unclip.errors import Refused as Impossible
+
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore")
     try:
         app(standalone_mode=True)
-    except ValueError as error:
-        if type(error).__name__ != "Refused":
-            raise
+    except (Refused, Impossible) as error:
         sys.stdout.flush()
         sys.stderr.write(f"unclip: {error}\n")
         sys.exit(getattr(error, "code", 2))

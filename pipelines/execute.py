@@ -10,22 +10,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from infra.errors import Refused
-from infra.lease import Lease
+from infra.errors import Refused, Stopped
+from infra.lease import TTL_S, Lease
 from infra.manifest import Action, Manifest, Record, canonical, commit
 from infra.store import Store
+from pipelines.admission import Admission, most_actors, needs_of
 from pipelines.console import Console
 from pipelines.graph import Resolved, order, resolve
 from pipelines.stage import Stage
 from training.launch import request_stop
+from unclip.errors import Refused as Impossible
 
 log = logging.getLogger(__name__)
 
@@ -60,51 +61,13 @@ class ShardWorker:
         record, refused, code = "", "", 0
         try:
             record = perform(self.stage, action, self.store).to_json(action).decode()
-        except ValueError as error:
-            if type(error).__name__ != "Refused":
-                raise
+        except (Refused, Impossible) as error:
             refused, code = str(error), getattr(error, "code", 2)
         return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
 
 
-class Admission:
-    """Lets fits start while their CPUs and GPUs fit into the cluster, first come, first served."""
-
-    def __init__(self, cpus: float, gpus: float) -> None:
-        self.total = {"CPU": cpus, "GPU": gpus}
-        self.free = dict(self.total)
-        self.waiting: list[object] = []
-        self.changed = threading.Condition()
-
-    def check(self, name: str, need: dict[str, float]) -> None:
-        """Raises Refused where the cluster could never hold it: an error beats a wait without end."""
-        for resource, amount in need.items():
-            if amount > self.total[resource] + 1e-9:
-                raise Refused(
-                    f"{name} wants {amount:g} {resource}, and the cluster has {self.total[resource]:g}. "
-                    f"Ask for less (--set {name.replace('-', 's.', 1) if 'upsampler' in name else name}.workers=…) "
-                    "or connect to a larger cluster (--address)."
-                )
-
-    def enter(self, need: dict[str, float]) -> None:
-        """Blocks until it is this one's turn and its resources are free, and takes them."""
-        turn = object()
-        with self.changed:
-            self.waiting.append(turn)
-            self.changed.wait_for(
-                lambda: self.waiting[0] is turn and all(self.free[r] + 1e-9 >= n for r, n in need.items())
-            )
-            self.waiting.remove(turn)
-            for resource, amount in need.items():
-                self.free[resource] -= amount
-            self.changed.notify_all()
-
-    def leave(self, need: dict[str, float]) -> None:
-        """Gives them back."""
-        with self.changed:
-            for resource, amount in need.items():
-                self.free[resource] += amount
-            self.changed.notify_all()
+class _Skipped(Refused):
+    """A stage that was not run, since one that it needs failed or was stopped."""
 
 
 class Execution:
@@ -112,7 +75,7 @@ class Execution:
 
     `connect` starts or joins Ray and returns (cluster info, monitor); it is called at most once, and only when a stage
     has work that needs it. `ready` gives the stage as it is to run here and now (its `how` filled in), and is called
-    only for a stage that has work.
+    only for a stage that has work. `lease_s`: a fit's lease is void that long after its holder's last sign of life.
     """
 
     def __init__(
@@ -122,9 +85,10 @@ class Execution:
         connect: Callable[[], tuple[Any, Any]],
         console: Console,
         ready: Callable[[Stage], Stage] = lambda stage: stage,
+        lease_s: float = TTL_S,
     ) -> None:
         self.store, self.stages, self.console = store, order(stages), console
-        self.ready = ready
+        self.ready, self.lease_s = ready, lease_s
         self.manifests: dict[str, Manifest] = {}
         self.failures: dict[str, BaseException] = {}
         self._connect, self._lock = connect, threading.Lock()
@@ -146,27 +110,26 @@ class Execution:
                 self._link = self._connect()
                 info = self._link[0]
                 self._admission = Admission(info.cpus, info.gpus)
-                for stage in self.stages:
-                    if stage.kind == "fit":
-                        self._admission.check(stage.name, needs_of(stage))
             return self._link
 
     def stop(self) -> None:
-        """Begins no more work, and asks the fits that run to save a checkpoint and stop; `run` then raises Refused."""
+        """Begins no more work, and asks the fits that run to save a checkpoint and stop; `run` then raises Stopped."""
         self._stopping.set()
+        if self._admission is not None:
+            self._admission.close()
         for key, lease in list(self._leases.items()):
             request_stop(self.store, key, lease)
 
     def _go_on(self) -> None:
-        """Raises Refused once a stop was asked for."""
+        """Raises Stopped once a stop was asked for."""
         if self._stopping.is_set():
-            raise Refused("stopped as asked", code=5)
+            raise Stopped("stopped as asked")
 
     def run(self, names: set[str]) -> dict[str, Manifest]:
         """Runs the stages named, each as soon as its inputs are there; the others are only looked up.
 
-        Raises Refused with code 5 (or the stage's own) naming every stage that failed, after those that do not depend
-        on it have ended.
+        Raises Refused with the first failure's code (5 unless it has its own) naming every stage that failed, after
+        those that do not depend on it have ended; Stopped if nothing failed but a stop was asked for.
         """
         waiting = {stage.name: stage for stage in self.stages if stage.name in names or self._before(stage, names)}
         running: dict[Future[Manifest], Stage] = {}
@@ -174,7 +137,7 @@ class Execution:
             while waiting or running:
                 for name, stage in list(waiting.items()):
                     if any(need in self.failures for need in stage.needs):
-                        self.failures[name] = Refused(f"{name}: not run, since what it needs failed", code=5)
+                        self.failures[name] = _Skipped(f"{name}: not run, since what it needs failed", code=5)
                         self.console.state(name, "skipped")
                         del waiting[name]
                     elif all(need in self.manifests for need in stage.needs):
@@ -208,25 +171,29 @@ class Execution:
         return stage.name in below
 
     def _failed(self) -> Refused:
-        """The failures as one message; the first real one gives the exit code."""
-        if self._stopping.is_set():
-            kept = "Fits saved a checkpoint and what finished is kept; the same command goes on from there."
-            return Refused(f"stopped. {kept}", code=5)
-        real = {name: error for name, error in self.failures.items() if "not run, since" not in str(error)}
-        lines, code = [], 5
-        for name, error in real.items():
-            cause = getattr(error, "cause", None) or error
-            if type(cause).__name__ == "Refused":  # infra's or unclip's
-                code = getattr(cause, "code", 2)
-                lines.append(f"{name}: {cause}")
+        """The failures as one message; the first real one gives the exit code. Stopped if there is only that."""
+        lines, codes, skipped = list[str](), list[int](), list[str]()
+        stopping = self._stopping.is_set()
+        for name, error in self.failures.items():
+            cause = getattr(error, "cause", None) or error  # Ray wraps what a task raised
+            if isinstance(cause, _Skipped):
+                skipped.append(name)
+            elif isinstance(cause, Refused | Impossible):
+                if not (stopping and isinstance(cause, Stopped)):
+                    lines.append(f"{name}: {cause}")
+                    codes.append(getattr(cause, "code", 2))
             else:
                 log.error("stage %s failed", name, exc_info=error)
                 lines.append(f"{name} failed: {type(cause).__name__}: {last_line(cause)}")
-        skipped = [name for name in self.failures if name not in real]
-        if skipped:
-            lines.append(f"Not run, since they need it: {', '.join(skipped)}.")
-        lines.append("What finished is kept; the same command goes on from there.")
-        return Refused("\n".join(lines) if code == 5 else "\n".join(lines[:1]), code=code)
+                codes.append(5)
+        if stopping:
+            kept = "stopped. Fits saved a checkpoint and what finished is kept; the same command goes on from there."
+            return Refused("\n".join([*lines, kept]), code=codes[0]) if lines else Stopped(kept)
+        if codes[0] == 5:
+            if skipped:
+                lines.append(f"Not run, since they need it: {', '.join(skipped)}.")
+            lines.append("What finished is kept; the same command goes on from there.")
+        return Refused("\n".join(lines), code=codes[0])
 
     def _stage(self, stage: Stage, allowed: bool) -> Manifest:
         """Resolves one stage, does what is missing, saves and returns its manifest."""
@@ -244,6 +211,7 @@ class Execution:
             manifest = resolved.manifest()
             if allowed:
                 manifest.save(self.store)
+                self._settle(resolved)
             return manifest
         began = time.monotonic()
         resolved = dataclasses.replace(resolved, stage=self.ready(stage))
@@ -272,17 +240,23 @@ class Execution:
         shared = ray.put(stage)
         todo, made = list(resolved.todo), list[Record]()
         flying: dict[Any, Action] = {}
-        while todo or flying:
-            while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
-                action = todo.pop(0)
-                flying[work.remote(shared, action, self.store)] = action
-            ready, _ = ray.wait(list(flying), timeout=1.0)
-            for reference in ready:
-                del flying[reference]
-                made.append(ray.get(reference))
-                self._shards(resolved, len(made))
-            if todo:
-                self._go_on()
+        try:
+            while todo or flying:
+                while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
+                    action = todo.pop(0)
+                    flying[work.remote(shared, action, self.store)] = action
+                ready, _ = ray.wait(list(flying), timeout=1.0)
+                for reference in ready:
+                    del flying[reference]
+                    made.append(ray.get(reference))
+                    self._shards(resolved, len(made))
+                if todo or flying:
+                    self._go_on()
+        finally:  # what is left after a stop or a failure must not go on by itself: a web server may end with this run
+            for reference in flying:
+                ray.cancel(reference, force=True)
+            if flying:
+                ray.wait(list(flying), num_returns=len(flying), timeout=10.0)
         return made
 
     def _actors(self, resolved: Resolved) -> list[Record]:
@@ -292,7 +266,7 @@ class Execution:
 
         stage, todo = resolved.stage, resolved.todo
         cpus, gpus = getattr(stage.how, "cpus", 1), getattr(stage.how, "gpus", 0)
-        actors = max(1, min(getattr(stage.how, "actors", 0) or int(info.cpus / max(cpus, 0.1)), len(todo)))
+        most = getattr(stage.how, "actors", 0) or most_actors(info, cpus, gpus)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -304,7 +278,7 @@ class Execution:
                 ShardWorker,
                 fn_constructor_args=(stage, self.store, monitor),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=actors),
+                compute=ray.data.ActorPoolStrategy(size=min(most, len(todo))),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
             )
@@ -328,29 +302,65 @@ class Execution:
         _, monitor = self.link()
         assert self._admission is not None
         need = needs_of(stage)
+        self._admission.check(stage.name, need)
         self.console.state(stage.name, "waiting")
-        time.sleep(getattr(stage.how, "nice", 0))  # what gives way does so from the start: imports take both cores
+        self._stopping.wait(getattr(stage.how, "nice", 0))  # what gives way does so from the start: imports take cores
+        self._go_on()  # once the admission is there, so that a stop before that is not missed
         self._admission.enter(need)
         try:
-            lease = None
-            while lease is None:
+            made = None
+            while made is None:
                 self._go_on()
-                found = self._record(action)
-                if found is not None:
-                    return found
-                lease = Lease.acquire(self.store, action.key)
-                if lease is None:
+                made = self._record(action)
+                if made is None and (lease := Lease.acquire(self.store, action.key, self.lease_s)):
+                    made = self._hold(stage, action, monitor, lease)
+                elif made is None:
                     self.console.state(stage.name, "trained by another run")
-                    time.sleep(1.0)
-            with lease.kept():
-                found = self._record(action)
-                if found is not None:
-                    return found
-                return self._train(stage, action, monitor, lease.number)
+                    self._stopping.wait(1.0)
+            return made
         finally:
             self._admission.leave(need)
 
-    def _train(self, stage: Any, action: Action, monitor: Any, lease: int) -> Record:
+    def _hold(self, stage: Any, action: Action, monitor: Any, lease: Lease) -> Record | None:
+        """One fit under its lease; None if that was lost and the fit stopped (or failed) for it: another has it now."""
+        with lease.kept() as lost, self._stopped_once(lost, action.key, lease.number):
+            found = self._record(action)
+            if found is not None:
+                return found
+            try:
+                return self._train(stage, action, monitor, lease.number, lost)
+            except Refused:
+                if lost.is_set() and not self._stopping.is_set():
+                    return None
+                raise
+
+    @contextmanager
+    def _stopped_once(self, lost: threading.Event, key: str, lease: int) -> Iterator[None]:
+        """Asks a fit to stop once its lease is lost: as soon as the store answers, which may be why it was lost."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                if lost.is_set():
+                    with suppress(Refused, OSError):
+                        return request_stop(self.store, key, lease)
+
+        thread = threading.Thread(target=watch, name=f"lost {key[:12]}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _settle(self, resolved: Resolved) -> None:
+        """Removes the checkpoints of finished fits that a driver left, which died right after it had committed."""
+        if resolved.stage.kind == "fit":
+            stage: Any = resolved.stage
+            for action in resolved.actions:
+                stage.settle(action, self.store)
+
+    def _train(self, stage: Any, action: Action, monitor: Any, lease: int, lost: threading.Event) -> Record:
         """One fit, as a child run in MLflow from its start to its end."""
         self.console.state(stage.name, "running")
         tags = {"unclip.key": action.key, "unclip.inputs": " ".join(action.inputs)}
@@ -359,15 +369,18 @@ class Execution:
         try:
             self._leases[action.key] = lease
             self._go_on()  # once the lease is known, so that a stop between the two is not missed
-            with tempfile.TemporaryDirectory(prefix="unclip-fit-") as folder:
-                out = Path(folder)
+            with self.store.scratch() as out:
                 won = commit(self.store, action, stage.fit(action, self.store, out, monitor, lease), out)
-            stage.settle(action, self.store)
+            if not lost.is_set():  # else they are the next holder's, who may be training from them
+                stage.settle(action, self.store)
             status = "FINISHED"
             return won
+        except Stopped:
+            status = "KILLED"
+            raise
         finally:
             self._leases.pop(action.key, None)
-            monitor.end(stage.name, "KILLED" if self._stopping.is_set() and status == "FAILED" else status)
+            monitor.end(stage.name, status)
 
     def _record(self, action: Action) -> Record | None:
         name = action.record_name()
@@ -381,9 +394,3 @@ def last_line(error: BaseException) -> str:
     """The last line of an error's text: of a remote traceback, the part that says what happened."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else "no message"
-
-
-def needs_of(stage: Any) -> dict[str, float]:
-    """CPUs and GPUs that a fit takes from the cluster."""
-    how = stage.how
-    return {"CPU": how.workers * how.cpus, "GPU": how.workers * how.gpus}

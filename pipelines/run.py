@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
 from infra.manifest import Manifest
 from infra.store import Store, open_store
@@ -105,6 +105,9 @@ def run_recipe(
             with console, _stoppable(execution, console):
                 manifests = execution.run(names)
             status = "FINISHED"
+        except Stopped:
+            status = "KILLED"
+            raise
         finally:
             if execution.monitor is not None:
                 execution.monitor.end("", status)

@@ -10,6 +10,7 @@ import importlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,10 @@ def write_prompts(world: World, folder: Path) -> Path:
 
 @dataclass
 class Server:
-    """The world's web server as a process of its own: started on demand, stopped with the run."""
+    """The world's web server as a process of its own: started on demand, stopped with the run.
+
+    It is out of the terminal's reach, whose Ctrl-C would end it before the workers that download from it.
+    """
 
     world: World
     process: subprocess.Popen[str] | None = None
@@ -60,7 +64,9 @@ class Server:
                 "--seed",
                 str(self.world.seed),
             ]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
             assert self.process.stdout is not None
             line = self.process.stdout.readline()
             if not line:
@@ -77,5 +83,7 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.process is not None:
-            self.process.terminate()
-            self.process.wait(10)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.communicate("stop\n", 10)
+            self.process.kill()
+            self.process.wait()

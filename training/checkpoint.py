@@ -83,8 +83,7 @@ class Checkpoints:
 
     def discard(self) -> None:
         """Removes every checkpoint of this fit, once its record is committed."""
-        for place in [*self._places(), self._root]:
-            self._remove(place)
+        self._remove(self._root)
 
     def _places(self) -> list[str]:
         """Committed checkpoints, newest first."""

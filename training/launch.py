@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.store import Store, open_store
 from training.checkpoint import Checkpoints, deliver
 from training.job import FitHow, Job
+from unclip.errors import Refused as Impossible
 
 if TYPE_CHECKING:
     from training.loop import Monitor
@@ -39,8 +40,8 @@ def fit(job: Job, how: FitHow, store_uri: str, out: Path, monitor: Monitor, leas
 
     Blocks, and may run in any thread; Ray is initialised. monitor is picklable and goes to the workers. The caller
     holds the lease of that number on `job.key`. A finished model that nobody took is delivered without starting Ray
-    Train. Raises Refused for what training refuses, and with code 5 if workers died more than `max_failures` times or
-    a stop was requested.
+    Train. Raises Refused for what training refuses, and with code 5 if workers died more than `max_failures` times;
+    Stopped if a stop was requested.
     """
     store = open_store(store_uri)
     if (facts := deliver(store, job, out)) is not None:
@@ -62,7 +63,7 @@ def train_local(
     lease_number: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """The same fit in this process, without Ray, by one worker; raises training.loop.Stopped if `stop` said so."""
+    """The same fit in this process, without Ray, by one worker; raises Stopped if `stop` said so."""
     from training.loop import train
 
     train(job, how, store, monitor, lease=lease_number, stop=stop)
@@ -117,7 +118,7 @@ def _ray_train(job: Job, how: FitHow, store_uri: str, monitor: Monitor, lease_nu
         except TrainingFailedError as error:
             raise _failure(job, error) from error
     if refused:
-        raise Refused(refused[0], code=refused[1])
+        raise refused
 
 
 def _trainer(*, alone: bool) -> Any:
@@ -151,8 +152,8 @@ def _failure(job: Job, error: BaseException) -> Refused:
     return Refused(f"{job.stage} failed: {told}", code=5)
 
 
-def _worker(config: dict[str, Any]) -> tuple[str, int] | None:
-    """What runs in each of Ray Train's workers; returns (message, exit code) of what was refused.
+def _worker(config: dict[str, Any]) -> Refused | None:
+    """What runs in each of Ray Train's workers; returns what was refused, or that it was stopped.
 
     Ray Train would start again a worker that raised. So a worker returns what it alone, or every rank at the same step,
     refused; a rank that returned by itself would leave the others waiting for it, so there it raises.
@@ -160,10 +161,9 @@ def _worker(config: dict[str, Any]) -> tuple[str, int] | None:
     import ray.train
     import torch
 
-    from training.loop import Stopped, train
+    from training.loop import train
     from training.optim import Diverged
     from training.parallel import Group
-    from unclip.errors import Refused as Impossible
 
     context, how = ray.train.get_context(), config["how"]
     store, job = open_store(config["store"]), config["job"]
@@ -174,10 +174,10 @@ def _worker(config: dict[str, Any]) -> tuple[str, int] | None:
         os.nice(how.nice)
     try:
         train(job, how, store, config["monitor"], lease=config["lease"], group=group, device=device, stop=stop)
-    except (Refused, Impossible, Stopped) as error:
+    except (Refused, Impossible) as error:
         if group.ranks > 1 and not isinstance(error, (Stopped, Diverged)):
             raise
-        return str(error), getattr(error, "code", 5)
+        return error if isinstance(error, Refused) else Refused(str(error), code=5)
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.store import Store
 from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished
 from training.data import Batch, Data, Feed
@@ -31,10 +31,6 @@ from unclip.layers import bfloat16_convolutions
 QUARTILES = 4
 ALONE = Group()
 CPU = torch.device("cpu")
-
-
-class Stopped(Exception):
-    """The fit was asked to stop; its state is in a checkpoint."""
 
 
 class Monitor(Protocol):

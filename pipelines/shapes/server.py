@@ -5,7 +5,9 @@ the count (503 at the first, the picture from the second on), so a client that t
 whether or not the server was started anew in between.
 
 Run as `python -m pipelines.shapes.server --port 0`: it prints one line of JSON, {"port": …, "hosts": […]}, when it is
-ready, and ends on SIGTERM, when its standard input closes, or when its parent is gone.
+ready. It ends at once on SIGTERM and on a line on its standard input. When that closes without one, or its parent is
+gone, whoever started it was killed, and workers may still be downloading: they are to end first, or they would take
+refused connections for answers. So it lingers.
 """
 
 from __future__ import annotations
@@ -158,11 +160,12 @@ def serve(port: int = 0, seed: int | None = None, slow: float = 0.5) -> Iterator
 
 
 def main() -> None:
-    """Serve until SIGTERM, the end of standard input, or the parent's death."""
+    """Serve until SIGTERM or a line on standard input, or for a while after its end or the parent's."""
     parser = argparse.ArgumentParser(description="Serve the shapes world on loopback, faults included.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one (default)")
     parser.add_argument("--seed", type=int, default=None, help="serve the world of this seed alone (default: of any)")
     parser.add_argument("--slow", type=float, default=0.5, help="seconds until the latest slow link answers")
+    parser.add_argument("--linger", type=float, default=10.0, help="seconds that it outlives a parent that was killed")
     options = parser.parse_args()
     parent = os.getppid()
     stopped = threading.Event()
@@ -172,8 +175,13 @@ def main() -> None:
         sys.stdout.flush()
         while not stopped.is_set() and os.getppid() == parent:
             readable, _, _ = select.select([sys.stdin], [], [], 0.5)
-            if readable and not os.read(sys.stdin.fileno(), 4096):
+            if readable:
+                if os.read(sys.stdin.fileno(), 4096):
+                    return
                 break
+        until = time.monotonic() + options.linger
+        while not stopped.is_set() and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def test_a_terminated_run_saves_its_fits_and_says_so(copy: Path) -> None:
     assert "the same command goes on from there" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert max(saved(copy)) > max(before)
+    assert parallel.killed(copy) == ["prior", "tiny"]
 
 
 def saved(store: Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.manifest import Action, Manifest, Record
 from infra.store import Store, open_store
 from pipelines.console import Console
@@ -31,6 +33,16 @@ class Fragile(Double):
         if store.get(object_name(action.inputs[0])) == b"7" and not store.exists("died"):
             store.put_new("died", b"yes")
             os._exit(1)
+        return super().run(action, store, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(Double):
+    """Doubles, two seconds after it said that it began."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        store.put_new(f"began/{action.key}", b"yes")
+        time.sleep(2)
         return super().run(action, store, out)
 
 
@@ -74,3 +86,21 @@ def test_a_refusal_far_away_is_told_here_in_its_own_words(tmp_path: Path, link: 
     stages = [Numbers({"numbers": [12, 13]}), Double({}, kind=kind, how=SimpleNamespace(cpus=1))]
     with pytest.raises(Refused, match="double: 13 is not doubled"):
         execute(store, link, stages)
+
+
+def test_a_stop_gives_up_the_shards_in_flight(tmp_path: Path, link: Any) -> None:
+    store = open_store(str(tmp_path / "store"))
+    work = Execution(
+        store, [Numbers({"numbers": [1]}), Slow({}, kind="task", how=SimpleNamespace(cpus=1))], link, Console([])
+    )
+
+    def stop() -> None:
+        while not list(store.list("began/")):
+            time.sleep(0.02)
+        work.stop()
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Stopped):
+        work.run({"numbers", "double"})
+    time.sleep(2)
+    assert [entry.name.split("/")[1] for entry in store.list("records/")] == ["numbers-1"]

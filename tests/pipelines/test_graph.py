@@ -14,8 +14,9 @@ import pytest
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, commit
 from infra.store import Store, open_store
+from pipelines.admission import Admission, most_actors, needs_of
 from pipelines.console import Console
-from pipelines.execute import Admission, Execution, needs_of
+from pipelines.execute import Execution
 from pipelines.graph import chosen, differences, order, resolve, why
 from pipelines.plan import plan
 from pipelines.stage import plain
@@ -211,3 +212,10 @@ def test_a_fit_larger_than_the_cluster_is_an_error_and_not_a_wait() -> None:
     stage = SimpleNamespace(name="decoder", how=SimpleNamespace(workers=8, cpus=1, gpus=1))
     with pytest.raises(Refused, match="decoder wants 8 CPU, and the cluster has 2"):
         Admission(2, 0).check("decoder", needs_of(stage))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "actors"), [(1, 0, 16), (0.1, 0, 160), (1, 1, 2), (1, 0.25, 8), (8, 0.1, 2), (0, 1, 2), (99, 0, 1)]
+)
+def test_a_pool_has_as_many_actors_as_both_cpus_and_gpus_allow(cpus: float, gpus: float, actors: int) -> None:
+    assert most_actors(SimpleNamespace(cpus=16, gpus=2), cpus, gpus) == actors

@@ -45,6 +45,12 @@ def last_losses(store: Path, stage: str) -> int:
         return database.execute(query, (stage,)).fetchone()[0]
 
 
+def killed(store: Path) -> list[str]:
+    """Names of the runs in MLflow that were stopped, sorted."""
+    with sqlite3.connect(store / "mlflow" / "mlflow.db") as database:
+        return [name for (name,) in database.execute("select name from runs where status = 'KILLED' order by name")]
+
+
 def training(prepared: Path, store: Path, options: list[str]) -> float:
     """Seconds from the first trainer's start to the last one's end, on a copy of the prepared store."""
     shutil.rmtree(store, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints
@@ -108,7 +108,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(world, tmp_path):
 def test_a_fit_that_is_asked_to_stop_saves_and_stops_at_once(world, tmp_path, how):
     job = world.job("decoder", f"stopped-{how.workers}", **{**SHORT, "steps": 100_000})
     request_stop(world.store, job.key, 5)
-    with pytest.raises(Refused, match=r"^decoder stopped at step") as caught:
+    with pytest.raises(Stopped, match=r"^decoder stopped at step") as caught:
         fit(job, how, world.store.uri, tmp_path, NullMonitor(), 5)
     assert caught.value.code == 5
     assert Checkpoints(world.store, job.key).newest().samples > 0

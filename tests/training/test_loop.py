@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.loop import Stopped
 from training.objectives import objective
 from unclip.folder import load_model, read_json
 

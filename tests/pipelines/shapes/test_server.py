@@ -3,11 +3,13 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -153,21 +155,55 @@ def test_a_server_of_one_seed_knows_no_other_world() -> None:
         assert get(server, Link(1, 30, 3, faulty=False).path)[0].status == 404
 
 
-@pytest.mark.parametrize("end", ["stdin", "SIGTERM"])
-def test_the_command_says_its_port_and_ends_when_told(end: str) -> None:
-    command = [sys.executable, "-m", "pipelines.shapes.server", "--port", "0", "--slow", "0.1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None
+@contextmanager
+def command(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], int]]]:
+    """The server as a process, and a function that asks it for a picture and returns the answer's status."""
+    words = [sys.executable, "-m", "pipelines.shapes.server", "--port", "0", "--slow", "0.1", *options]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
         assert tuple(ready["hosts"]) == HOSTS
         link = parse_path("/seed0-pairs30-clean/000001.png")
         assert link is not None
-        connection = http.client.HTTPConnection("127.0.0.1", ready["port"], timeout=10)
-        connection.request("GET", link.path, headers={"Host": link.host})
-        assert connection.getresponse().status == 200
-        if end == "stdin":
-            process.stdin.close()
+
+        def ask() -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", ready["port"], timeout=10)
+            connection.request("GET", link.path, headers={"Host": link.host})
+            return connection.getresponse().status
+
+        yield process, ask
+
+
+@pytest.mark.parametrize("end", ["line", "SIGTERM"])
+def test_the_command_says_its_port_and_ends_when_told(end: str) -> None:
+    with command("--linger", "60") as (process, ask):
+        assert process.stdin is not None
+        assert ask() == 200
+        if end == "line":
+            process.stdin.write(b"stop\n")
+            process.stdin.flush()
         else:
             process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 0
+
+
+def test_the_command_outlives_whoever_started_it_for_a_while() -> None:
+    with command("--linger", "2") as (process, ask):
+        assert process.stdin is not None
+        process.stdin.close()
+        time.sleep(1)
+        assert ask() == 200
+        assert process.wait(timeout=10) == 0
+
+
+def test_the_server_of_a_run_is_out_of_the_terminals_reach_and_ends_with_the_run() -> None:
+    from pipelines.recipe import World
+    from pipelines.world import Server as OfRun
+
+    with OfRun(World("pipelines.shapes", pictures=10)) as server:
+        server.start()
+        assert server.process is not None
+        assert os.getsid(server.process.pid) != os.getsid(0)
+        began = time.monotonic()
+    assert server.process.returncode == 0
+    assert time.monotonic() - began < 5
