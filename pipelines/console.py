@@ -66,10 +66,10 @@ class Console:
             self._live = None
 
     def note(self, text: str) -> None:
-        """A word on what the driver itself is doing (starting Ray, writing the list)."""
+        """A word on what the driver itself is doing (starting Ray, writing the list); "" when it has done it."""
         with self._lock:
             self._note = text
-            if not self._live:
+            if text and not self._live:
                 self.terminal.print(f"{self._clock()} {text}", markup=False)
 
     def state(self, name: str, state: str, done: float = 0, total: float = 0, seconds: float | None = None) -> None:

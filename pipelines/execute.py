@@ -108,6 +108,7 @@ class Execution:
             if self._link is None:
                 self.console.note("starting Ray")
                 self._link = self._connect()
+                self.console.note("")
                 info = self._link[0]
                 self._admission = Admission(info.cpus, info.gpus)
             return self._link

@@ -12,6 +12,7 @@ from infra.errors import Refused
 from infra.store import Store
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.WARNING)  # what a prompt loses is for the person who wrote it, whatever else is quiet
 
 
 def generate(

@@ -18,7 +18,7 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, canonical, digest, object_name
+from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file, object_name
 from infra.store import NotFound, Store
 from pipelines import scores
 from pipelines.stage import plain
@@ -285,9 +285,18 @@ def bundles(store: Store) -> list[str]:
 
 
 def unfold(store: Store, record: Record, folder: Path) -> Path:
-    """A record's files under their own names in a folder on the store's file system: links, or copies."""
+    """A record's files under their own names in a folder on the store's file system: links, or copies.
+
+    Raises Refused for a damaged one: what is made of it would carry a digest of its own, and nobody would see it again.
+    """
     for name, file in record.files.items():
         target, source = folder / name, store.local(object_name(file.sha256))
+        if digest_file(source) != file.sha256:
+            raise Refused(
+                f"{object_name(file.sha256)} ({name}) in the store is damaged. Delete it and the record that names it, "
+                "or put an undamaged copy in its place, and run again.",
+                code=5,
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, target)

@@ -12,10 +12,10 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.manifest import Manifest, object_name
+from infra.manifest import Action, Manifest, Record, commit, object_name
 from infra.store import LocalStore, open_store
 from pipelines import releases
-from pipelines.release import Bundle, BundleSpec, Gate, GateSpec, Promote, find, open_release
+from pipelines.release import Bundle, BundleSpec, Gate, GateSpec, Promote, find, open_release, unfold
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line
 from tests.fixtures.stages import make, todo
 
@@ -257,3 +257,18 @@ def test_a_line_in_s3_ends_in_a_folder_that_loads(s3_uri: str, tmp_path: Path, m
     said = "\n".join(releases.summary(line.store, "unclip", made, s3_uri, "http://127.0.0.1:9"))
     assert f"--store {s3_uri}" in said
     assert "report.html" in said
+
+
+def test_damaged_weights_are_not_bundled(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    action = Action("decoder/1", {}, ())
+    with store.scratch() as scratch:
+        (scratch / "model.safetensors").write_bytes(b"weights")
+        record = commit(store, action, Record.of(action, scratch), scratch)
+    assert (unfold(store, record, tmp_path / "whole") / "model.safetensors").read_bytes() == b"weights"
+    damaged = tmp_path / "store" / object_name(record.sha("model.safetensors"))
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"weighty")
+    with pytest.raises(Refused, match=r"model.safetensors\) in the store is damaged") as caught:
+        unfold(store, record, tmp_path / "damaged")
+    assert caught.value.code == 5
