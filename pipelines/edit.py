@@ -41,10 +41,10 @@ def interpolate(store: Store, release: str, first: str, second: str, steps: int,
     if files[0].is_file():
         model, (one, other) = _ready(store, release, files)
         drawn = manipulate.interpolate(model, one, other, steps=steps, seed=seed)
-        return _saved(model, [], drawn, f"{files[0].name} → {files[1].name}", out)
+        return _saved(model, [], drawn, f"{files[0].name} to {files[1].name}", out)
     model, _ = _ready(store, release, [])
     drawn = manipulate.interpolate_prompts(model, first, second, steps=steps, seed=seed)
-    return _saved(model, [], drawn, f"{first} → {second}", out)
+    return _saved(model, [], drawn, f"{first} to {second}", out)
 
 
 def diff(
@@ -55,7 +55,7 @@ def diff(
 
     model, (shown,) = _ready(store, release, [picture])
     drawn = manipulate.text_diff(model, shown, before, after, theta=theta, steps=steps)
-    return _saved(model, [shown], drawn, f"{before} → {after}", out)
+    return _saved(model, [shown], drawn, f"{before} to {after}", out)
 
 
 def redraw(
