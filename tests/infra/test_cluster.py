@@ -123,6 +123,7 @@ def test_a_local_ray_holds_a_monitor_and_takes_a_job(tmp_path: Path) -> None:
     assert child.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_an_address_that_does_not_answer_is_refused_within_seconds(s3_endpoint: str) -> None:
     began = time.monotonic()
     for address in (f"127.0.0.1:{free_port()}", f"ray://127.0.0.1:{free_port()}"):

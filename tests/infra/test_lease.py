@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from infra.lease import Lease
 from infra.process import Process
 from infra.store import Store, open_store
@@ -65,6 +67,7 @@ def test_the_lease_of_a_killed_holder_is_free_at_once(store_uri: str) -> None:
     holder.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_lease_from_another_host_expires_by_the_clock_unless_it_is_renewed(store_uri: str, monkeypatch) -> None:
     store = open_store(store_uri)
     elsewhere = Process("another host", 1, "0")
@@ -93,6 +96,7 @@ def test_renewals_do_not_pile_up(store_uri: str) -> None:
     assert len(list(store.list("leases/work/"))) == 2
 
 
+@pytest.mark.slow
 def test_a_kept_lease_outlives_its_ttl_and_ends_with_its_context(store_uri: str) -> None:
     store = open_store(store_uri)
     lease = Lease.acquire(store, "work", ttl_s=2)

@@ -31,6 +31,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return default_uri(str(tmp_path_factory.mktemp("store")))
 
 
+@pytest.mark.slow
 def test_a_stage_becomes_a_child_run_with_params_metrics_and_artifacts(database: str, tmp_path: Path) -> None:
     tracker = Tracker(database, "unclip", tmp_path, "first", {"unclip.store": "here"})
     tracker.start("prior", {"train": {"steps": 9, "lr": 0.1}, "width": 8, "none": {}}, {"unclip.key": "key of prior"})
@@ -72,6 +73,7 @@ def test_a_fit_that_goes_on_goes_on_in_the_same_run(database: str, tmp_path: Pat
     assert child.data.tags["mlflow.parentRunId"] == max(parents, key=lambda run: run.info.start_time).info.run_id
 
 
+@pytest.mark.slow
 def test_the_run_of_a_killed_driver_goes_on_and_its_last_words_arrive(database: str, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, time; from pathlib import Path; from infra.tracking import Tracker\n"

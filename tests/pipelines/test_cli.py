@@ -104,6 +104,7 @@ def test_a_store_that_cannot_be_written_is_an_error(unclip: Run, tmp_path: Path)
     refused(unclip("run", "tiny", "--store", tmp_path / "file" / "store"), str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_a_plan_makes_no_store(unclip: Run, tmp_path: Path) -> None:
     code, out, err = unclip("plan", "tiny")
     assert code == 0, err

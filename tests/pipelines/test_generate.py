@@ -71,6 +71,7 @@ def test_the_unseen_end_of_a_long_prompt_is_told(folder: Path, tmp_path: Path, c
     assert "zzz' at its end is not seen" in caplog.text
 
 
+@pytest.mark.slow
 def test_generating_imports_neither_open_clip_nor_ray(folder: Path, tmp_path: Path):
     store, out = str(tmp_path / "store"), str(tmp_path / "grid.png")
     code = f"""

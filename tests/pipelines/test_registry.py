@@ -62,6 +62,7 @@ def released(store: Store, text: str) -> str:
     return Manifest(action, (record,)).save(store)
 
 
+@pytest.mark.slow
 def test_what_is_done_by_hand_reaches_the_mlflow_that_the_recipe_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_the_loss_depends_on_the_micro_batchs_seed_and_on_nothing_else(world, ki
     assert 0 <= float(one.place.min()) <= float(one.place.max()) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler"])
 def test_a_batch_can_be_learned_by_heart(world, kind):
     task, model, batch = furnished(world, kind)

@@ -238,6 +238,7 @@ def test_the_noise_is_gumbels_in_both_tails():
     np.testing.assert_allclose(gumbel(ends).numpy(), exact, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_token_is_drawn_with_the_softmaxs_probabilities_at_its_temperature(prior, temperature):
     count, half = 4000, prior.config.buckets // 2
@@ -293,6 +294,7 @@ def trained(prior: AutoregressivePrior, steps: int) -> AutoregressivePrior:
     return prior.eval()
 
 
+@pytest.mark.slow
 def test_it_learns_a_mixture_that_depends_on_the_caption():
     torch.manual_seed(0)
     prior = trained(AutoregressivePrior(TOY), steps=400)

@@ -188,6 +188,7 @@ def test_a_named_model_is_read_from_a_file_of_weights(tmp_path):
         Clip.pretrained("ViT-S-32-alt", str(tmp_path / "wrong.pt"))
 
 
+@pytest.mark.slow
 def test_texts_are_encoded_without_importing_open_clip(clip, tmp_path):
     clip.save(tmp_path)
     code = (

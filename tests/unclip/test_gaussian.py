@@ -45,6 +45,7 @@ def gamma_of(data: Gaussian) -> torch.Tensor:
     return ((1 - bar) / (bar * values + 1 - bar)).mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "steps", "options"),
     [
@@ -181,6 +182,7 @@ def test_a_perfect_classifier_makes_the_denoiser_of_the_posterior(step):
     assert torch.allclose(guided.eps, exact.eps, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["score", "mean"])
 def test_classifier_guidance_samples_the_posterior(way):
     """Limit and power as above, with 5,000 samples: a mean off by 0.1 deviations or a variance off by 14 %."""

@@ -187,6 +187,7 @@ def test_the_command_says_its_port_and_ends_when_told(end: str) -> None:
         assert process.wait(timeout=10) == 0
 
 
+@pytest.mark.slow
 def test_the_command_outlives_whoever_started_it_for_a_while() -> None:
     with command("--linger", "2") as (process, ask):
         assert process.stdin is not None
