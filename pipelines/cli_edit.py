@@ -94,6 +94,13 @@ def edit_inpaint(
     mask: Annotated[Path, typer.Argument(help="A picture as large, white where to draw.")],
     prompt: Annotated[str, typer.Argument(help="What to draw there.")],
     number: Annotated[int, typer.Option("-n", help="Pictures.")] = 4,
+    trained: Annotated[
+        bool | None,
+        typer.Option(
+            "--trained/--zero-shot",
+            help="By the release's inpainter, or by its decoder; default the inpainter where there is one.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     release: ReleaseOption = "champion",
     out: OutOption = Path("grid.png"),
@@ -104,4 +111,4 @@ def edit_inpaint(
     from pipelines import edit as editing
 
     opened = open_store(store, create=False)
-    typer.echo(f"wrote {editing.inpaint(opened, release, picture, mask, prompt, number, seed, out)}")
+    typer.echo(f"wrote {editing.inpaint(opened, release, picture, mask, prompt, number, seed, out, trained)}")

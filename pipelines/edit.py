@@ -72,8 +72,21 @@ def redraw(
     return _saved(model, [shown], drawn, prompt, out)
 
 
-def inpaint(store: Store, release: str, picture: Path, mask: Path, prompt: str, n: int, seed: int, out: Path) -> Path:
-    """n times a picture with what is white in the mask drawn anew under a prompt, beside it."""
+def inpaint(
+    store: Store,
+    release: str,
+    picture: Path,
+    mask: Path,
+    prompt: str,
+    n: int,
+    seed: int,
+    out: Path,
+    trained: bool | None = None,
+) -> Path:
+    """n times a picture with what is white in the mask drawn anew under a prompt, beside it.
+
+    trained: by the release's inpainter (True), by its decoder (False), or by the inpainter where there is one (None).
+    """
     from unclip import manipulate
 
     if n < 1:
@@ -87,7 +100,7 @@ def inpaint(store: Store, release: str, picture: Path, mask: Path, prompt: str, 
         raise Refused(f"the mask {mask} has no white in it: there is nothing to draw")
     seeds = [seed + k for k in range(n)]
     pictures, masks = shown.expand(n, -1, -1, -1), free.expand(n, -1, -1)
-    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * n, seeds=seeds)
+    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * n, seeds=seeds, trained=trained)
     return _saved(model, [shown], drawn, prompt, out)
 
 

@@ -20,6 +20,7 @@ ROLES = {
     "curate": "selection",
     "statistics": "statistics",
     "clip": "clip",
+    "decoder": "start",
 }
 """What a manifest is to a trainer, by the stage that made it."""
 
@@ -38,7 +39,7 @@ class Fit:
 
     name: str
     model: str
-    """clip, prior, ar_prior, decoder or upsampler."""
+    """clip, prior, ar_prior, decoder, inpainter or upsampler."""
     spec: FitSpec
     how: FitHow
     needs: tuple[str, ...]

@@ -34,12 +34,13 @@ from training.job import CONFIGS, FitHow
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling
 from unclip.decoder import DecoderConfig
+from unclip.presets import preset
 from unclip.prior import PriorConfig
 from unclip.upsampler import UpsamplerConfig
 
 FOLDER = Path(__file__).parent / "recipes"
-DERIVED = {"low", "size", "embedding", "text_width", "context"}
-"""Fields of model configurations that follow from other numbers of the recipe."""
+DERIVED = {"low", "size", "embedding", "text_width", "context", "vocabulary", "inpaint"}
+"""Fields of model configurations that follow from other numbers of the recipe, or from the section they stand in."""
 
 
 def _section(name: str, *parts: Any, drop: set[str] = frozenset(), partial: bool = False, **more: Any) -> Any:  # type: ignore[assignment]
@@ -77,8 +78,9 @@ def _optional(hint: Any) -> tuple[Any, Any]:
 
 Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
 
-CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
-    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler")
+CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, INPAINTER_TRAIN, UPSAMPLER_TRAIN = (
+    _section(f"{kind} train", CONFIGS[kind])
+    for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler")
 )
 
 PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
@@ -140,9 +142,10 @@ class Cluster:
 class Sampler:
     """How the released models are sampled unless the caller says otherwise."""
 
-    prior: Sampling
     decoder: Sampling
     upsamplers: dict[int, Sampling]
+    prior: Sampling | None = None
+    """Said if and only if there is a prior."""
 
 
 def _model(config: type) -> Any:
@@ -158,6 +161,7 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     Prior: typing.TypeAlias = Any
     ArPrior: typing.TypeAlias = Any
     Decoder: typing.TypeAlias = Any
+    Inpainter: typing.TypeAlias = Any
     Upsampler: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
 else:
@@ -170,6 +174,7 @@ else:
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
     ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
+    Inpainter = _section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
     Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
 
@@ -191,6 +196,8 @@ class Recipe:
     """The diffusion prior."""
     ar_prior: ArPrior | None = None
     """The autoregressive prior, in the diffusion prior's place."""
+    inpainter: Inpainter | None = None
+    """Trains the finished decoder on, to fill in: an optional part of the release, which `edit inpaint` then uses."""
     download: Download = field(default_factory=Download)
     source: Source = field(default_factory=Source)
     filter: Select = field(default_factory=Select)
@@ -209,8 +216,16 @@ class Recipe:
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
         if self.clip.model is not None and self.clip.train is None:
             raise Refused("clip: `model` is given without `train`")
-        if (self.prior is None) == (self.ar_prior is None):
+        priors = 2 - [self.prior, self.ar_prior].count(None)
+        if self.prompts_only and (priors or self.sampling.prior is not None):
+            raise Refused(
+                "this decoder draws from prompts alone (its image is false): leave out `prior`, `ar_prior` and "
+                "`sampling.prior`"
+            )
+        if not self.prompts_only and priors != 1:
             raise Refused("give either `prior` (a diffusion prior) or `ar_prior` (an autoregressive one)")
+        if not self.prompts_only and self.sampling.prior is None:
+            raise Refused("sampling.prior is missing")
         if set(self.sampling.upsamplers) != set(self.upsamplers):
             raise Refused(
                 f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "
@@ -218,6 +233,12 @@ class Recipe:
             )
         if self.source.urls is None and self.world is None:
             raise Refused("source.urls is missing: name a Parquet, CSV or JSON-lines list of URLs and captions")
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether the decoder draws from prompts alone, so that there is no prior."""
+        changed = None if self.decoder.model is None else self.decoder.model.image
+        return not (preset(self.models).decoder.image if changed is None else changed)
 
 
 def part(section: Any, cls: type) -> Any:

@@ -46,7 +46,7 @@ class Bundle:
 
     spec: BundleSpec
     models: tuple[str, ...]
-    """prior, decoder, upsampler-64, …: the stages that train them."""
+    """prior, decoder, upsampler-64, inpainter, …: the stages that train them."""
     name: str = "bundle"
     group: str = "bundle"
     version: int = 1

@@ -47,14 +47,16 @@ def sizes(recipe: Recipe) -> list[int]:
 
 
 def clip_widths(recipe: Recipe) -> dict[str, int]:
-    """embedding, text_width and context of the recipe's CLIP, from its configuration alone."""
+    """embedding, text_width, context and vocabulary of the recipe's CLIP, from its configuration alone."""
     config = recipe.clip.model or open_clip_config(recipe.clip.pretrained.name)
     text = config.get("text_cfg", {})
     if "embed_dim" not in config or "width" not in text:
         raise Refused(
             "clip.model needs open_clip's fields: embed_dim, vision_cfg {…} and text_cfg {width, heads, layers, …}"
         )
-    return {"embedding": config["embed_dim"], "text_width": text["width"], "context": text.get("context_length", 77)}
+    from unclip.clip import clip_widths
+
+    return clip_widths(config)
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
@@ -73,27 +75,32 @@ def models(recipe: Recipe) -> dict[str, Any]:
 
     row, chain = preset(recipe.models), sizes(recipe)
     clip: dict[str, Any] = dict(clip_widths(recipe))
+    vocabulary = clip.pop("vocabulary")
     if len(row.upsamplers) < len(recipe.upsamplers):
         raise Refused(
             f"preset {recipe.models} has {len(row.upsamplers)} upsamplers, the recipe {len(recipe.upsamplers)}"
         )
-    kind, section = _prior(recipe)
-    prior = getattr(row, kind)
-    if prior is None:
-        raise Refused(f"preset {recipe.models} has no autoregressive prior; give `prior` in place of `ar_prior`")
-    out: dict[str, Any] = {
-        "decoder": dataclasses.replace(row.decoder, size=chain[0], **clip, **said(recipe.decoder.model)),
-        "prior": dataclasses.replace(prior, **clip, **said(section.model)),
-    }
+    told = {"text": row.decoder.text, **said(recipe.decoder.model)}
+    told["vocabulary"] = vocabulary if told["text"] == "own" else 0
+    out: dict[str, Any] = {"decoder": dataclasses.replace(row.decoder, size=chain[0], **clip, **told)}
+    if recipe.inpainter is not None:
+        out["inpainter"] = dataclasses.replace(out["decoder"], inpaint=True)
+    for kind, section in _priors(recipe):
+        prior = getattr(row, kind)
+        if prior is None:
+            other = "`prior` in place of `ar_prior`" if kind == "ar_prior" else "another preset"
+            raise Refused(f"preset {recipe.models} has no {kind}; give {other}")
+        out["prior"] = dataclasses.replace(prior, **clip, **said(section.model))
     for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
         changes = said(recipe.upsamplers[size].model)
         out[f"upsampler-{size}"] = dataclasses.replace(template, low=low, size=size, **changes)
     return out
 
 
-def _prior(recipe: Recipe) -> tuple[str, Any]:
-    """(kind, section) of the prior that the recipe asks for."""
-    return ("prior", recipe.prior) if recipe.ar_prior is None else ("ar_prior", recipe.ar_prior)
+def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
+    """(kind, section) of the prior that the recipe asks for; none where the decoder draws from prompts alone."""
+    given = [("prior", recipe.prior), ("ar_prior", recipe.ar_prior)]
+    return [(kind, section) for kind, section in given if section is not None]
 
 
 def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
@@ -110,17 +117,22 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     else:
         clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
-    kind, section = _prior(recipe)
     fits: list[Any] = [
         _fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
-        _fit("prior", kind, section, plain(made["prior"]), rows),
+        *(_fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
         *(
             _fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
             for size in sorted(recipe.upsamplers)
         ),
     ]
+    if recipe.inpainter is not None:
+        fits.append(
+            _fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), (*rows, "decoder")),
+        )
     chosen = recipe.sampling
-    sampling = {"prior": chosen.prior.document(), "decoder": chosen.decoder.document()}
+    sampling: dict[str, Any] = {"decoder": chosen.decoder.document()}
+    if chosen.prior is not None:
+        sampling["prior"] = chosen.prior.document()
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
     prompts = read_prompts(inputs.prompts)

@@ -38,7 +38,7 @@ ReadText = Callable[[Sequence[str]], dict[str, Tensor]]
 @dataclass
 class Batch:
     """A micro-batch. `tensors`, each [b, ...]: image uint8 [b, 3, s, s], image_embedding and text_embedding [b, d] raw,
-    text_states [b, L, w], text_mask [b, L], as far as the objective reads them."""
+    text_states [b, L, w], text_mask [b, L], or tokens int64 [b, L], as far as the objective reads them."""
 
     seed: int
     """Seed of this micro-batch's noise, timesteps, drops and crops."""

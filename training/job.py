@@ -13,7 +13,7 @@ from typing import Any
 from infra.errors import Refused
 from unclip.config import LATER
 
-KINDS = ("clip", "prior", "ar_prior", "decoder", "upsampler")
+KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler")
 DECAYS = ("cosine", "constant")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
 
@@ -146,6 +146,18 @@ class DecoderTrain(DiffusionTrain):
 
 
 @dataclass(frozen=True)
+class InpainterTrain(DecoderTrain):
+    """Options of a decoder's training to fill in (GLIDE, section 2.4)."""
+
+    drop_known: float = 0.1
+    """Fraction of samples of which nothing is known, so that it still draws whole pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction("drop_known", self.drop_known)
+
+
+@dataclass(frozen=True)
 class UpsamplerTrain(DiffusionTrain):
     """Options of an upsampler."""
 
@@ -186,6 +198,7 @@ CONFIGS: dict[str, type[TrainConfig]] = {
     "prior": PriorTrain,
     "ar_prior": AutoregressivePriorTrain,
     "decoder": DecoderTrain,
+    "inpainter": InpainterTrain,
     "upsampler": UpsamplerTrain,
 }
 """The training options of each kind of model."""
@@ -200,13 +213,14 @@ class Job:
     key: str
     """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
     kind: str
-    """clip, prior, ar_prior, decoder or upsampler."""
+    """clip, prior, ar_prior, decoder, inpainter or upsampler."""
     model: dict[str, Any]
     """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
     train: dict[str, Any]
     """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
     data: dict[str, str]
-    """Role → manifest version. rows and selection always; statistics and clip for the priors and the decoder."""
+    """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
+    inpainter; start for the inpainter: the finished decoder that it goes on from."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -104,12 +104,14 @@ def check(model: dict[str, Any]) -> None:
 
 
 def clip_widths(model: dict[str, Any]) -> dict[str, int]:
-    """What other models must fit: `embedding`, `text_width` and `context` (tokens) of an open_clip configuration."""
+    """What other models must fit: `embedding`, `text_width`, `context` (tokens) and `vocabulary` of an open_clip
+    configuration."""
     text = model["text_cfg"]
     return {
         "embedding": model["embed_dim"],
         "text_width": text.get("width", 512),
         "context": text.get("context_length", 77),
+        "vocabulary": text.get("vocab_size", CLIP_VOCABULARY),
     }
 
 

@@ -28,10 +28,13 @@ KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "prior": (PriorConfig, DiffusionPrior),
     "ar_prior": (AutoregressivePriorConfig, AutoregressivePrior),
     "decoder": (DecoderConfig, Decoder),
+    "inpainter": (DecoderConfig, Decoder),
     "upsampler": (UpsamplerConfig, Upsampler),
 }
 PRIORS = ("prior", "ar_prior")
 """Kinds that can be the prior of a release."""
+FREE = {"dropout", "size", "inpaint"}
+"""Settings that weights do not depend on: those in which a warm start may differ from its model."""
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -78,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
-    """Writes a prior of either kind, a decoder or an upsampler.
+    """Writes a prior of either kind, a decoder, an inpainter or an upsampler.
 
     config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the
     fingerprint of the CLIP whose embeddings it was trained on; None for an upsampler, which sees none.
@@ -86,8 +89,14 @@ def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *
     if kind not in KINDS:
         raise Refused(f"model kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, {"kind": kind, "config": asdict(config), "clip": clip})
+    write_json(folder / CONFIG, {"kind": kind, "config": _document(config), "clip": clip})
     write_tensors(folder / WEIGHTS, state)
+
+
+def _document(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON, without what `UNSAID` leaves out."""
+    unsaid = {item.name: item.default for item in fields(config) if item.metadata.get("unsaid")}
+    return {name: value for name, value in asdict(config).items() if name not in unsaid or value != unsaid[name]}
 
 
 def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
@@ -120,6 +129,34 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     except RuntimeError as error:
         raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from None
     return model.requires_grad_(False).eval()
+
+
+def warm_start(model: nn.Module, folder: Path, *kinds: str, clip: str | None = None) -> None:
+    """Gives a new model the weights of a finished one in a folder, of one of those kinds: a record's, or a release's
+    component. Its buffers too: statistics of embeddings and the empty text, which the weights were trained with.
+
+    What the finished model lacks must be zero at the new one's start, so that both give the same outputs: parts that
+    are added start silent. clip: the fingerprint that the finished model must have been trained on. Raises Refused for
+    another CLIP or kind, for settings or shapes in which the two differ, and for weights that the new model lacks.
+    """
+    config, trained_on = read_model_config(folder, *kinds)
+    if clip is not None and trained_on != clip:
+        raise Refused(
+            f"the model in {folder} was trained on the CLIP {str(trained_on)[:12]}…, and this one is for the CLIP "
+            f"{clip[:12]}…: their embeddings mean different things"
+        )
+    finished, new = read_tensors(folder / WEIGHTS), model.state_dict()
+    both = {name: (value, getattr(model.config, name, value)) for name, value in asdict(config).items()}
+    wrong = [f"its {name} is {a}, and {b} is asked for" for name, (a, b) in both.items() if a != b and name not in FREE]
+    wrong += [f"the new model has no {name}" for name in sorted(set(finished) - set(new))]
+    for name, tensor in new.items():
+        if name not in finished and bool(tensor.any()):
+            wrong.append(f"{name} is missing")
+        elif name in finished and finished[name].shape != tensor.shape:
+            wrong.append(f"{name} is {list(finished[name].shape)}, and {list(tensor.shape)} is needed")
+    if wrong:
+        raise Refused(f"a warm start from {folder} is impossible: {'; '.join(wrong[:3])}{' …' * (len(wrong) > 3)}")
+    model.load_state_dict(finished, strict=False)
 
 
 def _kind(folder: Path, kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:

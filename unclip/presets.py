@@ -6,12 +6,13 @@ recipe with `dataclasses.replace`; here they are those of the CLIP that the row 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.decoder import DecoderConfig
 from unclip.errors import Refused
 from unclip.prior import PriorConfig
+from unclip.tokenizer import CLIP_VOCABULARY
 from unclip.upsampler import UpsamplerConfig
 
 
@@ -19,7 +20,8 @@ from unclip.upsampler import UpsamplerConfig
 class Preset:
     """The models of one release, text side to largest picture."""
 
-    prior: PriorConfig
+    prior: PriorConfig | None
+    """None for a decoder that draws from prompts alone."""
     decoder: DecoderConfig
     upsamplers: tuple[UpsamplerConfig, ...]
     ar_prior: AutoregressivePriorConfig | None = None
@@ -132,7 +134,20 @@ TINY = Preset(
 Context + 4 tokens must differ from the pixels of an attended level: at equal lengths diffusers would not pad its mask.
 """
 
-PRESETS = {"paper": PAPER, "karlo": KARLO, "base": BASE, "demo": DEMO, "tiny": TINY}
+GLIDE = Preset(
+    prior=None,
+    decoder=replace(PAPER.decoder, context=128, text="own", vocabulary=CLIP_VOCABULARY, image=False),
+    upsamplers=PAPER.upsamplers,
+)
+"""GLIDE (arXiv 2112.10741, section 3), which draws from prompts alone: the paper's decoder is built after it, with z_i
+added. Counted: 3,562 M (GLIDE says 3.5 B), of which its text transformer of 24 blocks of width 2048 is 1,310 M (1.2 B;
+1,209 M without the table of tokens) and the rest 2,252 M (2.3 B).
+
+GLIDE's context of 128 tokens is the CLIP's here, since the tokeniser is, which has the table's size too. Its own
+upsampler of 1.5 B reads the caption again; ours do not, as those of DALL·E 2.
+"""
+
+PRESETS = {"paper": PAPER, "glide": GLIDE, "karlo": KARLO, "base": BASE, "demo": DEMO, "tiny": TINY}
 
 
 def preset(name: str) -> Preset:

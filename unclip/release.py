@@ -2,7 +2,7 @@
 
     release.json                            name, components with the SHA-256 of each file, sampling, data, CLIP
     clip/config.json merges.txt model.safetensors
-    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise
+    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise, and inpainter/ where there is one
 
 Only files that release.json names are read, and they are JSON, text and safetensors: no code of a folder ever runs.
 """
@@ -24,6 +24,9 @@ from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_m
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
+UNSAMPLED = {"clip", "inpainter"}
+"""Components of whose sampling a release says nothing: an inpainter is sampled as the decoder is."""
+KNOWN = "clip, prior, decoder, inpainter, upsampler-<side>"
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ def save(
 ) -> Release:
     """Makes a release of model folders and returns what `check` says of it.
 
-    components: "clip", "prior", "decoder" and each "upsampler-<side>" → a folder that Clip.save or save_model wrote.
-    Files are linked where the file system allows, else copied. Raises Refused where the parts do not fit together.
+    components: "clip", "prior", "decoder", each "upsampler-<side>" and, if there is one, "inpainter" → a folder that
+    Clip.save or save_model wrote; no "prior" for a decoder that draws from prompts alone. Files are linked where the
+    file system allows, else copied. Raises Refused where the parts do not fit together.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +98,11 @@ def read(folder: Path | str) -> Release:
         _check_name(component, str(path))
         if set(files) != set(_files(component)):
             raise Refused(f"{path}: {component} lists {sorted(files)}, and it consists of {sorted(_files(component))}")
-    if missing := [part for part in ("clip", "prior", "decoder") if part not in document["components"]]:
+    # Whether a decoder needs a prior, its configuration says (`check_fit`); a release that samples one has one.
+    required = ("clip", *(("prior",) if "prior" in document["sampling"] else ()), "decoder")
+    if missing := [part for part in required if part not in document["components"]]:
         raise Refused(f"{path} has no {' and no '.join(missing)}; a release has clip, prior, decoder and upsamplers")
-    sampled = set(document["components"]) - {"clip"}
+    sampled = set(document["components"]) - UNSAMPLED
     if set(document["sampling"]) != sampled:
         raise Refused(f"{path} says how to sample {sorted(document['sampling'])}, and its models are {sorted(sampled)}")
     try:
@@ -125,7 +131,9 @@ def check(folder: Path | str) -> Release:
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
-    for component, kinds in (("prior", PRIORS), ("decoder", ("decoder",))):
+    for component, kinds in (("prior", PRIORS), ("decoder", ("decoder",)), ("inpainter", ("inpainter",))):
+        if component not in release.components:
+            continue
         configs[component], trained_on = read_model_config(folder / component, *kinds)
         if trained_on != clip:
             raise Refused(
@@ -137,7 +145,8 @@ def check(folder: Path | str) -> Release:
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
     widths = clip_widths(document["model"])
-    check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
+    upsamplers = [configs[name] for name in release.upsamplers]
+    check_fit(widths, configs.get("prior"), configs["decoder"], upsamplers, configs.get("inpainter"))
     return release
 
 
@@ -146,10 +155,11 @@ def load(folder: Path | str) -> UnCLIP:
     folder = Path(folder)
     release = check(folder)
     clip = Clip.load(folder / "clip")
-    prior: Any = load_model(folder / "prior", *PRIORS)
+    prior: Any = load_model(folder / "prior", *PRIORS) if "prior" in release.components else None
     decoder: Any = load_model(folder / "decoder", "decoder")
+    inpainter: Any = load_model(folder / "inpainter", "inpainter") if "inpainter" in release.components else None
     upsamplers: list[Any] = [load_model(folder / name, "upsampler") for name in release.upsamplers]
-    return UnCLIP(clip, prior, decoder, upsamplers, release.sampling)
+    return UnCLIP(clip, prior, decoder, upsamplers, release.sampling, inpainter=inpainter)
 
 
 def _files(component: str) -> tuple[str, ...]:
@@ -162,10 +172,10 @@ def _side(component: str) -> int:
 
 def _check_name(component: str, where: str) -> None:
     # A component names a folder, so nothing else may pass: no path out of the release.
-    if component in ("clip", "prior", "decoder"):
+    if component in ("clip", "prior", "decoder", "inpainter"):
         return
     if not (component.startswith(UPSAMPLER) and component.removeprefix(UPSAMPLER).isdecimal()):
-        raise Refused(f"{where}: {component!r} is no part of a release; it has clip, prior, decoder, upsampler-<side>")
+        raise Refused(f"{where}: {component!r} is no part of a release; it has {KNOWN}")
 
 
 def _place(source: Path, target: Path) -> None:
