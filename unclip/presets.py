@@ -140,8 +140,8 @@ GLIDE = Preset(
     upsamplers=PAPER.upsamplers,
 )
 """GLIDE (arXiv 2112.10741, section 3), which draws from prompts alone: the paper's decoder is built after it, with z_i
-added. Counted: 3,562 M (GLIDE says 3.5 B), of which its text transformer of 24 blocks of width 2048 is 1,310 M (1.2 B;
-1,209 M without the table of tokens) and the rest 2,252 M (2.3 B).
+added. Counted: 3,552 M (GLIDE says 3.5 B), of which its text transformer of 24 blocks of width 2048 is 1,310 M (1.2 B;
+1,209 M without the table of tokens) and the rest 2,242 M (2.3 B).
 
 GLIDE's context of 128 tokens is the CLIP's here, since the tokeniser is, which has the table's size too. Its own
 upsampler of 1.5 B reads the caption again; ours do not, as those of DALL·E 2.

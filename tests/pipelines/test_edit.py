@@ -12,13 +12,22 @@ from typer.testing import CliRunner
 from infra.errors import Refused
 from pipelines.cli import app
 from pipelines.edit import read_picture
-from tests.fixtures.release import write_release
+from tests.fixtures.release import SAMPLING, write_inpainter, write_parts, write_release
+from unclip import release
 from unclip.errors import Refused as Impossible
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_release(tmp_path_factory.mktemp("edit") / "release")
+
+
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same release with an inpainter."""
+    root = tmp_path_factory.mktemp("filling")
+    release.save(root / "release", "tiny", write_inpainter(write_parts(root)), SAMPLING, {"embed": "0" * 64})
+    return root / "release"
 
 
 @pytest.fixture
@@ -62,6 +71,22 @@ def test_every_edit_writes_a_row_of_pictures(here: Path, folder: Path, words: li
     edit(folder, *words, "--out", "row.png")
     side, margin, label = 128, 10, 150  # pipelines.grids: pictures of 64 px are shown twice as large
     assert Image.open("row.png").width == label + margin + pictures * (side + margin)
+
+
+def test_inpainting_uses_the_releases_inpainter_unless_told_otherwise(here: Path, folder: Path, filling: Path) -> None:
+    rows = {}
+    for name, drawing, how in (
+        ("default", filling, []),
+        ("trained", filling, ["--trained"]),
+        ("zero-shot", filling, ["--zero-shot"]),
+        ("without", folder, []),
+    ):
+        edit(drawing, "inpaint", "picture.png", "mask.png", "a red circle", "-n", 1, "--out", f"{name}.png", *how)
+        rows[name] = Path(f"{name}.png").read_bytes()
+    assert rows["default"] == rows["trained"] != rows["zero-shot"]
+    assert rows["zero-shot"] == rows["without"]
+    with pytest.raises(Impossible, match="has no inpainter"):
+        edit(folder, "inpaint", "picture.png", "mask.png", "a", "--trained")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Tiny:
             return Job("clip", key, kind, CLIP, train, {"rows": self.download, "selection": self.filter})
         upsampler = replace(TINY.upsamplers[0], low=16, size=32)
         models: dict[str, Any] = {"prior": TINY.prior, "ar_prior": TINY.ar_prior, "decoder": TINY.decoder}
+        models["inpainter"] = replace(TINY.decoder, inpaint=True)
         return Job(kind, key, kind, asdict((models | {"upsampler": upsampler})[kind]), train, data)
 
 
@@ -94,6 +95,11 @@ def tiny(root: Path, *, shards: int = 3, count: int = 40, group: int = 16, seed:
         _manifest(store, [_commit(store, "clip", files)]),
         kept,
     )
+
+
+def stored(store: Store, folder: Path) -> str:
+    """The version of a manifest of one record, which holds the files of that folder."""
+    return _manifest(store, [_commit(store, folder.name, {path.name: path.read_bytes() for path in folder.iterdir()})])
 
 
 def _shard(random: np.random.Generator, shard: int, count: int) -> tuple[dict[bytes, np.ndarray], bytes, pa.Table]:
