@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infra.errors import Refused
+from infra.errors import Refused, Stopped
 from infra.monitor import NullMonitor
 from tests.training.tiny import Tiny, stored, tiny
 from training.data import Batch, Data
@@ -161,6 +161,16 @@ def test_the_loop_trains_an_inpainter_on(world: Tiny, finished, tmp_path: Path):
     assert model.unet.conv_in_beside.weight.any()
     assert facts["data"]["start"] == version
     assert not torch.equal(model.unet.conv_in.weight, load_model(folder, "decoder").unet.conv_in.weight)
+
+
+def test_an_interrupted_inpainter_ends_in_the_bytes_of_an_undisturbed_one(world: Tiny, finished, tmp_path: Path):
+    whole, parts = (inpainter_job(world, finished[0], key) for key in ("whole", "parts"))
+    train_local(whole, FitHow(), world.store, tmp_path / "whole", NullMonitor())
+    with pytest.raises(Stopped):
+        train_local(parts, FitHow(), world.store, tmp_path / "parts", NullMonitor(), stop=lambda: True)
+    train_local(parts, FitHow(), world.store, tmp_path / "parts", NullMonitor(), lease_number=1)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 def test_a_start_of_another_kind_or_clip_is_refused(world: Tiny, tmp_path: Path):

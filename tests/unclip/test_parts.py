@@ -92,6 +92,26 @@ def test_it_edits_what_needs_no_image_embedding_and_refuses_the_rest(prompts_onl
         prompts_only.generate(["a"], prior_guidance=2.0)
 
 
+def test_a_decoder_may_read_for_itself_and_see_an_image_embedding_too(filling: UnCLIP):
+    both = shaken(Decoder(replace(GLIDE, image=True, learned_range=False, prediction="v")), 4)
+    settings = {name: SAMPLING[name] for name in ("prior", "decoder")}
+    model = UnCLIP(filling.clip, filling.prior, both, [], settings, tile=2)
+    red, blue, empty = model.generate(["a red circle", "a blue square", ""], seeds=[0, 0, 0])
+    assert not torch.equal(red, blue)
+    assert not torch.equal(red, empty)
+    z = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    one, other = model.decode(z, ["a red circle", "a blue square"], seeds=[0, 0])
+    assert not torch.equal(one, other)  # under one z_i the caption alone differs
+    assert manipulate.variations(model, pictures(1), n=2).shape == (2, 3, 16, 16)
+
+
+def test_a_decoder_of_clips_token_states_may_do_without_image_embeddings(filling: UnCLIP):
+    alone = shaken(Decoder(replace(TINY.decoder, image=False)), 4)
+    model = UnCLIP(filling.clip, None, alone, [], {"decoder": SAMPLING["decoder"]}, tile=2)
+    one, other = model.generate(["a red circle", "a blue square"], seeds=[0, 0])
+    assert not torch.equal(one, other)
+
+
 def test_a_prior_and_a_decoder_of_image_embeddings_come_together_or_not_at_all(parts: dict[str, Path], tmp_path: Path):
     usual = {name: path for name, path in parts.items() if name not in ("glide", "inpainter")}
     with pytest.raises(Refused, match="has no prior"):
