@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -283,7 +283,9 @@ def main() -> None:
     """Entry point: a user's mistake is one paragraph and an exit code; anything else is our defect."""
     import warnings
 
+    from infra.damage import damaged
     from infra.errors import Refused
+    from infra.store import NotFound
     from unclip.errors import Refused as Impossible
 
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
@@ -291,9 +293,15 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (Refused, Impossible) as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"unclip: {error}\n")
-        sys.exit(getattr(error, "code", 2))
+        _end(str(error), getattr(error, "code", 2))
+    except NotFound as error:
+        _end(str(damaged(error.name, "is missing")), 5)
+
+
+def _end(said: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.write(f"unclip: {said}\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

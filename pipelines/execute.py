@@ -17,10 +17,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from infra.cluster import Node
+from infra.damage import damaged
 from infra.errors import Refused, Stopped
 from infra.lease import TTL_S
 from infra.manifest import Manifest, Record
-from infra.store import Store
+from infra.store import NotFound, Store
 from pipelines.admission import Admission, check_room
 from pipelines.console import Console
 from pipelines.fitting import Fits, settle
@@ -167,6 +168,9 @@ class Execution:
                 if str(cause) not in lines:  # it met every stage that wanted Ray, and is told once
                     lines.append(str(cause))
                     codes.append(self._unlinked.code)
+            elif isinstance(cause, NotFound):
+                lines.append(f"{name}: {damaged(cause.name, 'is missing')}")
+                codes.append(5)
             elif isinstance(cause, Refused | Impossible):
                 if not (stopping and isinstance(cause, Stopped)):
                     lines.append(f"{name}: {cause}")
