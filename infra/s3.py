@@ -268,7 +268,7 @@ class S3Store:
             raise Refused(f"{where}: {error}. Check the bucket's name, AWS_ENDPOINT_URL and AWS_REGION.") from error
         except boto.ClientError as error:
             match _code(error):
-                case "NoSuchKey" | "404" | "NotFound":
+                case "NoSuchKey" | "404" | "NotFound" if name:
                     raise NotFound(name, self.uri) from error
                 case "NoSuchBucket":
                     raise Refused(f"{where}: there is no such bucket. Create it, or name another.") from error
@@ -281,7 +281,13 @@ class S3Store:
                     raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
                 case "MethodNotAllowed" | "NotImplemented":
                     raise Refused(f"{where}: its server cannot do this ({error}).") from error
-            raise Refused(f"{where}: {error}", code=5) from error
+            hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
+            raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error
+        except boto.BotoCoreError as error:  # such as an answer that is no XML
+            raise Refused(
+                f"{where} answers, and not as an S3 server does ({type(error).__name__}). Is AWS_ENDPOINT_URL right?",
+                code=5 if name else 2,
+            ) from error
 
 
 @cache

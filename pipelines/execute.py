@@ -175,6 +175,9 @@ class Execution:
                 if not (stopping and isinstance(cause, Stopped)):
                     lines.append(f"{name}: {cause}")
                     codes.append(getattr(cause, "code", 2))
+            elif type(cause).__module__ == "ray.exceptions":  # a process, a node or the head is gone
+                lines.append(f"{name}: Ray lost what it was running ({type(cause).__name__}: {first_line(cause)})")
+                codes.append(5)
             else:
                 log.error("stage %s failed", name, exc_info=error)
                 lines.append(f"{name} failed: {type(cause).__name__}: {last_line(cause)}")
@@ -230,6 +233,11 @@ class Execution:
 
     def _shards(self, resolved: Resolved, made: int) -> None:
         self.console.state(resolved.stage.name, "running", len(resolved.present) + made, len(resolved.actions))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: of Ray's, what happened; the rest is about its log files."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
 
 
 def last_line(error: BaseException) -> str:

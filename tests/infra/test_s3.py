@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -197,3 +198,36 @@ def test_a_bucket_that_may_only_be_read_can_be_looked_at_and_not_run_on(s3_endpo
     assert list(open_store(s3_uri, create=False).list("")) == []
     with pytest.raises(Refused, match=r"access denied .* for store\.json"):
         open_store(s3_uri)
+
+
+class Plain(BaseHTTPRequestHandler):
+    """A web server that is none of S3's; its class says what it answers."""
+
+    status, body = 404, b"<html>no such page</html>"
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(404, b"<html>no such page</html>"), (200, b"<html>welcome</p>"), (200, b"plain"), (418, b""), (400, b"\x00")],
+)
+def test_a_web_server_that_is_no_s3_is_a_users_mistake(
+    status: int, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    answers = type("Answers", (Plain,), {"status": status, "body": body})
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        with pytest.raises(Refused, match="AWS_ENDPOINT_URL") as caught:
+            open_store("s3://bucket/prefix", create=False, endpoint=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert caught.value.code == 2
