@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -231,3 +232,23 @@ def test_a_web_server_that_is_no_s3_is_a_users_mistake(
             open_store("s3://bucket/prefix", create=False, endpoint=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     assert caught.value.code == 2
+
+
+def test_the_cache_stays_below_its_bound_and_keeps_what_was_used_last(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNCLIP_CACHE_GB", "3e-6")  # 3000 bytes
+    store = open_store(s3_uri, cache=tmp_path / "copies")
+    for number in range(5):
+        store.put_new(f"objects/{number}", bytes([number]) * 1000)
+    copies = [store.local(f"objects/{number}") for number in range(4)]
+    assert all(copy.exists() for copy in copies)  # above the bound, and all of it may be in use
+    for number, copy in enumerate(copies):
+        os.utime(copy, (hours_ago := time.time() - 7200 + number, hours_ago))
+    store.local("objects/0")  # used again, without being fetched
+    assert store.local("objects/4").read_bytes() == bytes([4]) * 1000
+    assert [copy.exists() for copy in copies] == [True, False, False, True]
+    assert store.local("objects/1").read_bytes() == bytes([1]) * 1000
+    monkeypatch.setenv("UNCLIP_CACHE_GB", "much")
+    with pytest.raises(Refused, match="UNCLIP_CACHE_GB is 'much'"):
+        store.local("objects/2")
