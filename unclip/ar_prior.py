@@ -9,13 +9,13 @@ z_i, each cut into buckets. What bounds the buckets comes from the training data
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from unclip.config import POSITIVE, SHARE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.guidance import join
 from unclip.layers import KeyValues, TransformerBlock
@@ -60,9 +60,18 @@ class AutoregressivePriorConfig:
     """Heads of those blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding", "text_width", "context", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise Refused(f"autoregressive prior: {name} is {getattr(self, name)}; it must be at least 1")
+        sizes = dict.fromkeys(
+            ("embedding", "text_width", "context", "width", "depth", "heads", "context_width", "text_heads"), WIDTH
+        )
+        ranges = {
+            "dropout": SHARE,
+            "explained": Range(0, 1, above=True),
+            "buckets": Range(2, WIDTH.most),
+            "reach": POSITIVE,
+            "text_depth": Range(0, WIDTH.most),
+        }
+        if wrong := outside(self, **sizes, **ranges):
+            raise Refused(f"autoregressive prior: {wrong}")
         if self.width % self.heads:
             raise Refused(f"autoregressive prior: a width of {self.width} does not divide into {self.heads} heads")
         if self.text_depth and self.encoder_width % self.text_heads:
@@ -75,12 +84,6 @@ class AutoregressivePriorConfig:
                 f"autoregressive prior: components is {self.components}; "
                 f"it lies between 1 and the embedding's width, {self.embedding}"
             )
-        if not 0 < self.explained <= 1:
-            raise Refused(f"autoregressive prior: explained is {self.explained}; it is above 0 and at most 1")
-        if self.buckets < 2:
-            raise Refused(f"autoregressive prior: buckets is {self.buckets}; a choice needs at least 2")
-        if not (math.isfinite(self.reach) and self.reach > 0):
-            raise Refused(f"autoregressive prior: reach is {self.reach}; it is a number of deviations above 0")
 
     @property
     def encoder_width(self) -> int:

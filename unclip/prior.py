@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.config import LATER
+from unclip.config import LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
 from unclip.layers import TimeEmbedding, TransformerBlock
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.schedule import Prediction, Schedule, check_process
 from unclip.text import NullText
 
 
@@ -48,12 +48,12 @@ class PriorConfig:
     """Sampling clamps the predicted standardised x0 to ± this (Karlo: 5); None leaves it as it is."""
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("embedding", "text_width", "context", "width", "depth", "heads"), WIDTH)
+        if wrong := outside(self, **sizes, dropout=SHARE, timesteps=TIMESTEPS, clip_range=POSITIVE):
+            raise Refused(f"prior: {wrong}")
         if self.width % self.heads:
             raise Refused(f"prior: a width of {self.width} does not divide into {self.heads} heads")
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"prior: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
-        if self.clip_range is not None and not self.clip_range > 0:
-            raise Refused(f"prior: clip_range must be above 0, or none at all, not {self.clip_range}")
+        check_process("prior", self.prediction, self.schedule)
 
 
 class PriorContext(NamedTuple):

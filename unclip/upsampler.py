@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import LATER
+from unclip.config import LATER, SIDE, TIMESTEPS, outside
 from unclip.errors import Refused
 from unclip.filters import mirrored
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.schedule import Prediction, Schedule, check_process
 from unclip.strips import in_strips
 from unclip.unet import UNet, UNetConfig
 
@@ -65,12 +65,11 @@ class UpsamplerConfig:
     restore detail in seven steps); both read the same x_t."""
 
     def __post_init__(self) -> None:
+        if wrong := outside(self, low=SIDE, timesteps=TIMESTEPS):
+            raise Refused(f"upsampler: {wrong}")
         if self.size <= self.low or self.size % self.low:
             raise Refused(f"upsampler: {self.size} px is no multiple of {self.low} px")
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"upsampler: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
-        if self.time_multiple < 1:
-            raise Refused(f"upsampler: a time embedding of {self.time_multiple} times the channels is impossible")
+        check_process("upsampler", self.prediction, self.schedule)
         _ = self.unet
 
     @property
