@@ -23,6 +23,7 @@ from pipelines import recipe as recipes
 from pipelines import workflow
 from pipelines.console import Console
 from pipelines.execute import Execution
+from pipelines.explain import blaming
 from pipelines.graph import chosen
 from pipelines.source import check_columns, list_digests
 from pipelines.stage import Stage
@@ -48,22 +49,27 @@ def prepared(name: str, store: str, changes: Sequence[str], *, create: bool) -> 
     recipe = recipes.load(name, changes)
     opened = open_store(store, create=create)
     with tempfile.TemporaryDirectory(prefix="unclip-inputs-") as folder:
-        urls, prompts = recipe.source.urls, recipe.evaluate.prompts
-        if recipe.world:
-            urls = urls or str(write_list(recipe.world, Path(folder)))
-            prompts = prompts or str(write_prompts(recipe.world, Path(folder)))
-        if prompts is None:
-            raise Refused(
-                'evaluate.prompts is missing: name a file with a line {"prompt": …, "kind": …} for each prompt'
-            )
-        if not Path(prompts).is_file() and (recipes.FOLDER / prompts).is_file():
-            prompts = str(recipes.FOLDER / prompts)
-        if not Path(prompts).is_file():
-            raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
-        check_columns(urls, recipe.source.columns)
-        head = Ledger(opened, recipe.release.name).head()
-        inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
-        yield Prepared(recipe, opened, inputs, workflow.stages(recipe, inputs))
+        with blaming(f"Recipe {name}"):
+            inputs, stages = _joined(recipe, opened, Path(folder))
+        yield Prepared(recipe, opened, inputs, stages)
+
+
+def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflow.Inputs, list[Stage]]:
+    """What the recipe reads from outside itself, and its stages; a world's list and prompts are written to `folder`."""
+    urls, prompts = recipe.source.urls, recipe.evaluate.prompts
+    if recipe.world:
+        urls = urls or str(write_list(recipe.world, folder))
+        prompts = prompts or str(write_prompts(recipe.world, folder))
+    if prompts is None:
+        raise Refused('evaluate.prompts is missing: name a file with a line {"prompt": …, "kind": …} for each prompt')
+    if not os.path.isfile(prompts) and os.path.isfile(recipes.FOLDER / prompts):
+        prompts = str(recipes.FOLDER / prompts)
+    if not os.path.isfile(prompts):  # unlike Path's, it takes a name of any length
+        raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
+    check_columns(urls, recipe.source.columns)
+    head = Ledger(store, recipe.release.name).head()
+    inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
+    return inputs, workflow.stages(recipe, inputs)
 
 
 def run_recipe(
@@ -159,7 +165,9 @@ def submit_recipe(
                 f"A job on {address} cannot reach the folder {store!r} of this machine: give --store s3://bucket/prefix"
             )
         store = str(Path(store).resolve())
-    recipes.load(name, changes)
+    recipe = recipes.load(name, changes)
+    with blaming(f"Recipe {name}"):
+        workflow.models(recipe)
     command = ["python", "-m", "pipelines.cli", "run", name, "--store", store, "--address", "auto"]
     for change in changes:
         command += ["--set", change]
