@@ -261,7 +261,7 @@ def find(store: Store, ref: str) -> str:
     """The version that `ref` names; Refused where there is none, or several."""
     name, at, word = ref.rpartition("@")
     if word == CHAMPION:
-        line = name if at else _only_line(store)
+        line = name if at else only_line(store)
         head = Ledger(store, line).head()
         if head is None:
             raise Refused(
@@ -355,13 +355,16 @@ def _scores(store: Store, evaluate: str) -> dict[str, Any]:
     return scores.read(store.get(object_name(sha256)))
 
 
-def _only_line(store: Store) -> str:
-    """The line that plain "champion" means: unclip, or the only one that there is."""
+def only_line(store: Store) -> str:
+    """The line that is meant by none: unclip, or the only one that there is; Refused where there are several."""
     lines = Ledger.names(store)
     if "unclip" in lines or not lines:
         return "unclip"
     if len(lines) > 1:
-        raise Refused(f"the store {store.uri} has several model lines; say which: {', '.join(lines)} (NAME@{CHAMPION})")
+        raise Refused(
+            f"the store {store.uri} has several model lines; say which (NAME@{CHAMPION}, or --name NAME): "
+            f"{', '.join(lines)}"
+        )
     return lines[0]
 
 
