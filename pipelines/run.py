@@ -25,6 +25,8 @@ from pipelines.console import Console
 from pipelines.execute import Execution
 from pipelines.explain import blaming
 from pipelines.graph import chosen
+from pipelines.prompts import read_prompts
+from pipelines.scores import check_name
 from pipelines.source import check_columns, list_digests
 from pipelines.stage import Stage
 from pipelines.world import Server, write_list, write_prompts
@@ -69,7 +71,13 @@ def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflo
     check_columns(urls, recipe.source.columns)
     head = Ledger(store, recipe.release.name).head()
     inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
-    return inputs, workflow.stages(recipe, inputs)
+    stages = workflow.stages(recipe, inputs)
+    kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
+    for score in recipe.gate.minimum:
+        judge, reference = recipe.evaluate.judge is not None, recipe.evaluate.reference is not None
+        with blaming("gate.minimum"):
+            check_name(score, kinds, judge=judge, reference=reference)
+    return inputs, stages
 
 
 def run_recipe(
@@ -160,7 +168,7 @@ def submit_recipe(
     from infra.cluster import submit
 
     if "://" not in store:
-        if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        if urlsplit(address if "://" in address else f"//{address}").hostname not in ("127.0.0.1", "localhost", "::1"):
             raise Refused(
                 f"A job on {address} cannot reach the folder {store!r} of this machine: give --store s3://bucket/prefix"
             )

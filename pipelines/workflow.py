@@ -20,7 +20,6 @@ from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler, part, said
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
-from pipelines.scores import check_name
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
@@ -151,11 +150,6 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
-    kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
-    asked = recipe.evaluate
-    for name in recipe.gate.minimum:
-        with blaming("gate.minimum"):
-            check_name(name, kinds, judge=asked.judge is not None, reference=asked.reference is not None)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
