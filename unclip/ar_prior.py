@@ -11,38 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from unclip.config import POSITIVE, SHARE, WIDTH, Range, outside
+from unclip.config import POSITIVE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.guidance import join
 from unclip.layers import KeyValues, TransformerBlock
 from unclip.pca import Pca, components_for, dequantise, quantise
-from unclip.prior import PriorContext
+from unclip.prior import CaptionTransformer, PriorContext
 from unclip.samplers import Noise
 from unclip.text import NullText, TextEncoder
 
 
 @dataclass(frozen=True)
-class AutoregressivePriorConfig:
+class AutoregressivePriorConfig(CaptionTransformer):
     """Shape of an autoregressive prior."""
 
-    embedding: int
-    """Width d of CLIP's image and text embeddings."""
-    text_width: int
-    """Width of CLIP's text token states."""
-    context: int
-    """Tokens of CLIP's text context."""
-    width: int
-    """Width of the transformer."""
-    depth: int
-    """Transformer blocks."""
-    heads: int
-    """Attention heads; they divide the width."""
-    dropout: float = 0.0
-    """Dropout after attention and MLP."""
     components: int | None = None
     """Principal components k that are kept of d; null: as many as `explained` asks of the training data."""
     explained: float = 0.99
@@ -59,21 +46,14 @@ class AutoregressivePriorConfig:
     text_heads: int = 8
     """Heads of those blocks."""
 
+    called: ClassVar[str] = "autoregressive prior"
+
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(
-            ("embedding", "text_width", "context", "width", "depth", "heads", "context_width", "text_heads"), WIDTH
-        )
-        ranges = {
-            "dropout": SHARE,
-            "explained": Range(0, 1, above=True),
-            "buckets": Range(2, WIDTH.most),
-            "reach": POSITIVE,
-            "text_depth": Range(0, WIDTH.most),
-        }
-        if wrong := outside(self, **sizes, **ranges):
-            raise Refused(f"autoregressive prior: {wrong}")
-        if self.width % self.heads:
-            raise Refused(f"autoregressive prior: a width of {self.width} does not divide into {self.heads} heads")
+        super().__post_init__()
+        ranges = {"context_width": WIDTH, "text_heads": WIDTH, "text_depth": Range(0, WIDTH.most)}
+        buckets = Range(2, WIDTH.most)
+        if wrong := outside(self, **ranges, explained=Range(0, 1, above=True), buckets=buckets, reach=POSITIVE):
+            raise Refused(f"{self.called}: {wrong}")
         if self.text_depth and self.encoder_width % self.text_heads:
             raise Refused(
                 f"autoregressive prior: a text encoder of {self.encoder_width} "
