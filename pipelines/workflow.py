@@ -97,7 +97,10 @@ def models(recipe: Recipe) -> dict[str, Any]:
     for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
         changes = said(recipe.upsamplers[size].model)
         with blaming(f"upsamplers.{size}.model"):
-            out[f"upsampler-{size}"] = dataclasses.replace(template, low=low, size=size, **changes)
+            made = dataclasses.replace(template, low=low, size=size, **changes)
+        with blaming(f"upsamplers.{size}"):
+            made.check_crop(recipe.upsamplers[size].train.crop)
+        out[f"upsampler-{size}"] = made
     _check_sampling(recipe.sampling, out)
     return out
 

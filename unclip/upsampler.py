@@ -84,6 +84,16 @@ class UpsamplerConfig:
         return halved // math.gcd(halved, self.factor)
 
     @property
+    def crop_grain(self) -> int:
+        """What the side of a crop of the output must be a multiple of, so that it begins at pixels of the input."""
+        return self.factor * self.unshuffle * 2 ** (len(self.multiples) - 1)
+
+    def check_crop(self, crop: int | None) -> None:
+        """Raises Refused for a side that this upsampler cannot be trained on; None is the whole picture."""
+        if crop is not None and (crop > self.size or crop % self.crop_grain):
+            raise Refused(f"train.crop is {crop}; it must divide by {self.crop_grain} and be at most {self.size}")
+
+    @property
     def unet(self) -> UNetConfig:
         """The U-Net inside."""
         return UNetConfig(

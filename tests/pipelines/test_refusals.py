@@ -117,6 +117,7 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(bad: Any) -> None:
         (["prior.model.heads=3"], r"prior\.model: .*128 does not divide into 3 heads"),
         (["upsamplers.64.model.schedule=square"], r"upsamplers\.64\.model: .*'square' is unknown; use one of cosine"),
         (["decoder.train.weighting=x"], r"decoder\.train\.weighting is 'x'; use one of uniform, min_snr"),
+        (["upsamplers.64.train.crop=20"], r"upsamplers\.64: train\.crop is 20; it must divide by 16"),
         (["upsamplers.-64={}"], r"upsamplers\.-64"),
         (["sampling.decoder.steps=5000"], r"sampling\.decoder: steps is 5000, and the model has 1000 timesteps"),
         (["sampling.prior.temperature=0.5"], r"sampling\.prior: .*only an autoregressive prior has a temperature"),
