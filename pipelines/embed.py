@@ -158,7 +158,7 @@ def chosen_rows(store: Store, index: str, selection: str) -> pa.Table:
     if table.num_rows != len(uids):
         raise Refused(
             f"the selection {selection[:12]} names {len(uids)} rows, of which the index {index[:12]} has "
-            f"{table.num_rows}: it is of another version of the data",
+            f"{table.num_rows}: it is of another version of the data. Run again from the filter on: unclip run RECIPE",
             code=5,
         )
     return table

@@ -48,7 +48,7 @@ class Columns:
     def __post_init__(self) -> None:
         taken = sorted({*INDEX.names} & {*self.keep})
         if taken:
-            raise Refused(f"source.columns.keep names {', '.join(taken)}, which unclip's own columns are called")
+            raise Refused(f"source.columns.keep names {', '.join(taken)}, unclip's own columns; leave out or rename")
         named = [self.url, self.caption, *self.keep]
         if not all(named):
             raise Refused("source.columns names a column without a name: write what the list calls it")
@@ -270,7 +270,7 @@ def _open(path: Path, columns: Columns) -> ds.Dataset:
     for key, name in (("url", columns.url), ("caption", columns.caption)):
         kind = _plain(found.schema.field(name)).type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text")
+            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text; name another")
     return found
 
 
