@@ -231,7 +231,7 @@ class FitHow:
     gpus: float = 0
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
-    """Seconds between checkpoints."""
+    """Seconds between checkpoints; 0: one after every step."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30
@@ -246,8 +246,8 @@ class FitHow:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("workers", "threads", "prefetch"), COUNT)
-        amounts = dict.fromkeys(("cpus", "gpus", "log_seconds"), AMOUNT)
-        ranges = {"checkpoint_seconds": POSITIVE, "cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE}
+        amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
+        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE}
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
 
