@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.config import UNSAID
+from unclip.config import TIMESTEPS, UNSAID, WHOLE, WIDTH, Range, outside
 from unclip.errors import Refused
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.schedule import Prediction, Schedule, check_process
 from unclip.text import NullText, NullTokens, TextEncoder, TokenEncoder
 from unclip.unet import UNet, UNetConfig
 
@@ -85,8 +85,10 @@ class DecoderConfig:
     """Take, beside x_t, what is known of the picture: four more channels of the input (GLIDE, section 2.4)."""
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"decoder: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        sizes = dict.fromkeys(("embedding", "text_width", "context", "text_heads"), WIDTH)
+        if wrong := outside(self, **sizes, text_depth=Range(0, WIDTH.most), timesteps=TIMESTEPS, vocabulary=WHOLE):
+            raise Refused(f"decoder: {wrong}")
+        check_process("decoder", self.prediction, self.schedule)
         if self.first_stage != "identity":
             raise Refused(f"decoder: first stage {self.first_stage!r} is unknown; use identity")
         if self.text not in TEXTS:
@@ -98,9 +100,9 @@ class DecoderConfig:
             )
         if self.text == "clip" and self.vocabulary:
             raise Refused("decoder: a vocabulary is for text own; CLIP's token states need none")
+        _ = self.unet
         if self.text_depth and self.context_width % self.text_heads:
             raise Refused(f"decoder: a context of {self.context_width} does not divide into {self.text_heads} heads")
-        _ = self.unet
 
     @property
     def unet(self) -> UNetConfig:

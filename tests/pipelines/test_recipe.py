@@ -151,5 +151,7 @@ def test_what_decoders_were_before_they_could_do_more_is_in_their_keys_alone() -
 def test_a_temperature_of_one_is_in_no_key() -> None:
     spec = plain(stages("demo")["bundle"].spec)  # type: ignore[attr-defined]
     assert "temperature" not in spec["sampling"]["prior"]
-    warm = plain(stages("demo", "sampling.prior.temperature=0.9")["bundle"].spec)  # type: ignore[attr-defined]
+    warm = plain(
+        stages("demo", "prior=null", "ar_prior.train.steps=7", "sampling.prior.temperature=0.9")["bundle"].spec
+    )  # type: ignore[attr-defined]
     assert warm["sampling"]["prior"]["temperature"] == 0.9
