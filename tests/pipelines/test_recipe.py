@@ -122,7 +122,7 @@ def test_a_prior_where_nothing_would_use_it_is_refused() -> None:
             recipe.load("demo", [change, "decoder.model.image=false"])
     with pytest.raises(Refused, match=r"sampling\.prior is missing"):
         recipe.load("demo", ["sampling.prior=null"])
-    with pytest.raises(Refused, match="preset glide has no prior"):
+    with pytest.raises(Refused, match="no diffusion prior; choose another preset"):
         workflow.models(recipe.load("demo", ["models=glide", "decoder.model={image: true}"]))
 
 
