@@ -35,6 +35,9 @@ def edit_interpolate(
     first: Annotated[str, typer.Argument(help="A picture file, or a prompt.")],
     second: Annotated[str, typer.Argument(help="Another, of the same kind.")],
     steps: Annotated[int, typer.Option(help="Pictures, both ends included.")] = 7,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="One noise for all pictures, not the way between the two's.")
+    ] = False,
     seed: SeedOption = 0,
     release: ReleaseOption = "champion",
     out: OutOption = Path("grid.png"),
@@ -45,7 +48,7 @@ def edit_interpolate(
     from pipelines import edit as editing
 
     opened = open_store(store, create=False)
-    typer.echo(f"wrote {editing.interpolate(opened, release, first, second, steps, seed, out)}")
+    typer.echo(f"wrote {editing.interpolate(opened, release, first, second, steps, fixed, seed, out)}")
 
 
 @edit.command("diff")

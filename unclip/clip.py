@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, write_json, 
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
+
+log = logging.getLogger(__name__)
 
 MERGES = "merges.txt"
 RESIZES = ("shortest", "squash")
@@ -282,6 +285,12 @@ class Clip:
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """For each text, what of it exceeds the context and is not seen; "" where all is."""
         return [self.tokenizer.truncated(text) for text in texts]
+
+    def tell_cut(self, texts: Sequence[str]) -> None:
+        """Logs a warning for each text of which the context does not hold all: its end is cut off and not seen."""
+        for text in dict.fromkeys(texts):
+            if cut := self.tokenizer.truncated(text):
+                log.warning("the prompt %r is too long for this release; %r at its end is not seen", text, cut)
 
     @torch.no_grad()
     def encode_images(self, pictures: Tensor) -> Tensor:

@@ -65,16 +65,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; raises Refused where it is missing or no such file."""
+    """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path} is no readable safetensors file: {error}") from None
+    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
+        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
+    return tensors
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:

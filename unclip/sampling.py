@@ -53,8 +53,8 @@ class Sampling:
         if self.sampler not in SAMPLERS:
             raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
         for name, least in (("steps", 1), ("candidates", 1)):
-            if getattr(self, name) < least:
-                raise Refused(f"sampling takes at least {least} {name}, not {getattr(self, name)}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise Refused(f"sampling takes at least {least} {name}, a whole number, not {getattr(self, name)}")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise Refused(f"guidance must be a finite number, at least 0 (1 is unguided), not {self.guidance}")
         if not 0 <= self.eta <= 1:
