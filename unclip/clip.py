@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from unclip.clip_text import Text, TextTower, foreign_settings
 from unclip.errors import Refused
-from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, understood, write_json, write_tensors
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
@@ -182,14 +182,16 @@ class Clip:
             merges = (folder / MERGES).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise Refused(f"CLIP's tokeniser cannot be read: {error}") from None
-        settings: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in document["preprocess"].items()
-        }
-        clip = cls(document["model"], read_tensors(folder / WEIGHTS), Preprocess(**settings), merges)
-        if clip.fingerprint != document["fingerprint"]:
+        with understood(folder / CONFIG, "configuration of a CLIP"):
+            settings: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in document["preprocess"].items()
+            }
+            clip = cls(document["model"], read_tensors(folder / WEIGHTS), Preprocess(**settings), merges)
+            found, expected = clip.fingerprint, str(document["fingerprint"])
+        if found != expected:
             raise Refused(
-                f"the CLIP in {folder} was altered: its fingerprint is {clip.fingerprint[:12]}, "
-                f"and {CONFIG} says {document['fingerprint'][:12]}. Take an undamaged copy."
+                f"the CLIP in {folder} was altered: its fingerprint is {found[:12]}, and {CONFIG} says "
+                f"{expected[:12]}. Take an undamaged copy."
             )
         return clip
 

@@ -19,7 +19,7 @@ from typing import Any
 from unclip.cascade import Sampling, UnCLIP, check_fit
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Refused
-from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
+from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, understood, write_json
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -86,6 +86,11 @@ def read(folder: Path | str) -> Release:
     """What release.json says, its form checked but no other file opened."""
     path = Path(folder) / MANIFEST
     document = read_json(path, "release")
+    with understood(path, "release"):
+        return _parsed(path, document)
+
+
+def _parsed(path: Path, document: dict[str, Any]) -> Release:
     known = {field.name for field in fields(Release)} | {"schema_version"}
     if set(document) != known:
         raise Refused(f"{path} has the entries {sorted(document)}, and a release has {sorted(known)}")
@@ -120,7 +125,8 @@ def check(folder: Path | str) -> Release:
                     "Take an undamaged copy of the release."
                 )
     document = read_json(folder / "clip" / CONFIG, "CLIP")
-    clip = document["fingerprint"]
+    with understood(folder / "clip" / CONFIG, "configuration of a CLIP"):
+        clip, widths = str(document["fingerprint"]), clip_widths(document["model"])
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
@@ -135,7 +141,6 @@ def check(folder: Path | str) -> Release:
         configs[name], _ = read_model_config(folder / name, "upsampler")
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
-    widths = clip_widths(document["model"])
     check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
     return release
 
