@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -277,7 +278,7 @@ class Clip:
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise Refused(f"these weights do not fit this CLIP's configuration: {error}") from None
+            raise Refused(f"these weights do not fit this CLIP's configuration: {shorten(str(error), 300)}") from None
         module.requires_grad_(False).eval().to(self.device)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:

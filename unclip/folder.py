@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     try:
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
-        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from None
+        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {shorten(str(error), 300)}") from None
     return model.requires_grad_(False).eval()
 
 

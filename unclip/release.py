@@ -107,7 +107,7 @@ def _parsed(path: Path, document: dict[str, Any]) -> Release:
         sampling = {component: Sampling(**settings) for component, settings in document["sampling"].items()}
     except TypeError as error:
         raise Refused(f"{path} has sampling settings that this unclip does not know: {error}") from None
-    return Release(document["name"], document["components"], sampling, document["data"], document["clip"])
+    return Release(str(document["name"]), document["components"], sampling, document["data"], str(document["clip"]))
 
 
 def check(folder: Path | str) -> Release:
@@ -121,7 +121,7 @@ def check(folder: Path | str) -> Release:
                 raise Refused(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
             if (found := _digest(path)) != expected:
                 raise Refused(
-                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {expected[:12]}…. "
+                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {str(expected)[:12]}…. "
                     "Take an undamaged copy of the release."
                 )
     document = read_json(folder / "clip" / CONFIG, "CLIP")
