@@ -95,8 +95,8 @@ BASE = Preset(
 """For one node of 8 GPUs, over any ViT-L/14: prior 156 M (autoregressive 157 M), decoder 319 M, upsamplers 91 M and
 31 M.
 
-The largest fits because nothing has to be sharded: float32 weights, gradient, AdamW's two moments and the moving average
-are 20 bytes a number, 6.4 GB for the decoder on each GPU (the paper's takes 69 GB), and the rest is for activations.
+The largest fits because nothing has to be sharded: float32 weights, gradient, AdamW's two moments and the moving
+average are 20 bytes a number, 6.4 GB for the decoder on each GPU (the paper's takes 69 GB); the rest is activations'.
 """
 
 DEMO = Preset(

@@ -78,6 +78,12 @@ def test_every_edit_writes_a_row_of_pictures(here: Path, folder: Path, words: li
         (["vary", "broken.png"], "broken.png cannot be read"),
         (["vary", "words.txt"], "words.txt cannot be read"),
         (["vary", "picture.png", "-n", 0], "nothing to draw"),
+        (["vary", "picture.png", "-n", 1000], "1,000 pictures are more than the 256"),
+        (["vary", "picture.png", "--seed", -3], "--seed -3 cannot be"),
+        (["vary", "picture.png", "--out", "row.gif"], "give a name that ends in .png"),
+        (["diff", "picture.png", "a", "b", "--steps", 1000], "1,000 pictures are more than"),
+        (["interpolate", "a", "b", "--out", "words.txt/row.png"], "words.txt/row.png cannot be written"),
+        (["redraw", "picture.png", "a", "--out", "."], "give a name that ends in .png"),
         (["vary", "picture.png", "--eta", 2], "eta must lie between 0 and 1"),
         (["vary", "picture.png", "--eta", "nan"], "eta must lie between 0 and 1"),
         (["interpolate", "picture.png", "none.png"], "there is no file 'none.png'"),
@@ -159,11 +165,10 @@ def test_damaged_pictures_are_read_or_refused_and_nothing_else(tmp_path: Path, d
     path.write_bytes(body[: data.draw(st.integers(0, len(body)))])
     try:
         picture = read_picture(path)
-    except Refused as refused:
-        assert "\n" not in str(refused)
-    else:
-        assert picture.dtype == torch.uint8
-        assert picture.shape[0] == 3
+    except Refused:
+        return
+    assert picture.dtype == torch.uint8
+    assert picture.shape[0] == 3
 
 
 def _bodies() -> list[bytes]:
