@@ -109,7 +109,7 @@ def test_an_exchanged_clip_is_refused_though_it_fits(folder: Path, tmp_path: Pat
     document = json.loads((folder / "release.json").read_text())
     document["clip"] = json.loads((tmp_path / "other" / "config.json").read_text())["fingerprint"]
     rewrite(folder / "release.json", json.dumps(document).encode())
-    with pytest.raises(Refused, match=r"the prior in .* was trained on embeddings of the CLIP"):
+    with pytest.raises(Refused, match=r"the decoder in .* was trained on embeddings of the CLIP"):
         release.load(folder)
 
 
