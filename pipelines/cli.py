@@ -100,12 +100,14 @@ def generate(
     release: ReleaseOption = "champion",
     number: NumberOption = 4,
     seed: SeedOption = 0,
-    guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
-    prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Decoder's ω: ε̂ = (1 − ω)·ε(nothing) + ω·ε(prompt); 1 is unguided.")
+    ] = None,
+    prior_guidance: Annotated[str | None, typer.Option(help="Prior's ω, likewise; 1 is unguided.")] = None,
     out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
-    """Draws pictures with a release; what is not said comes from the release."""
+    """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
     from infra.store import open_store
     from pipelines.generate import generate as draw
 
@@ -319,6 +321,8 @@ def main() -> None:
 
     interrupted = _Interrupted()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    # What a prompt loses is for the person who wrote it, whatever else is quiet.
+    logging.getLogger("unclip").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     try:
         app(standalone_mode=True)
