@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from infra.errors import Refused
 from infra.store import Store
@@ -24,11 +25,16 @@ def generate(
     guidance: float | None,
     prior_guidance: float | None,
     out: Path | str,
+    *,
+    labels: Mapping[str, str] | None = None,
+    label_guidance: float | None = None,
+    clip_guidance: float | None = None,
 ) -> Path:
     """Draws n pictures a prompt and writes them as one PNG, a row a prompt; returns where.
 
     release: a reference that `open_release` knows. Pictures of a prompt have the seeds seed, seed + 1, …; guidance None
-    means the release's own. Raises Refused for impossible settings, and where there is no such release.
+    means the release's own, as it does of the guides, for whose labels and scales see `unclip.sampling.Sampling`.
+    Raises Refused for impossible settings, and where there is no such release or guide.
     """
     for name, scale in (("guidance", guidance), ("prior guidance", prior_guidance)):
         if scale is not None and (not math.isfinite(scale) or scale < 0):
@@ -50,7 +56,8 @@ def generate(
             log.warning("the prompt %r is too long for this release; %r at its end is not seen", prompt, cut)
     words = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + k for _ in prompts for k in range(n)]
-    pictures = model.generate(words, seeds=seeds, guidance=guidance, prior_guidance=prior_guidance)
+    guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
+    pictures = model.generate(words, seeds=seeds, guidance=guidance, prior_guidance=prior_guidance, **guides)
     table = pictures.permute(0, 2, 3, 1).reshape(len(prompts), n, model.size, model.size, 3).numpy()
     grids.save(grids.rows(table, prompts), Path(out))
     return Path(out)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from unclip.clip_text import Text
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
 from unclip.guidance import Network, clipped, conditional
+from unclip.guides import Guides, check_guides
 from unclip.prior import DiffusionPrior, PriorConfig, PriorContext
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
@@ -56,6 +58,7 @@ class UnCLIP:
 
     sampling: defaults for "prior", "decoder" and each "upsampler-<side>". tile: pictures a call of a network, always; a
     last call is filled up. The same prompt and seed give the same picture under the same tile, device and threads.
+    guides: what may guide the decoder beside its own condition.
     """
 
     def __init__(
@@ -66,17 +69,20 @@ class UnCLIP:
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
+        guides: Guides | None = None,
     ) -> None:
         widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
         check_fit(widths, prior.config, decoder.config, [upsampler.config for upsampler in upsamplers])
-        self.tile = tile
+        self.tile, self.guides = tile, guides or Guides()
+        configs = {name: model.config for name, model in self.guides.models.items()}
+        check_guides(decoder.config, clip.embedding_width, configs)
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         given = dict(sampling or {})
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
         self._check_sampling(self.sampling)
-        for model in (prior, decoder, *upsamplers):
+        for model in (prior, decoder, *upsamplers, *self.guides.models.values()):
             model.requires_grad_(False).eval()
 
     @property
@@ -104,7 +110,7 @@ class UnCLIP:
     def to(self, device: torch.device | str) -> UnCLIP:
         """Moves all models; returns itself."""
         self.clip.to(device)
-        for model in (self.prior, self.decoder, *self.upsamplers):
+        for model in (self.prior, self.decoder, *self.upsamplers, *self.guides.models.values()):
             model.to(device)
         return self
 
@@ -115,18 +121,24 @@ class UnCLIP:
         seeds: Sequence[int] | None = None,
         guidance: float | None = None,
         prior_guidance: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        label_guidance: float | None = None,
+        clip_guidance: float | None = None,
         sampling: Mapping[str, Sampling] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """One picture a prompt: uint8 [n, 3, size, size] on the host, RGB.
 
-        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's.
-        sampling: replaces the release's for the components that it names. Raises Refused for impossible settings.
+        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's; labels
+        (label → class, of every picture) and the scales of its guides: see `Sampling`, whose fields they are.
+        sampling: replaces the release's for the components that it names. Raises Refused for impossible settings, and
+        for a guide that this release does not have.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-        chosen = self._chosen(sampling, guidance, prior_guidance)
+        guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
+        chosen = self._chosen(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
         tiles = list(_tiles(len(prompts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
@@ -161,7 +173,7 @@ class UnCLIP:
             raise Refused(
                 f"{len(embeddings)} pictures with {len(texts)} texts and {len(seeds)} seeds: give one of each a picture"
             )
-        chosen = self._chosen(sampling, guidance, None)
+        chosen = self._chosen(sampling, {"guidance": guidance})
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
@@ -239,9 +251,9 @@ class UnCLIP:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
         decoder, side = self.decoder, self.decoder.config.size
         context, null = decoder.context(embedding, *text), decoder.null_context(len(seeds))
-        denoise = in_range(
-            guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
-        )
+        denoise = guided(decoder.denoise, context, null, sampling, decoder.schedule)
+        denoise = self.guides.guide(denoise, text.embedding, sampling, decoder.schedule)
+        denoise = in_range(denoise, sampling, decoder.schedule)
         return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback, extra)
 
     @torch.no_grad()
@@ -309,14 +321,18 @@ class UnCLIP:
         return SAMPLERS[sampling.sampler](denoise, x, steps, noise=noise, callback=report, **options)
 
     def _chosen(
-        self, sampling: Mapping[str, Sampling] | None, guidance: float | None, prior_guidance: float | None
+        self,
+        sampling: Mapping[str, Sampling] | None,
+        decoder: Mapping[str, Any],
+        prior: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Sampling]:
+        """The settings of each component; of decoder and prior, those fields that are not None replaced."""
         if unknown := sorted(set(sampling or {}) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
         chosen = self.sampling | dict(sampling or {})
-        for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
-            if scale is not None:
-                chosen[name] = replace(chosen[name], guidance=scale)
+        for name, changes in (("decoder", decoder), ("prior", prior)):
+            said = {field: value for field, value in changes.items() if value is not None}
+            chosen[name] = replace(chosen[name], **said)
         self._check_sampling(chosen)
         return chosen
 
@@ -324,6 +340,7 @@ class UnCLIP:
         """Raises Refused for a setting that its model has no use for."""
         for name, settings in sampling.items():
             check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
+        self.guides.check(sampling["decoder"])
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:
