@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.errors import Refused
 from infra.manifest import Manifest, object_name
 from infra.store import Store
 from training.data import Batch, Reads, decode, picture
 from training.job import ClipTrain, Job
 from training.objectives import Losses, Noised, to_unit
 from training.parallel import Group
-from unclip.clip import Clip, Preprocess, build, check
+from unclip.clip import Clip, Preprocess, build, check, clip_widths
 from unclip.folder import CONFIG, read_json
 from unclip.noised_clip import NoisedClip
 from unclip.schedule import Schedule
@@ -106,7 +107,12 @@ class NoisedClipObjective(Noised):
         super().__init__(job)
         self.reads = Reads(image=partial(picture, size=self.config.size), text_embeddings=True)
         clip = store.local(object_name(Manifest.load(store, job.data["clip"]).only.sha(CONFIG)))
-        self.facts = {"clip": read_json(clip, "CLIP")["fingerprint"]}
+        document = read_json(clip, "CLIP")
+        if (width := clip_widths(document["model"])["embedding"]) != self.config.embedding:
+            raise Refused(
+                f"{job.stage} is made for embeddings of {self.config.embedding}, and this CLIP's have {width}"
+            )
+        self.facts = {"clip": document["fingerprint"]}
 
     def build(self) -> nn.Module:
         return NoisedClip(self.config)
