@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.errors import Refused
 from infra.store import Store
+from pipelines.drawing import check_guidance, check_order
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.WARNING)  # what a prompt loses is for the person who wrote it, whatever else is quiet
@@ -36,11 +35,9 @@ def generate(
     means the release's own, as it does of the guides, for whose labels and scales see `unclip.sampling.Sampling`.
     Raises Refused for impossible settings, and where there is no such release or guide.
     """
-    for name, scale in (("guidance", guidance), ("prior guidance", prior_guidance)):
-        if scale is not None and (not math.isfinite(scale) or scale < 0):
-            raise Refused(f"{name} must be a finite number, at least 0 (1 is unguided), not {scale}")
-    if n < 1 or not prompts:
-        raise Refused(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
+    check_guidance(guidance=guidance, prior_guidance=prior_guidance)
+    check_guidance(unguided=0, label_guidance=label_guidance, clip_guidance=clip_guidance)
+    check_order(n, rows=len(prompts), seed=seed, out=out)
     # Beside other busy processes, threads that spin while they wait make sampling up to thirty times slower (measured
     # on two cores: 67 s against 3 s); on an idle machine waiting asleep costs a second. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

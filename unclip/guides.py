@@ -6,17 +6,14 @@ the prior, and so z_i, knows nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from unclip.classifier import Classifier
-from unclip.decoder import DecoderConfig
 from unclip.errors import Refused
 from unclip.guidance import classifier, clip_guided
-from unclip.half_unet import HalfUNetConfig
-from unclip.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.noised_clip import NoisedClip
 from unclip.sampling import Sampling
 from unclip.schedule import Denoiser, Schedule
 
@@ -63,19 +60,3 @@ class Guides:
             scale = sampling.clip_guidance * float(self.noised_clip.scale)
             denoise = clip_guided(denoise, self.noised_clip, text_embedding, scale, schedule)
         return denoise
-
-
-def check_guides(decoder: DecoderConfig, embedding: int, guides: Mapping[str, HalfUNetConfig]) -> None:
-    """Raises Refused, naming both sides, for a guide that was made for another decoder or another CLIP.
-
-    embedding: width of CLIP's embeddings. guides: component of the release → its configuration.
-    """
-    for name, config in guides.items():
-        for field in ("size", "schedule", "timesteps"):
-            if getattr(config, field) != getattr(decoder, field):
-                raise Refused(
-                    f"this {name} was made for {field} {getattr(config, field)}, and the decoder's is "
-                    f"{getattr(decoder, field)}: it would read pictures that it never saw"
-                )
-        if isinstance(config, NoisedClipConfig) and config.embedding != embedding:
-            raise Refused(f"this {name} was made for embedding {config.embedding}, and CLIP's is {embedding}")

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
 from unclip.layers import Conv2d, ResBlock, TimeEmbedding, zeroed
-from unclip.schedule import Schedule
+from unclip.schedule import check_process
 from unclip.unet import UNetConfig
 
 
@@ -47,12 +48,14 @@ class HalfUNetConfig:
     """Timesteps of the process: the decoder's."""
 
     def __post_init__(self) -> None:
-        if self.channels * self.multiples[-1] % self.head_channels:
+        if wrong := outside(self, channels=WIDTH, multiples=WIDTH, head_channels=WIDTH, timesteps=TIMESTEPS):
+            raise Refused(f"encoder: {wrong}")
+        if not self.multiples or self.channels * self.multiples[-1] % self.head_channels:
             raise Refused(
-                f"{self.channels * self.multiples[-1]} channels, which are pooled, do not divide into heads of "
-                f"{self.head_channels}"
+                f"encoder: the channels of the last level ({self.channels} times the last of {self.multiples}) are "
+                f"pooled, and do not divide into heads of {self.head_channels}"
             )
-        Schedule.named(self.schedule, self.timesteps)
+        check_process("encoder", "x0", self.schedule)
         # The other half's rules are this half's: sides that halve, channels that divide into groups and heads.
         UNetConfig(
             size=self.size,
@@ -64,6 +67,7 @@ class HalfUNetConfig:
             attention=self.attention,
             head_channels=self.head_channels,
             groups=self.groups,
+            dropout=self.dropout,
             unshuffle=self.unshuffle,
         )
 

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from unclip.config import WIDTH, outside
 from unclip.errors import Refused
 from unclip.half_unet import HalfUNet, HalfUNetConfig
 from unclip.schedule import Schedule
@@ -31,8 +32,8 @@ class NoisedClipConfig(HalfUNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embedding < 1:
-            raise Refused(f"noised CLIP: embedding is {self.embedding}; it must be at least 1")
+        if wrong := outside(self, embedding=WIDTH):
+            raise Refused(f"noised CLIP: {wrong}")
 
 
 class NoisedClip(nn.Module):

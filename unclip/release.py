@@ -16,11 +16,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unclip.cascade import Sampling, UnCLIP, check_fit
+from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Refused
+from unclip.fit import check_fit, check_guides
 from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
-from unclip.guides import GUIDES, Guides, check_guides
+from unclip.guides import GUIDES, Guides
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
