@@ -283,8 +283,11 @@ class Recipe:
                     f"classifier.labels names {', '.join(missing)}: name it in source.columns.keep as well, so that it "
                     "travels with the rows"
                 )
-        if self.sampling.decoder.labels and self.classifier is None:
-            raise Refused("sampling.decoder.labels guide by a classifier, and the recipe has no section `classifier`")
+        learned = () if self.classifier is None else self.classifier.labels
+        if missing := sorted({*self.sampling.decoder.labels} - {*learned}):
+            raise Refused(
+                f"sampling.decoder.labels has {missing[0]}, which no `classifier.labels` of this recipe names"
+            )
         if self.sampling.decoder.clip_guidance and self.noised_clip is None:
             raise Refused("sampling.decoder.clip_guidance needs a noised CLIP: add a section `noised_clip`")
         for side in self.upsamplers:

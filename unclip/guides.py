@@ -6,13 +6,15 @@ the prior, and so z_i, knows nothing of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from unclip.classifier import Classifier
+from unclip.classifier import Classifier, ClassifierConfig
 from unclip.errors import Refused
 from unclip.guidance import classifier, clip_guided
+from unclip.half_unet import HalfUNetConfig
 from unclip.noised_clip import NoisedClip
 from unclip.sampling import Sampling
 from unclip.schedule import Denoiser, Schedule
@@ -36,18 +38,7 @@ class Guides:
 
     def check(self, sampling: Sampling) -> None:
         """Raises Refused where the decoder's settings ask for a guide or a class that is not there."""
-        if sampling.labels and self.classifier is None:
-            raise Refused(
-                f"label {next(iter(sampling.labels))!r} needs a classifier that reads noised pictures, and this "
-                "release has none. Train one with a recipe's section `classifier`."
-            )
-        if sampling.clip_guidance and self.noised_clip is None:
-            raise Refused(
-                f"CLIP guidance of {sampling.clip_guidance:g} needs a CLIP that reads noised pictures, and this "
-                "release has none. Train one with a recipe's section `noised_clip`."
-            )
-        if self.classifier is not None:
-            self.classifier.log_prob(sampling.labels)
+        check_asked(sampling, {name: model.config for name, model in self.models.items()})
 
     def guide(self, denoise: Denoiser, text_embedding: Tensor, sampling: Sampling, schedule: Schedule) -> Denoiser:
         """The decoder's denoiser, guided towards the labels and the text as its settings want it.
@@ -60,3 +51,24 @@ class Guides:
             scale = sampling.clip_guidance * float(self.noised_clip.scale)
             denoise = clip_guided(denoise, self.noised_clip, text_embedding, scale, schedule)
         return denoise
+
+
+def check_asked(sampling: Sampling, guides: Mapping[str, HalfUNetConfig]) -> None:
+    """Raises Refused where the decoder's settings ask for a guide or a class that is not there.
+
+    guides: component of the release → its configuration, of those that are there.
+    """
+    classifier = guides.get("classifier")
+    if sampling.labels and not isinstance(classifier, ClassifierConfig):
+        raise Refused(
+            f"label {next(iter(sampling.labels))!r} needs a classifier that reads noised pictures, and this release "
+            "has none. Train one with a recipe's section `classifier`."
+        )
+    for label, value in sampling.labels.items():
+        assert isinstance(classifier, ClassifierConfig)
+        classifier.place(label, value)
+    if sampling.clip_guidance and "noised-clip" not in guides:
+        raise Refused(
+            f"CLIP guidance of {sampling.clip_guidance:g} needs a CLIP that reads noised pictures, and this release "
+            "has none. Train one with a recipe's section `noised_clip`."
+        )

@@ -21,7 +21,7 @@ from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Refused
 from unclip.fit import check_fit, check_guides
 from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
-from unclip.guides import GUIDES, Guides
+from unclip.guides import GUIDES, Guides, check_asked
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -167,6 +167,7 @@ def check(folder: Path | str) -> Release:
     check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
     guides = {name: configs[name] for name in GUIDES if name in configs}
     check_guides(configs["decoder"], widths["embedding"], guides)
+    check_asked(release.sampling["decoder"], guides)
     return release
 
 

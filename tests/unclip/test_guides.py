@@ -311,6 +311,18 @@ def test_a_release_without_guides_says_so(model: UnCLIP):
         model.generate(["a red circle"], sampling=upsampling)
 
 
+def test_settings_that_a_releases_guides_cannot_follow_are_refused_when_it_is_made(
+    parts: dict[str, Path], tmp_path: Path
+):
+    for number, (how, reason) in enumerate(
+        [({"clip_guidance": 1.0}, "CLIP guidance"), ({"labels": {"shape": "x"}}, "'x'")]
+    ):
+        asked = SAMPLING | {"decoder": replace(SAMPLING["decoder"], **how)}
+        there = {name: path for name, path in parts.items() if name != "noised-clip"}
+        with pytest.raises(Refused, match=reason):
+            release.save(tmp_path / str(number), "tiny", there, asked)
+
+
 def test_guides_of_another_decoder_or_clip_are_refused(parts: dict[str, Path], tmp_path: Path):
     config = ClassifierConfig(**small(size=32, attention=(16,), labels=("shape",), classes=CLASSES[:1]))
     save_model(tmp_path / "large", "classifier", config, Classifier(config).state_dict())
