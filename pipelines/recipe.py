@@ -285,9 +285,7 @@ class Recipe:
                 )
         learned = () if self.classifier is None else self.classifier.labels
         if missing := sorted({*self.sampling.decoder.labels} - {*learned}):
-            raise Refused(
-                f"sampling.decoder.labels has {missing[0]}, which no `classifier.labels` of this recipe names"
-            )
+            raise Refused(f"sampling.decoder.labels has {missing[0]}, which `classifier.labels` does not name")
         if self.sampling.decoder.clip_guidance and self.noised_clip is None:
             raise Refused("sampling.decoder.clip_guidance needs a noised CLIP: add a section `noised_clip`")
         for side in self.upsamplers:

@@ -18,7 +18,7 @@ from typing import Any
 
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
-from unclip.errors import Refused
+from unclip.errors import Damaged, Refused
 from unclip.fit import check_fit, check_guides
 from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
 from unclip.guides import GUIDES, Guides, check_asked
@@ -141,9 +141,9 @@ def check(folder: Path | str) -> Release:
         for file, expected in files.items():
             path = folder / component / file
             if not path.is_file():
-                raise Refused(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
+                raise Damaged(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
             if (found := _digest(path)) != expected:
-                raise Refused(
+                raise Damaged(
                     f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {expected[:12]}…. "
                     "Take an undamaged copy of the release."
                 )

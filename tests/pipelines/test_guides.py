@@ -81,8 +81,11 @@ def test_a_guide_is_made_for_the_recipes_decoder_and_clip():
         ([KEEP, CLASSIFIER, "classifier.model.size=32"], r"classifier\.model\.size is no known key"),
         ([KEEP, CLASSIFIER, "classifier.train.snr_cap=3"], r"classifier\.train\.snr_cap is no known key"),
         (["sampling.decoder.clip_guidance=2"], "add a section `noised_clip`"),
-        (["sampling.decoder.labels={shape: circle}"], "has shape, which no `classifier.labels`"),
-        ([KEEP, CLASSIFIER, "sampling.decoder.labels={shape: circle}"], "has shape, which no `classifier.labels`"),
+        (["sampling.decoder.labels={shape: circle}"], "has shape, which `classifier.labels` does not name"),
+        (
+            [KEEP, CLASSIFIER, "sampling.decoder.labels={shape: circle}"],
+            "has shape, which `classifier.labels` does not name",
+        ),
         ([NOISED_CLIP, "sampling.decoder.clip_guidance=-1"], "clip guidance must be"),
     ],
 )
