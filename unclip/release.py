@@ -2,7 +2,7 @@
 
     release.json                            name, components with the SHA-256 of each file, sampling, data, CLIP
     clip/config.json merges.txt model.safetensors
-    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise
+    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise, classifier/ and noised-clip/ if any
 
 Only files that release.json names are read, and they are JSON, text and safetensors: no code of a folder ever runs.
 """
@@ -19,8 +19,9 @@ from typing import Any
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Damaged, Refused
-from unclip.fit import check_fit
+from unclip.fit import check_fit, check_guides
 from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, understood, write_json
+from unclip.guides import GUIDES, Guides, check_asked
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -44,6 +45,8 @@ PARTS = {
     "clip": Part(sampled=False, sees_clip=False),
     "prior": Part(PRIORS),
     "decoder": Part(("decoder",)),
+    "classifier": Part(("classifier",), required=False, sampled=False, sees_clip=False),
+    "noised-clip": Part(("noised_clip",), required=False, sampled=False),
 }
 """The components that a release has one of, by name."""
 UPSAMPLERS = Part(("upsampler",), required=False, sees_clip=False)
@@ -167,6 +170,9 @@ def check(folder: Path | str) -> Release:
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
     check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
+    guides = {name: configs[name] for name in GUIDES if name in configs}
+    check_guides(configs["decoder"], widths["embedding"], guides)
+    check_asked(release.sampling["decoder"], guides)
     return release
 
 
@@ -179,7 +185,8 @@ def load(folder: Path | str) -> UnCLIP:
         name: load_model(folder / name, *_part(name).kinds) for name in release.components if name != "clip"
     }
     upsamplers = [models[name] for name in release.upsamplers]
-    return UnCLIP(clip, models["prior"], models["decoder"], upsamplers, release.sampling)
+    guides = Guides(models.get("classifier"), models.get("noised-clip"))
+    return UnCLIP(clip, models["prior"], models["decoder"], upsamplers, release.sampling, guides=guides)
 
 
 def _files(component: str) -> tuple[str, ...]:
