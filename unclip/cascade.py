@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from unclip.clip import Clip, clip_widths
 from unclip.clip_text import Text
 from unclip.decoder import Decoder
 from unclip.errors import Refused
-from unclip.fit import check_fit
+from unclip.fit import check_fit, check_guides
 from unclip.guidance import Network, clipped, conditional
+from unclip.guides import Guides
 from unclip.prior import DiffusionPrior, PriorContext
 from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
@@ -45,6 +47,7 @@ class UnCLIP:
     tile: pictures a call of a network, always; a last call is filled up. inpainter: a decoder that was trained to fill
     in, which then draws in the decoder's place and as it is sampled. The same prompt and seed give the same picture
     under the same tile, device and threads.
+    guides: what may guide the decoder beside its own condition.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class UnCLIP:
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
+        guides: Guides | None = None,
         *,
         inpainter: Decoder | None = None,
     ) -> None:
@@ -65,7 +69,9 @@ class UnCLIP:
             [upsampler.config for upsampler in upsamplers],
             None if inpainter is None else inpainter.config,
         )
-        self.tile = tile
+        self.tile, self.guides = tile, guides or Guides()
+        configs = {name: model.config for name, model in self.guides.models.items()}
+        check_guides(decoder.config, clip.embedding_width, configs)
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         self.inpainter = inpainter
         given = dict(sampling or {})
@@ -89,7 +95,8 @@ class UnCLIP:
     @property
     def _models(self) -> list[nn.Module]:
         """All networks but CLIP."""
-        return [model for model in (self.prior, self.decoder, self.inpainter, *self.upsamplers) if model is not None]
+        own = (self.prior, self.decoder, self.inpainter, *self.upsamplers, *self.guides.models.values())
+        return [model for model in own if model is not None]
 
     @property
     def size(self) -> int:
@@ -122,18 +129,27 @@ class UnCLIP:
         seeds: Sequence[int] | None = None,
         guidance: float | None = None,
         prior_guidance: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        label_guidance: float | None = None,
+        clip_guidance: float | None = None,
         sampling: Mapping[str, Sampling] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """One picture a prompt: uint8 [n, 3, size, size] on the host, RGB.
 
-        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's.
-        sampling: replaces the release's for the components that it names. Raises Refused for impossible settings.
+        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's; labels
+        (label → class, of every picture) and the scales of its guides: see `Sampling`, whose fields they are.
+        sampling: replaces the release's for the components that it names. An empty prompt draws anything; of one that
+        is longer than CLIP's context the end is not seen, which a logged warning says. Raises Refused for impossible
+        settings, for a guide that this release does not have, and where settings or damaged weights lead to numbers
+        that are not finite.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-        chosen = self._chosen(sampling, guidance, prior_guidance)
+        guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
+        chosen = self._chosen(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
+        self.clip.tell_cut(prompts)
         tiles = list(_tiles(len(prompts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
@@ -176,7 +192,8 @@ class UnCLIP:
             )
         if known is not None and self.inpainter is None:
             raise Refused("this release has no inpainter: a decoder that was trained to fill in")
-        chosen = self._chosen(sampling, guidance, None)
+        chosen = self._chosen(sampling, {"guidance": guidance})
+        self.clip.tell_cut(texts)
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
@@ -208,6 +225,8 @@ class UnCLIP:
         x = self.sample_decoder(embedding, caption, seeds, chosen["decoder"], report, extra)
         for name, upsampler in self.by_side.items():
             x = self.sample_upsampler(upsampler, x, seeds, chosen[name], report, extra)
+        if not bool(x.isfinite().all()):  # which 8 bits would show as black
+            raise Refused("these pictures are not finite numbers: the guidance is far too large, or a model is damaged")
         return to_uint8(x).cpu()
 
     @torch.no_grad()
@@ -274,9 +293,11 @@ class UnCLIP:
         context, null = decoder.context(embedding, *caption), decoder.null_context(len(seeds))
         if known is not None:
             context, null = decoder.knowing(context, *known), decoder.knowing(null, *known)
-        denoise = in_range(
-            guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
-        )
+        denoise = guided(decoder.denoise, context, null, sampling, decoder.schedule)
+        # z_t: the caption's first part, or what CLIP makes of the same tokens.
+        text = self.clip.text(*caption).embedding if len(caption) == 1 and sampling.clip_guidance else caption[0]
+        denoise = self.guides.guide(denoise, text, sampling, decoder.schedule)
+        denoise = in_range(denoise, sampling, decoder.schedule)
         return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback, extra)
 
     @torch.no_grad()
@@ -344,23 +365,35 @@ class UnCLIP:
         return SAMPLERS[sampling.sampler](denoise, x, steps, noise=noise, callback=report, **options)
 
     def _chosen(
-        self, sampling: Mapping[str, Sampling] | None, guidance: float | None, prior_guidance: float | None
+        self,
+        sampling: Mapping[str, Sampling] | None,
+        decoder: Mapping[str, Any],
+        prior: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Sampling]:
+        """The settings of each component; of decoder and prior, those fields that are not None replaced."""
         if unknown := sorted(set(sampling or {}) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
         chosen = self.sampling | dict(sampling or {})
-        for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
-            if scale is not None:
-                if name not in chosen:
-                    raise Refused(f"this release has no {name} to guide: its decoder draws from prompts alone")
-                chosen[name] = replace(chosen[name], guidance=scale)
+        for name, changes in (("decoder", decoder), ("prior", prior)):
+            said = {field: value for field, value in changes.items() if value is not None}
+            if said and name not in chosen:
+                raise Refused(f"this release has no {name} to guide: its decoder draws from prompts alone")
+            chosen |= {name: replace(chosen[name], **said)} if said else {}
         self._check_sampling(chosen)
         return chosen
 
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
         """Raises Refused for a setting that its model has no use for."""
+        models: dict[str, Prior | Decoder | Upsampler] = {"decoder": self.decoder, **self.by_side}
+        if self.prior is not None:
+            models["prior"] = self.prior
         for name, settings in sampling.items():
-            check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
+            model = models[name]
+            written = isinstance(model, AutoregressivePrior)
+            check_sampling(name, settings, written=written)
+            if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
+                raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
+        self.guides.check(sampling["decoder"])
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:

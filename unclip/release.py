@@ -2,7 +2,8 @@
 
     release.json                            name, components with the SHA-256 of each file, sampling, data, CLIP
     clip/config.json merges.txt model.safetensors
-    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise, and inpainter/ where there is one
+    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise; inpainter/, classifier/ and
+                                            noised-clip/ if any
 
 Only files that release.json names are read, and they are JSON, text and safetensors: no code of a folder ever runs.
 """
@@ -19,8 +20,9 @@ from typing import Any
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Damaged, Refused
-from unclip.fit import check_fit
-from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
+from unclip.fit import check_fit, check_guides
+from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, understood, write_json
+from unclip.guides import GUIDES, Guides, check_asked
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -45,6 +47,8 @@ PARTS = {
     "prior": Part(PRIORS, required=False),  # the decoder's configuration says whether there is one (`check_fit`)
     "decoder": Part(("decoder",)),
     "inpainter": Part(("inpainter",), required=False, sampled=False),  # sampled as the decoder is
+    "classifier": Part(("classifier",), required=False, sampled=False, sees_clip=False),
+    "noised-clip": Part(("noised_clip",), required=False, sampled=False),
 }
 """The components that a release has one of, by name."""
 UPSAMPLERS = Part(("upsampler",), required=False, sees_clip=False)
@@ -113,6 +117,11 @@ def read(folder: Path | str) -> Release:
     """What release.json says, its form checked but no other file opened."""
     path = Path(folder) / MANIFEST
     document = read_json(path, "release")
+    with understood(path, "release"):
+        return _parsed(path, document)
+
+
+def _parsed(path: Path, document: dict[str, Any]) -> Release:
     known = {field.name for field in fields(Release)} | {"schema_version"}
     if set(document) != known:
         raise Refused(f"{path} has the entries {sorted(document)}, and a release has {sorted(known)}")
@@ -130,7 +139,7 @@ def read(folder: Path | str) -> Release:
         sampling = {component: Sampling(**settings) for component, settings in document["sampling"].items()}
     except TypeError as error:
         raise Refused(f"{path} has sampling settings that this unclip does not know: {error}") from None
-    return Release(document["name"], document["components"], sampling, document["data"], document["clip"])
+    return Release(str(document["name"]), document["components"], sampling, document["data"], str(document["clip"]))
 
 
 def check(folder: Path | str) -> Release:
@@ -144,11 +153,12 @@ def check(folder: Path | str) -> Release:
                 raise Damaged(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
             if (found := _digest(path)) != expected:
                 raise Damaged(
-                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {expected[:12]}…. "
+                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {str(expected)[:12]}…. "
                     "Take an undamaged copy of the release."
                 )
     document = read_json(folder / "clip" / CONFIG, "CLIP")
-    clip = document["fingerprint"]
+    with understood(folder / "clip" / CONFIG, "configuration of a CLIP"):
+        clip, widths = str(document["fingerprint"]), clip_widths(document["model"])
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
@@ -163,9 +173,11 @@ def check(folder: Path | str) -> Release:
     for name in release.upsamplers:
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
-    widths = clip_widths(document["model"])
     upsamplers = [configs[name] for name in release.upsamplers]
     check_fit(widths, configs.get("prior"), configs["decoder"], upsamplers, configs.get("inpainter"))
+    guides = {name: configs[name] for name in GUIDES if name in configs}
+    check_guides(configs["decoder"], widths["embedding"], guides)
+    check_asked(release.sampling["decoder"], guides)
     return release
 
 
@@ -179,7 +191,8 @@ def load(folder: Path | str) -> UnCLIP:
     }
     upsamplers = [models[name] for name in release.upsamplers]
     parts = clip, models.get("prior"), models["decoder"], upsamplers, release.sampling
-    return UnCLIP(*parts, inpainter=models.get("inpainter"))
+    guides = Guides(models.get("classifier"), models.get("noised-clip"))
+    return UnCLIP(*parts, guides=guides, inpainter=models.get("inpainter"))
 
 
 def _files(component: str) -> tuple[str, ...]:
