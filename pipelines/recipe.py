@@ -144,6 +144,15 @@ class Sampler:
     decoder: Sampling
     upsamplers: dict[int, Sampling]
 
+    def __post_init__(self) -> None:
+        pictures = {"decoder": self.decoder, **{f"upsamplers.{side}": one for side, one in self.upsamplers.items()}}
+        for name, settings in pictures.items():
+            if settings.sampler == "analytic_dpm" and not settings.gamma:
+                raise Refused(
+                    f"sampling.{name}: analytic_dpm needs gamma, which a run measures for the prior alone; "
+                    "give it or choose another sampler"
+                )
+
 
 def _model(config: type) -> Any:
     """What a recipe may change of a preset's model: every field that is not derived, none of them required."""

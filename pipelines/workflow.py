@@ -15,6 +15,7 @@ from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
+from pipelines.gamma import Gamma, wants_gamma
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, part, said
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
@@ -122,7 +123,8 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     chosen = recipe.sampling
     sampling = {"prior": chosen.prior.document(), "decoder": chosen.decoder.document()}
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
-    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
+    measured = [Gamma.beside(section)] if kind == "prior" and wants_gamma(chosen.prior) else []
+    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
     prompts = read_prompts(inputs.prompts)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
@@ -135,6 +137,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Select("curate", recipe.curate.rules),
         Statistics(),
         *fits,
+        *measured,
         bundle,
         EvaluateSample(part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow), prompts),
         Evaluate(),

@@ -21,7 +21,7 @@ from unclip.clip_text import Text
 from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.fit import check_fit
-from unclip.guidance import Network, clipped, conditional
+from unclip.guidance import Network, conditional
 from unclip.prior import DiffusionPrior, PriorContext
 from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
@@ -40,6 +40,7 @@ class UnCLIP:
 
     sampling: defaults for "prior", "decoder" and each "upsampler-<side>". tile: pictures a call of a network, always; a
     last call is filled up. The same prompt and seed give the same picture under the same tile, device and threads.
+    gamma: a table of γ for each model that Analytic-DPM can sample without one among its settings.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class UnCLIP:
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
+        gamma: Mapping[str, Tensor] | None = None,
     ) -> None:
         widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
         check_fit(widths, prior.config, decoder.config, [upsampler.config for upsampler in upsamplers])
-        self.tile = tile
+        self.tile, self.gamma = tile, dict(gamma or {})
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         given = dict(sampling or {})
         if unknown := sorted(set(given) - set(self.components)):
@@ -196,9 +198,7 @@ class UnCLIP:
         """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
         prior = self.prior
         if isinstance(prior, DiffusionPrior):
-            denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
-            if prior.config.clip_range is not None:
-                denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
+            denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
             z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
             return prior.destandardise(z)
 
@@ -277,7 +277,7 @@ class UnCLIP:
         extra: _Extra | None = None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        options = sampling.options(pictures=len(shape) > 1)
+        options = sampling.options(pictures=len(shape) > 1, gamma=self.gamma.get(stream.split("/")[0]))
         steps = schedule.respace(sampling.steps)
         x = noise(0)
         if extra is not None:
@@ -307,7 +307,8 @@ class UnCLIP:
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
         """Raises Refused for a setting that its model has no use for."""
         for name, settings in sampling.items():
-            check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
+            written = name == "prior" and isinstance(self.prior, AutoregressivePrior)
+            check_sampling(name, settings, written=written, gamma=name in self.gamma)
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:
