@@ -13,9 +13,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Cell:
         """As its files are called."""
         return f"{self.component}-{self.sampler}-{self.steps}" + (f"-seed{self.seed}" if self.seed else "")
 
+    @property
+    def below(self) -> Cell | None:
+        """The cell whose pictures a cascade draws on from."""
+        return Cell("decoder", self.sampler, self.steps, self.seed) if self.component == "cascade" else None
+
 
 DECODER_REFERENCE, PRIOR_REFERENCE = Cell("decoder", "ddpm", 250), Cell("prior", "ddpm", 250)
 DECODER_REPEAT = Cell("decoder", "ddpm", 250, AGAIN)
@@ -73,12 +79,14 @@ CELLS = (
     *(Cell("decoder", "ddim", steps) for steps in FEW),
     PRIOR_REFERENCE,
     *(Cell("prior", "dpm_solver_pp", steps) for steps in (2, 3, 4, 6, 8, 16)),
-    *(Cell("decoder", sampler, steps) for sampler in ("ddpm", "analytic_dpm") for steps in FEW),
-    *(Cell("prior", sampler, steps) for sampler in ("ddim", "ddpm", "analytic_dpm") for steps in (2, 4, 8, 16, 64)),
+    *(Cell("decoder", "ddpm", steps) for steps in FEW),
     DECODER_REPEAT,
+    *(Cell("decoder", "analytic_dpm", steps) for steps in FEW),
+    *(Cell("cascade", "dpm_solver_pp", steps) for steps in (12, 8, 6)),
+    Cell("cascade", "ddpm", 250),
+    *(Cell("prior", sampler, steps) for steps in (2, 4, 8) for sampler in ("ddim", "ddpm", "analytic_dpm")),
+    Cell("prior", "analytic_dpm", 64),
     *(Cell("decoder", sampler, 25) for sampler in ("dpm_solver_pp", "ddim", "ddpm", "analytic_dpm")),
-    *(Cell("cascade", sampler, steps) for sampler, steps in (("dpm_solver_pp", 12), ("ddpm", 250))),
-    *(Cell("cascade", "dpm_solver_pp", steps) for steps in (10, 8, 6, 4)),
     *(Cell("decoder", sampler, 16) for sampler in ("dpm_solver_pp", "ddim", "ddpm", "analytic_dpm")),
     *(Cell("decoder", sampler, 50) for sampler in ("dpm_solver_pp", "ddim", "ddpm", "analytic_dpm")),
     *(Cell("decoder", sampler, 100) for sampler in ("ddpm", "ddim", "analytic_dpm")),
@@ -131,8 +139,9 @@ class Bench:
 
     def _drawn_on(self, cell: Cell) -> tuple[NDArray[np.uint8], float]:
         """The decoder's pictures of the same sampling, through the release's upsamplers."""
-        below = self.out / f"decoder-{cell.sampler}-{cell.steps}.npz"
-        low, parts, started = torch.from_numpy(np.load(below)["pictures"]), [], time.perf_counter()
+        assert cell.below is not None
+        low = torch.from_numpy(np.load(self.out / f"{cell.below.name}.npz")["pictures"])
+        parts, started = [], time.perf_counter()
         for rows in self._tiles():
             x = low[rows].permute(0, 3, 1, 2) / 127.5 - 1
             for upsampler in self.model.upsamplers:
@@ -214,6 +223,14 @@ def write(path: Path, text: str) -> None:
     beside.rename(path)
 
 
+def note_commit(out: Path) -> None:
+    """The commit under which the first cell was drawn."""
+    path = out / "made.json"
+    if not path.exists():
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        write(path, json.dumps({"commit": head.stdout.strip()}))
+
+
 def lines(out: Path) -> dict[Cell, dict[str, Any]]:
     """What is done: cell → its line; a last line that was cut off counts as not there."""
     found = {}
@@ -255,6 +272,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    note_commit(arguments.out)
     end = time.monotonic() + 60 * arguments.minutes
     bench = (arguments.store, arguments.release, arguments.count, arguments.out)
     done = lines(arguments.out)
@@ -264,10 +282,10 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, spawn, _open, (bench,)) as pool:
         pool.submit(_truth).result()
-        running = {}
+        running: dict[Future[dict[str, Any]], Cell] = {}
         for cell in missing:
-            # One cell a process and no queue, so that the time is kept and a cascade finds the cell below it done.
-            while len(running) >= arguments.workers or (cell.component == "cascade" and running):
+            # One cell a process and no queue, so that the time is kept; a cascade goes on from its decoder's pictures.
+            while len(running) >= arguments.workers or cell.below in running.values():
                 _settle(running, arguments.out)
             if time.monotonic() < end:
                 running[pool.submit(_run, cell)] = cell
@@ -278,7 +296,7 @@ def main() -> None:
     write_page(arguments.out, arguments.docs or arguments.out, arguments.count)
 
 
-def _settle(running: dict[Any, Cell], out: Path) -> None:
+def _settle(running: dict[Future[dict[str, Any]], Cell], out: Path) -> None:
     """Waits for one cell and writes its line."""
     future = next(as_completed(running))
     cell, line = running.pop(future), future.result()
