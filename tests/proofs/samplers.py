@@ -43,7 +43,7 @@ from unclip.sampling import Sampling
 TILE = 64
 AGAIN = 10_000
 """Added to every seed of a cell that repeats the reference: what other noise alone changes."""
-GAMMA_SAMPLES = 64
+GAMMA_SAMPLES = 32
 """Pictures of the training list over which Analytic-DPM's γ is measured."""
 
 
@@ -80,12 +80,11 @@ CELLS = (
     PRIOR_REFERENCE,
     *(Cell("prior", "dpm_solver_pp", steps) for steps in (2, 3, 4, 6, 8, 16)),
     *(Cell("decoder", "ddpm", steps) for steps in FEW),
-    DECODER_REPEAT,
+    *(Cell("cascade", *chosen) for chosen in (("ddpm", 250), ("dpm_solver_pp", 12), ("dpm_solver_pp", 8), ("ddpm", 8))),
+    *(Cell("prior", sampler, steps) for steps in (8, 4, 2) for sampler in ("ddim", "analytic_dpm", "ddpm")),
     *(Cell("decoder", "analytic_dpm", steps) for steps in FEW),
-    *(Cell("cascade", "dpm_solver_pp", steps) for steps in (12, 8, 6)),
-    Cell("cascade", "ddpm", 250),
-    *(Cell("prior", sampler, steps) for steps in (2, 4, 8) for sampler in ("ddim", "ddpm", "analytic_dpm")),
     Cell("prior", "analytic_dpm", 64),
+    DECODER_REPEAT,
     *(Cell("decoder", sampler, 25) for sampler in ("dpm_solver_pp", "ddim", "ddpm", "analytic_dpm")),
     *(Cell("decoder", sampler, 16) for sampler in ("dpm_solver_pp", "ddim", "ddpm", "analytic_dpm")),
     *(Cell("decoder", sampler, 50) for sampler in ("dpm_solver_pp", "ddim", "ddpm", "analytic_dpm")),
