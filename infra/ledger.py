@@ -71,8 +71,8 @@ class Ledger:
     name: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise Refused(f"release.name {self.name!r}: use letters, digits, dots, hyphens and underscores")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise Refused(f"release.name {self.name!r}: use up to 100 letters, digits, dots, hyphens and underscores")
 
     @staticmethod
     def names(store: Store) -> list[str]:

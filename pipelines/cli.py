@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli_edit import edit
-from pipelines.options import ReleaseOption, SeedOption, StoreOption
+from pipelines.options import GRID, NameOption, NumberOption, OutOption, ReleaseOption, SeedOption, StoreOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +32,9 @@ data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store."
 app.add_typer(edit, name="edit")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
+
+WIDE = 10_000
+"""Columns of a table that no person reads."""
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
@@ -92,11 +97,11 @@ def submit(
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
     release: ReleaseOption = "champion",
-    number: Annotated[int, typer.Option("-n", help="Pictures a prompt.")] = 4,
+    number: NumberOption = 4,
     seed: SeedOption = 0,
     guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
     prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the picture grid goes.")] = Path("grid.png"),
+    out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
     """Draws pictures with a release; what is not said comes from the release."""
@@ -121,6 +126,7 @@ def ui(
     if uri.startswith(("http://", "https://")):
         _say(f"MLflow's pages are at {uri}")
         return
+    _check_free(port)
     command = [
         sys.executable,
         "-m",
@@ -138,14 +144,12 @@ def ui(
 
 
 @releases.command("list")
-def releases_list(
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip", store: StoreOption = "./store"
-) -> None:
+def releases_list(name: NameOption = None, store: StoreOption = "./store") -> None:
     """Every promotion and rollback of a model line, oldest first."""
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _print(release.table(opened, name))
+        _print(release.table(opened, _line(opened, name)))
 
 
 @releases.command("show")
@@ -163,7 +167,7 @@ def releases_show(
 @releases.command("promote")
 def releases_promote(
     version: Annotated[str, typer.Argument(help="Version of a bundle.")],
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip",
+    name: NameOption = None,
     reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "promoted by hand",
     store: StoreOption = "./store",
 ) -> None:
@@ -171,12 +175,12 @@ def releases_promote(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.promote(opened, name, version, reason))
+        _say(release.promote(opened, _line(opened, name), version, reason))
 
 
 @releases.command("rollback")
 def releases_rollback(
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip",
+    name: NameOption = None,
     reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "rolled back by hand",
     store: StoreOption = "./store",
 ) -> None:
@@ -184,18 +188,16 @@ def releases_rollback(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.rollback(opened, name, reason))
+        _say(release.rollback(opened, _line(opened, name), reason))
 
 
 @releases.command("verify")
-def releases_verify(
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip", store: StoreOption = "./store"
-) -> None:
+def releases_verify(name: NameOption = None, store: StoreOption = "./store") -> None:
     """Recomputes the ledger's chain and every digest of its releases."""
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.verify(opened, name))
+        _say(release.verify(opened, _line(opened, name)))
 
 
 @releases.command("export")
@@ -269,14 +271,40 @@ def _number(option: str, text: str | None) -> float | None:
         raise Refused(f"{option} {text!r} is no number; give a guidance scale such as 2 (1 is unguided)") from None
 
 
+def _check_free(port: int) -> None:
+    """Refused unless a server can listen there; MLflow itself would say so in thirty lines."""
+    from infra.errors import Refused
+
+    if not 0 < port < 65536:
+        raise Refused(f"--port {port} is no port; give one from 1 to 65535")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise Refused(f"port {port} cannot be had ({error.strerror}); give another with --port") from None
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
 def _print(renderable: Any) -> None:
+    """A table: as wide as the terminal; whole lines, nothing cut, where a program reads it."""
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(renderable)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable, markup=False)
+        return
+    wide = Console(file=io.StringIO(), width=WIDE, highlight=False, color_system=None)
+    wide.print(renderable, markup=False, soft_wrap=True)
+    _say("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
+def _line(store: Any, name: str | None) -> str:
+    from pipelines.release import only_line
+
+    return only_line(store) if name is None else name
 
 
 def main() -> None:

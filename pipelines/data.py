@@ -55,7 +55,10 @@ def table(store: Store) -> Table:
     """`versions` for a terminal."""
     from rich.table import Table
 
-    out = Table("stage", "version", "shards", "rows", "states", "made", box=None, pad_edge=False)
+    out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("stage", "version", "shards", "rows", "made"):
+        out.add_column(title, no_wrap=True)
+    out.add_column("states", overflow="fold")
     for one in versions(store):
         states = ", ".join(f"{state} {count}" for state, count in one.states.items())
         out.add_row(
@@ -63,8 +66,8 @@ def table(store: Store) -> Table:
             one.version[:12],
             str(one.shards),
             str(one.rows),
-            states,
             f"{one.made:%Y-%m-%d %H:%M}",
+            states,
         )
     return out
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
 from infra.store import Store
+from pipelines.drawing import check_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +24,7 @@ def vary(store: Store, release: str, picture: Path, n: int, eta: float, seed: in
     """n variations of a picture, beside it."""
     from unclip import manipulate
 
-    if n < 1:
-        raise Refused(f"there is nothing to draw: {n} variations")
+    check_order(n, seed=seed, out=out)
     model, (shown,) = _ready(store, release, [picture])
     drawn = manipulate.variations(model, shown[None], n=n, eta=eta, seeds=[seed + k for k in range(n)])
     return _saved(model, [shown], drawn, picture.name, out)
@@ -34,6 +34,7 @@ def interpolate(store: Store, release: str, first: str, second: str, steps: int,
     """`steps` pictures between two pictures (both files that exist), or between two prompts."""
     from unclip import manipulate
 
+    check_order(steps, seed=seed, out=out)
     files = [Path(first), Path(second)]
     if [file.is_file() for file in files].count(True) == 1:
         missing = first if not files[0].is_file() else second
@@ -53,6 +54,7 @@ def diff(
     """A picture led from one description toward another, in `steps` pictures."""
     from unclip import manipulate
 
+    check_order(steps, out=out)
     model, (shown,) = _ready(store, release, [picture])
     drawn = manipulate.text_diff(model, shown, before, after, theta=theta, steps=steps)
     return _saved(model, [shown], drawn, f"{before} to {after}", out)
@@ -64,8 +66,7 @@ def redraw(
     """n times a picture drawn over under a prompt, beside it."""
     from unclip import manipulate
 
-    if n < 1:
-        raise Refused(f"there is nothing to draw: {n} pictures")
+    check_order(n, seed=seed, out=out)
     model, (shown,) = _ready(store, release, [picture])
     seeds = [seed + k for k in range(n)]
     drawn = manipulate.redraw(model, shown.expand(n, -1, -1, -1), [prompt] * n, strength=strength, seeds=seeds)
@@ -76,8 +77,7 @@ def inpaint(store: Store, release: str, picture: Path, mask: Path, prompt: str, 
     """n times a picture with what is white in the mask drawn anew under a prompt, beside it."""
     from unclip import manipulate
 
-    if n < 1:
-        raise Refused(f"there is nothing to draw: {n} pictures")
+    check_order(n, seed=seed, out=out)
     model, (shown, where) = _ready(store, release, [picture, mask])
     if shown.shape != where.shape:
         sides = [f"{tensor.shape[2]}×{tensor.shape[1]}" for tensor in (where, shown)]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from infra.errors import Refused
 from infra.store import Store
+from pipelines.drawing import check_guidance, check_order
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.WARNING)  # what a prompt loses is for the person who wrote it, whatever else is quiet
@@ -30,11 +29,8 @@ def generate(
     release: a reference that `open_release` knows. Pictures of a prompt have the seeds seed, seed + 1, …; guidance None
     means the release's own. Raises Refused for impossible settings, and where there is no such release.
     """
-    for name, scale in (("guidance", guidance), ("prior guidance", prior_guidance)):
-        if scale is not None and (not math.isfinite(scale) or scale < 0):
-            raise Refused(f"{name} must be a finite number, at least 0 (1 is unguided), not {scale}")
-    if n < 1 or not prompts:
-        raise Refused(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
+    check_guidance(guidance=guidance, prior_guidance=prior_guidance)
+    check_order(n, rows=len(prompts), seed=seed, out=out)
     # Beside other busy processes, threads that spin while they wait make sampling up to thirty times slower (measured
     # on two cores: 67 s against 3 s); on an idle machine waiting asleep costs a second. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

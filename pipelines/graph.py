@@ -110,10 +110,10 @@ def order(stages: Iterable[Stage]) -> list[Stage]:
 
 def chosen(stages: Sequence[Stage], until: str | None = None, only: str | None = None) -> set[str]:
     """Names of the stages to run: all; with `until` that group and all that it needs; with `only` that group alone."""
-    if until and only:
+    if until is not None and only is not None:
         raise Refused("--until and --only exclude each other: give one of them.")
     names = {stage.name: stage for stage in stages}
-    target = until or only
+    target = only if until is None else until
     if target is None:
         return set(names)
     groups = list(dict.fromkeys(stage.group for stage in stages))
@@ -122,7 +122,7 @@ def chosen(stages: Sequence[Stage], until: str | None = None, only: str | None =
         near = difflib.get_close_matches(target, groups, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise Refused(f"There is no stage {target!r} in this recipe.{hint} Its stages: {', '.join(groups)}.")
-    if only:
+    if only is not None:
         return picked
     queue = list(picked)
     while queue:

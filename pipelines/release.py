@@ -7,6 +7,7 @@ champion; what a person does with it by hand is in releases.py, its mirror in ML
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from infra.manifest import Action, Manifest, Record, canonical, digest, digest_f
 from infra.store import NotFound, Store
 from pipelines import scores
 from pipelines.stage import plain
+from unclip.config import FRACTION, outside
 
 CHAMPION = "champion"
 DATA = ("source", "download", "filter", "embed", "curate", "statistics")
@@ -103,8 +105,11 @@ class GateSpec:
     fall beyond it counts if it is more than chance: if the paired difference's 95 % interval lies below 0."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tolerance <= 1:
-            raise Refused(f"gate.tolerance is {self.tolerance}; it is a difference of two shares, between 0 and 1")
+        if wrong := outside(self, tolerance=FRACTION):
+            raise Refused(f"gate.{wrong}, for it is a difference of two shares")
+        for name, least in self.minimum.items():
+            if not math.isfinite(least):
+                raise Refused(f"gate.minimum.{name} is {least}; it must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ def find(store: Store, ref: str) -> str:
     """The version that `ref` names; Refused where there is none, or several."""
     name, at, word = ref.rpartition("@")
     if word == CHAMPION:
-        line = name if at else _only_line(store)
+        line = name if at else only_line(store)
         head = Ledger(store, line).head()
         if head is None:
             raise Refused(
@@ -354,13 +359,16 @@ def _scores(store: Store, evaluate: str) -> dict[str, Any]:
     return scores.read(store.get(object_name(sha256)))
 
 
-def _only_line(store: Store) -> str:
-    """The line that plain "champion" means: unclip, or the only one that there is."""
+def only_line(store: Store) -> str:
+    """The line that is meant by none: unclip, or the only one that there is; Refused where there are several."""
     lines = Ledger.names(store)
     if "unclip" in lines or not lines:
         return "unclip"
     if len(lines) > 1:
-        raise Refused(f"the store {store.uri} has several model lines; say which: {', '.join(lines)} (NAME@{CHAMPION})")
+        raise Refused(
+            f"the store {store.uri} has several model lines; say which (NAME@{CHAMPION}, or --name NAME): "
+            f"{', '.join(lines)}"
+        )
     return lines[0]
 
 

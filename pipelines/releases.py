@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def table(store: Store, name: str) -> Table:
-    """The ledger for a terminal, the oldest entry first."""
+def table(store: Store, name: str) -> Table | str:
+    """The ledger for a terminal, the oldest entry first; a sentence where there is none."""
     from rich.table import Table
 
     entries = list(Ledger(store, name).entries())
-    out = Table("", "when (UTC)", "what", "release", "gate", "scores", "why", box=None, pad_edge=False)
+    out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("", "when (UTC)", "what", "release", "gate"):
+        out.add_column(title, no_wrap=True)
+    for title in ("scores", "why"):
+        out.add_column(title, overflow="fold")
     for entry in entries:
         known = entry.facts.get("scores", {})
         shown = "  ".join(f"{key} {known[key]:.3f}" for key in sorted(known) if re.fullmatch(r"[^.]+\.all|cmmd", key))
@@ -35,7 +39,7 @@ def table(store: Store, name: str) -> Table:
         gate = entry.gate[:12] if entry.gate else "by hand"
         out.add_row(f"{entry.number}{mark}", entry.time[:16], entry.kind, entry.release[:12], gate, shown, entry.reason)
     if not entries:
-        out.caption = f"no release of {name!r} was promoted in {store.uri}; its lines: {_lines(store)}"
+        return f"no release of {name!r} was promoted in {store.uri}; its lines: {_lines(store)}"
     return out
 
 

@@ -73,6 +73,26 @@ def flat(scores: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def check_name(name: str, kinds: Sequence[str], *, judge: bool, reference: bool) -> None:
+    """Raises Refused for a name that `flat` cannot give for prompts of these kinds, with or without judge and truth.
+
+    What a judge calls its attributes is its own affair, so any name behind a kind may be one.
+    """
+    kind = max((kind for kind in kinds if name.startswith(f"{kind}.")), key=len, default="")
+    measure = name.removeprefix(f"{kind}.") if kind else name
+    if measure == "cmmd" and not reference:
+        raise Refused(f"{name} compares with true pictures, and evaluate.reference names none")
+    if measure in ("clip_score", "cmmd"):
+        return
+    if not kind:
+        raise Refused(
+            f"no evaluation gives a score {name!r}; there are clip_score, cmmd, and for each kind of prompt "
+            f"({', '.join(kinds)}) its own and what the judge says, such as {kinds[0]}.all"
+        )
+    if not judge:
+        raise Refused(f"{name} is a judge's verdict, and evaluate.judge names none")
+
+
 def compare(new: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Kind → difference new − old of the verdict "all" and of the CLIP score over the same prompts and seeds.
 

@@ -14,10 +14,11 @@ from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
+from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
 from pipelines.prompts import read_prompts
-from pipelines.recipe import Recipe, part, said
+from pipelines.recipe import Recipe, Sampler, part, said
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
 from pipelines.select import Look, Select
@@ -25,6 +26,7 @@ from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
 from training.job import CONFIGS, FitHow
+from unclip.sampling import check_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def clip_widths(recipe: Recipe) -> dict[str, int]:
     text = config.get("text_cfg", {})
     if "embed_dim" not in config or "width" not in text:
         raise Refused(
-            "clip.model needs open_clip's fields: embed_dim, vision_cfg {…} and text_cfg {width, heads, layers, …}"
+            f"clip.pretrained.name: open_clip's {recipe.clip.pretrained.name} has a text tower of another kind; take a "
+            "CLIP with CLIP's own, such as ViT-L-14"
         )
     return {"embedding": config["embed_dim"], "text_width": text["width"], "context": text.get("context_length", 77)}
 
@@ -72,24 +75,50 @@ def models(recipe: Recipe) -> dict[str, Any]:
     """Stage name → model configuration, with all that is derived filled in."""
     from unclip.presets import preset
 
-    row, chain = preset(recipe.models), sizes(recipe)
+    with blaming("models"):
+        row = preset(recipe.models)
+    chain = sizes(recipe)
     clip: dict[str, Any] = dict(clip_widths(recipe))
     if len(row.upsamplers) < len(recipe.upsamplers):
         raise Refused(
-            f"preset {recipe.models} has {len(row.upsamplers)} upsamplers, the recipe {len(recipe.upsamplers)}"
+            f"upsamplers names {len(recipe.upsamplers)}, and the preset {recipe.models!r} of `models` has "
+            f"{len(row.upsamplers)}; leave some out, or choose another preset"
         )
     kind, section = _prior(recipe)
     prior = getattr(row, kind)
     if prior is None:
-        raise Refused(f"preset {recipe.models} has no autoregressive prior; give `prior` in place of `ar_prior`")
-    out: dict[str, Any] = {
-        "decoder": dataclasses.replace(row.decoder, size=chain[0], **clip, **said(recipe.decoder.model)),
-        "prior": dataclasses.replace(prior, **clip, **said(section.model)),
-    }
+        raise Refused(
+            f"ar_prior: the preset {recipe.models!r} of `models` has no autoregressive prior; give `prior` in its place"
+        )
+    out: dict[str, Any] = {}
+    with blaming("decoder.model"):
+        out["decoder"] = dataclasses.replace(row.decoder, size=chain[0], **clip, **said(recipe.decoder.model))
+    with blaming(f"{kind}.model"):
+        out["prior"] = dataclasses.replace(prior, **clip, **said(section.model))
     for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
         changes = said(recipe.upsamplers[size].model)
-        out[f"upsampler-{size}"] = dataclasses.replace(template, low=low, size=size, **changes)
+        with blaming(f"upsamplers.{size}.model"):
+            made = dataclasses.replace(template, low=low, size=size, **changes)
+        with blaming(f"upsamplers.{size}"):
+            made.check_crop(recipe.upsamplers[size].train.crop)
+        out[f"upsampler-{size}"] = made
+    _check_sampling(recipe.sampling, out)
     return out
+
+
+def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
+    """Raises Refused for settings that a model has no use for: at the start of a run, not after its training."""
+    settings = {"prior": sampling.prior, "decoder": sampling.decoder}
+    paths = {name: name for name in settings}
+    for size, one in sampling.upsamplers.items():
+        settings[f"upsampler-{size}"], paths[f"upsampler-{size}"] = one, f"upsamplers.{size}"
+    for name, one in settings.items():
+        timesteps = getattr(models[name], "timesteps", None)  # an autoregressive prior has none
+        with blaming(f"sampling.{paths[name]}"):
+            # γ is measured on the way where the prior needs it, and of no other model.
+            check_sampling(name, one, written=timesteps is None, gamma=name == "prior")
+            if timesteps is not None and one.steps > timesteps:
+                raise Refused(f"steps is {one.steps}, and the model has {timesteps} timesteps; take at most as many")
 
 
 def _prior(recipe: Recipe) -> tuple[str, Any]:
@@ -125,7 +154,8 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     measured = [Gamma.beside(section)] if kind == "prior" and wants_gamma(chosen.prior) else []
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
-    prompts = read_prompts(inputs.prompts)
+    with blaming("evaluate.prompts"):
+        prompts = read_prompts(inputs.prompts)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),

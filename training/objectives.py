@@ -243,12 +243,7 @@ class UpsamplerObjective(_Diffusion):
         self.bsr = {"bsr": FULL, "bsr_light": LIGHT}.get(options.corruption)
         if self.bsr is not None:
             self.bsr = self.bsr.scaled(options.strength)
-        crop = options.crop
-        grain = self.config.factor * self.config.unshuffle * 2 ** (len(self.config.multiples) - 1)
-        if crop is not None and (crop > self.config.size or crop % grain):
-            raise Refused(
-                f"{job.stage}: train.crop is {crop}; it must divide by {grain} and be at most {self.config.size}"
-            )
+        self.config.check_crop(options.crop)
 
     def build(self) -> nn.Module:
         return Upsampler(self.config)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unclip.config import TIMESTEPS, WIDTH, Range, outside
 from unclip.errors import Refused
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.schedule import Prediction, Schedule, check_process
 from unclip.text import NullText, TextEncoder
 from unclip.unet import UNet, UNetConfig
 
@@ -70,13 +71,15 @@ class DecoderConfig:
     """What the diffusion runs on: identity means pixels."""
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"decoder: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        sizes = dict.fromkeys(("embedding", "text_width", "context", "text_heads"), WIDTH)
+        if wrong := outside(self, **sizes, text_depth=Range(0, WIDTH.most), timesteps=TIMESTEPS):
+            raise Refused(f"decoder: {wrong}")
+        check_process("decoder", self.prediction, self.schedule)
         if self.first_stage != "identity":
             raise Refused(f"decoder: first stage {self.first_stage!r} is unknown; use identity")
+        _ = self.unet
         if self.text_depth and self.context_width % self.text_heads:
             raise Refused(f"decoder: a context of {self.context_width} does not divide into {self.text_heads} heads")
-        _ = self.unet
 
     @property
     def unet(self) -> UNetConfig:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unclip.config import AMOUNT, TIMESTEPS, Range, outside
 from unclip.errors import Refused
 from unclip.guidance import Network, check_guidance, classifier_free, clipped, dynamically_clipped
 from unclip.samplers import SAMPLERS
@@ -54,9 +55,10 @@ class Sampling:
             object.__setattr__(self, "interval", tuple(self.interval))
         if self.sampler not in SAMPLERS:
             raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-        for name, least in (("steps", 1), ("candidates", 1)):
-            if getattr(self, name) < least:
-                raise Refused(f"sampling takes at least {least} {name}, not {getattr(self, name)}")
+        if wrong := outside(
+            self, steps=TIMESTEPS, candidates=Range(1, 1024), gamma=AMOUNT, interval=Range(0, TIMESTEPS.most)
+        ):
+            raise Refused(wrong)
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise Refused(f"guidance must be a finite number, at least 0 (1 is unguided), not {self.guidance}")
         if not 0 <= self.eta <= 1:

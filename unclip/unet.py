@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import SHARE, SIDE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.layers import ContextAttention, Conv2d, ResBlock, TimeEmbedding, zeroed
 
@@ -37,6 +38,15 @@ class UNetConfig:
     time_multiple: int = 4
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(
+            ("channels", "multiples", "depth", "head_channels", "groups", "unshuffle", "time_multiple"), WIDTH
+        )
+        if wrong := outside(
+            self, size=SIDE, attention=SIDE, context_width=Range(0, WIDTH.most), dropout=SHARE, **sizes
+        ):
+            raise Refused(f"a U-Net's {wrong}")
+        if not 1 <= len(self.multiples) <= 16:
+            raise Refused(f"a U-Net's multiples are {list(self.multiples)}; give one number a level, 1 to 16 of them")
         side = self.size // self.unshuffle
         if side * self.unshuffle != self.size or side % 2 ** (len(self.multiples) - 1):
             raise Refused(

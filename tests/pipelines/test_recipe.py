@@ -101,5 +101,7 @@ def test_a_recipe_has_one_prior() -> None:
 def test_a_temperature_of_one_is_in_no_key() -> None:
     spec = plain(stages("demo")["bundle"].spec)  # type: ignore[attr-defined]
     assert "temperature" not in spec["sampling"]["prior"]
-    warm = plain(stages("demo", "sampling.prior.temperature=0.9")["bundle"].spec)  # type: ignore[attr-defined]
+    warm = plain(
+        stages("demo", "prior=null", "ar_prior.train.steps=7", "sampling.prior.temperature=0.9")["bundle"].spec
+    )  # type: ignore[attr-defined]
     assert warm["sampling"]["prior"]["temperature"] == 0.9

@@ -64,7 +64,7 @@ def test_settings_of_before_mean_what_they_meant():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"steps": 0}, "at least 1 steps, not 0"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"guidance": math.nan}, "not nan"),
         ({"guidance": -1.0}, "at least 0 .*not -1"),
         ({"eta": 1.5}, "between 0 and 1, not 1.5"),
