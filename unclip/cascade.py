@@ -22,7 +22,7 @@ from unclip.clip_text import Text
 from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.fit import check_fit, check_guides
-from unclip.guidance import Network, clipped, conditional
+from unclip.guidance import Network, conditional
 from unclip.guides import Guides
 from unclip.prior import DiffusionPrior, PriorContext
 from unclip.progress import Callback, Report, Reporter
@@ -43,6 +43,7 @@ class UnCLIP:
     sampling: defaults for "prior", "decoder" and each "upsampler-<side>". tile: pictures a call of a network, always; a
     last call is filled up. The same prompt and seed give the same picture under the same tile, device and threads.
     guides: what may guide the decoder beside its own condition.
+    gamma: a table of γ for each model that Analytic-DPM can sample without one among its settings.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class UnCLIP:
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
         guides: Guides | None = None,
+        gamma: Mapping[str, Tensor] | None = None,
     ) -> None:
         widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
         check_fit(widths, prior.config, decoder.config, [upsampler.config for upsampler in upsamplers])
-        self.tile, self.guides = tile, guides or Guides()
+        self.tile, self.gamma, self.guides = tile, dict(gamma or {}), guides or Guides()
         configs = {name: model.config for name, model in self.guides.models.items()}
         check_guides(decoder.config, clip.embedding_width, configs)
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
@@ -214,9 +216,7 @@ class UnCLIP:
         """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
         prior = self.prior
         if isinstance(prior, DiffusionPrior):
-            denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
-            if prior.config.clip_range is not None:
-                denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
+            denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
             z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
             return prior.destandardise(z)
 
@@ -295,7 +295,7 @@ class UnCLIP:
         extra: _Extra | None = None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        options = sampling.options(pictures=len(shape) > 1)
+        options = sampling.options(pictures=len(shape) > 1, gamma=self.gamma.get(stream.split("/")[0]))
         steps = schedule.respace(sampling.steps)
         x = noise(0)
         if extra is not None:
@@ -332,7 +332,7 @@ class UnCLIP:
         for name, settings in sampling.items():
             model = models[name]
             written = isinstance(model, AutoregressivePrior)
-            check_sampling(name, settings, written=written)
+            check_sampling(name, settings, written=written, gamma=name in self.gamma)
             if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
                 raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
         self.guides.check(sampling["decoder"])

@@ -27,6 +27,8 @@ from unclip.upsampler import Upsampler, UpsamplerConfig
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+GAMMA = "gamma.safetensors"
+"""Beside a model that Analytic-DPM samples: its table of γ (unclip/analytic.py)."""
 
 KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "prior": (PriorConfig, DiffusionPrior),
@@ -143,6 +145,22 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     except RuntimeError as error:
         raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {shorten(str(error), 300)}") from None
     return model.requires_grad_(False).eval()
+
+
+def save_gamma(folder: Path, gamma: Tensor) -> None:
+    """Writes a model's table of γ [timesteps], from `unclip.analytic.estimate_gamma`, into its folder."""
+    write_tensors(folder / GAMMA, {"gamma": gamma.double()})
+
+
+def load_gamma(folder: Path, steps: int) -> Tensor:
+    """The table of γ in a model's folder, float64 [steps]; raises Refused where it is of another process."""
+    found = read_tensors(folder / GAMMA)
+    if set(found) != {"gamma"} or found["gamma"].shape != (steps,):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        raise Refused(
+            f"{folder / GAMMA} holds {shapes}, and this model's process has {steps} timesteps: gamma [{steps}]"
+        )
+    return found["gamma"].double()
 
 
 def _kind(folder: Path, kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from unclip.config import LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
+from unclip.guidance import clipped
 from unclip.layers import TimeEmbedding, TransformerBlock
-from unclip.schedule import Prediction, Schedule, check_process
+from unclip.schedule import Denoiser, Prediction, Schedule, check_process
 from unclip.text import NullText
 
 
@@ -148,3 +149,8 @@ class DiffusionPrior(nn.Module):
     def denoise(self, z: Tensor, t: Tensor, context: PriorContext) -> Prediction:
         """The network as samplers and guidance want it."""
         return self.predict(self(z, t, *context), z, t)
+
+    def in_range(self, denoise: Denoiser) -> Denoiser:
+        """A denoiser of this prior, guided or not, as it is sampled: its clean samples keep to `clip_range`."""
+        limit = self.config.clip_range
+        return denoise if limit is None else clipped(denoise, self.schedule, -limit, limit)
