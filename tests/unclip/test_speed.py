@@ -1,4 +1,4 @@
-"""What makes the networks fast changes no result: each short cut against the long way, and against torch's own bricks."""
+"""What makes the networks fast changes no result: each short cut against the long way and torch's own bricks."""
 
 from __future__ import annotations
 
