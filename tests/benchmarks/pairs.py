@@ -137,8 +137,8 @@ class Cascades:
         prior = DiffusionPrior(PriorConfig(**widths, width=512, depth=6, heads=8, clip_range=5.0))
         decoder = Decoder(
             DecoderConfig(
-                **widths, size=SMALL, channels=64, multiples=(1, 2, 3, 4), depth=2, attention=(16, 8, 4), head_channels=64,
-                context_width=256, learned_range=True,
+                **widths, size=SMALL, channels=64, multiples=(1, 2, 3, 4), depth=2, attention=(16, 8, 4),
+                head_channels=64, context_width=256, learned_range=True,
             )
         )  # fmt: skip
         upsampler = Upsampler(

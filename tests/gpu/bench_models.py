@@ -79,6 +79,17 @@ def training(network: Callable[..., Any], model: nn.Module, inputs: tuple[Any, .
     return step
 
 
+class Conditioned(nn.Module):
+    """A decoder as it is trained: what it is told is encoded in every step."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        return self.decoder(x, t, self.decoder.context(*told))
+
+
 def cases(
     name: str, tiny: bool, batch: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Any, Any]]:
@@ -95,11 +106,9 @@ def cases(
     c = decoder_config
     x = draw(batch, 3, c.size, c.size).to(memory_format=torch.channels_last)
     mask = torch.ones(batch, c.context, dtype=torch.bool, device=device)
-    context = decoder.context(
-        draw(batch, c.embedding), draw(batch, c.embedding), draw(batch, c.context, c.text_width), mask
-    )
-    yield "decoder", decoder, (x, t, type(context)(*_detached(context)))
-    del decoder, context
+    words = draw(batch, c.embedding), draw(batch, c.embedding), draw(batch, c.context, c.text_width)
+    yield "decoder", Conditioned(decoder), (x, t, *words, mask)
+    del decoder
     if diffusers:
         theirs = _theirs_unet(decoder_config).to(device, dtype).to(memory_format=torch.channels_last)
         tokens = draw(batch, IMAGE_TOKENS + c.context, c.context_width)
@@ -108,12 +117,12 @@ def cases(
         del theirs
     prior, p = DiffusionPrior(prior_config).to(device, dtype), prior_config
     seen = torch.ones(batch, p.context, dtype=torch.bool, device=device)
-    words = draw(batch, p.embedding), draw(batch, p.context, p.text_width)
+    caption = draw(batch, p.embedding), draw(batch, p.context, p.text_width)
     z = draw(batch, p.embedding)
-    yield "prior", prior, (z, t, *words, seen)
+    yield "prior", prior, (z, t, *caption, seen)
     del prior
     if diffusers:
-        yield "prior of diffusers", _theirs_prior(prior_config).to(device, dtype), (z, t, *words, seen)
+        yield "prior of diffusers", _theirs_prior(prior_config).to(device, dtype), (z, t, *caption, seen)
 
 
 def _theirs_unet(config: DecoderConfig) -> nn.Module:
@@ -139,12 +148,6 @@ def measured(
     counted = flops(training(network, network, inputs))
     run = torch.compile(network) if compiled else network
     return seconds(training(run, network, inputs), device, steps), counted
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return tuple(_detached(part) for part in value)
 
 
 def _wait(device: torch.device) -> None:
