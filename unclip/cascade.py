@@ -24,7 +24,8 @@ from unclip.errors import Refused
 from unclip.fit import check_fit, check_guides
 from unclip.guidance import Network, conditional
 from unclip.guides import Guides
-from unclip.prior import DiffusionPrior, PriorContext
+from unclip.layers import fold_upsampling
+from unclip.prior import DiffusionPrior
 from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
@@ -70,6 +71,7 @@ class UnCLIP:
         self._check_sampling(self.sampling)
         for model in (prior, decoder, *upsamplers, *self.guides.models.values()):
             model.requires_grad_(False).eval()
+            fold_upsampling(model)
 
     @property
     def components(self) -> list[str]:
@@ -196,7 +198,11 @@ class UnCLIP:
         self, text: Text, seeds: Sequence[int], sampling: Sampling, callback: Report | None = None
     ) -> Tensor:
         """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
-        context, null = self.prior.context(*text), self.prior.null_context(len(seeds))
+        context: Any = self.prior.context(*text)
+        null: Any = self.prior.null_context(len(seeds))
+        if isinstance(self.prior, DiffusionPrior):
+            # What the captions say is the same at every step, and for every candidate.
+            context, null = self.prior.read(context), self.prior.read(null)
         found = [
             self._draw_prior(f"prior/{k}", context, null, seeds, sampling, callback) for k in range(sampling.candidates)
         ]
@@ -207,13 +213,13 @@ class UnCLIP:
     def _draw_prior(
         self,
         stream: str,
-        context: PriorContext,
-        null: PriorContext,
+        context: Any,
+        null: Any,
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None,
     ) -> Tensor:
-        """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
+        """One candidate [b, d]: by denoising from captions that were read, or token by token, each a step."""
         prior = self.prior
         if isinstance(prior, DiffusionPrior):
             denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
