@@ -16,6 +16,7 @@ from pipelines.embed import Embed, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
+from pipelines.gamma import Gamma, wants_gamma
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler, part, said
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
@@ -144,7 +145,8 @@ def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
     for name, one in settings.items():
         timesteps = getattr(models[name], "timesteps", None)  # an autoregressive prior has none
         with blaming(f"sampling.{paths[name]}"):
-            check_sampling(name, one, written=timesteps is None)
+            # γ is measured on the way where the prior needs it, and of no other model.
+            check_sampling(name, one, written=timesteps is None, gamma=name == "prior")
             if timesteps is not None and one.steps > timesteps:
                 raise Refused(f"steps is {one.steps}, and the model has {timesteps} timesteps; take at most as many")
 
@@ -192,7 +194,9 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     if chosen.prior is not None:
         sampling["prior"] = chosen.prior.document()
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
-    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
+    asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
+    measured = [Gamma.beside(recipe.prior)] if asked else []
+    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
     return [
@@ -206,6 +210,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Select("curate", recipe.curate.rules),
         Statistics(),
         *fits,
+        *measured,
         bundle,
         EvaluateSample(part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow), prompts),
         Evaluate(),

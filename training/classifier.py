@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import cast
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from infra.manifest import object_name
 from infra.store import Store
-from training.data import Batch, Data, Reads, picture, read_rows
+from training.data import Batch, Data, Place, Reads, picture
 from training.job import Job
 from training.labels import MISSING, Labels, class_table
 from training.objectives import Losses, Noised, to_unit
@@ -30,12 +35,8 @@ class ClassifierObjective(Noised):
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job)
         columns = self.config.labels
-        kept = Data(store, job.data["rows"], job.data["selection"], Reads(labels=Labels(columns))).places
-        uids = (
-            (place.index, read_rows(store, place.parquet, place.first, place.rows, ["uid"])["uid"].take(place.keep))
-            for place in kept
-        )
-        self.config = self.config.fitted(class_table(store, ((index, u.to_pylist()) for index, u in uids), columns))
+        places = Data(store, job.data["rows"], job.data["selection"], Reads(labels=Labels(columns))).places
+        self.config = self.config.fitted(class_table(store, _kept(store, places), columns))
         self.facts["classes"] = dict(zip(columns, self.config.counts, strict=True))
         labels = Labels(columns, self.config.classes)
         self.reads = Reads(image=partial(picture, size=self.config.size), labels=labels)
@@ -53,3 +54,10 @@ class ClassifierObjective(Noised):
             for of_label, right in zip(logits, rows["labels"].T, strict=True)
         ]
         return Losses(torch.stack(each).sum(0), t / len(classifier.schedule))
+
+
+def _kept(store: Store, places: Iterable[Place]) -> Iterator[tuple[str, list[bytes]]]:
+    """(index object, uids of the kept rows) of each shard."""
+    for (parquet, index), blocks in groupby(places, key=lambda place: (place.parquet, place.index)):
+        uids = pq.read_table(store.local(object_name(parquet)), columns=["uid"])["uid"]
+        yield index, uids.take(np.concatenate([block.first + block.keep for block in blocks])).to_pylist()

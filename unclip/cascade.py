@@ -24,9 +24,10 @@ from unclip.clip_text import Text
 from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.fit import check_fit, check_guides
-from unclip.guidance import Network, clipped, conditional
+from unclip.guidance import Network, conditional
 from unclip.guides import Guides
-from unclip.prior import DiffusionPrior, PriorContext
+from unclip.layers import fold_upsampling
+from unclip.prior import DiffusionPrior
 from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
@@ -48,6 +49,7 @@ class UnCLIP:
     in, which then draws in the decoder's place and as it is sampled. The same prompt and seed give the same picture
     under the same tile, device and threads.
     guides: what may guide the decoder beside its own condition.
+    gamma: a table of γ for each model that Analytic-DPM can sample without one among its settings.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class UnCLIP:
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
         guides: Guides | None = None,
+        gamma: Mapping[str, Tensor] | None = None,
         *,
         inpainter: Decoder | None = None,
     ) -> None:
@@ -69,7 +72,7 @@ class UnCLIP:
             [upsampler.config for upsampler in upsamplers],
             None if inpainter is None else inpainter.config,
         )
-        self.tile, self.guides = tile, guides or Guides()
+        self.tile, self.gamma, self.guides = tile, dict(gamma or {}), guides or Guides()
         configs = {name: model.config for name, model in self.guides.models.items()}
         check_guides(decoder.config, clip.embedding_width, configs)
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
@@ -81,6 +84,7 @@ class UnCLIP:
         self._check_sampling(self.sampling)
         for model in self._models:
             model.requires_grad_(False).eval()
+            fold_upsampling(model)
 
     @property
     def components(self) -> list[str]:
@@ -240,7 +244,11 @@ class UnCLIP:
         prior = self.prior
         if prior is None:
             raise Refused("this release has no prior: its decoder draws from prompts alone")
-        context, null = prior.context(*text), prior.null_context(len(seeds))
+        context: Any = prior.context(*text)
+        null: Any = prior.null_context(len(seeds))
+        if isinstance(prior, DiffusionPrior):
+            # What the captions say is the same at every step, and for every candidate.
+            context, null = prior.read(context), prior.read(null)
         found = [
             self._draw_prior(prior, f"prior/{k}", context, null, seeds, sampling, callback)
             for k in range(sampling.candidates)
@@ -253,17 +261,15 @@ class UnCLIP:
         self,
         prior: Prior,
         stream: str,
-        context: PriorContext,
-        null: PriorContext,
+        context: Any,
+        null: Any,
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None,
     ) -> Tensor:
-        """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
+        """One candidate [b, d]: by denoising from captions that were read, or token by token, each a step."""
         if isinstance(prior, DiffusionPrior):
-            denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
-            if prior.config.clip_range is not None:
-                denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
+            denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
             z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
             return prior.destandardise(z)
 
@@ -349,7 +355,7 @@ class UnCLIP:
         extra: _Extra | None = None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        options = sampling.options(pictures=len(shape) > 1)
+        options = sampling.options(pictures=len(shape) > 1, gamma=self.gamma.get(stream.split("/")[0]))
         steps = schedule.respace(sampling.steps)
         x = noise(0)
         if extra is not None:
@@ -390,7 +396,7 @@ class UnCLIP:
         for name, settings in sampling.items():
             model = models[name]
             written = isinstance(model, AutoregressivePrior)
-            check_sampling(name, settings, written=written)
+            check_sampling(name, settings, written=written, gamma=name in self.gamma)
             if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
                 raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
         self.guides.check(sampling["decoder"])

@@ -27,6 +27,8 @@ from unclip.upsampler import Upsampler, UpsamplerConfig
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+GAMMA = "gamma.safetensors"
+"""Beside a model that Analytic-DPM samples: its table of γ (unclip/analytic.py)."""
 
 KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "prior": (PriorConfig, DiffusionPrior),
@@ -180,6 +182,22 @@ def warm_start(model: nn.Module, folder: Path, *kinds: str, clip: str | None = N
     if wrong:
         raise Refused(f"a warm start from {folder} is impossible: {'; '.join(wrong[:3])}{' …' * (len(wrong) > 3)}")
     model.load_state_dict(finished, strict=False)
+
+
+def save_gamma(folder: Path, gamma: Tensor) -> None:
+    """Writes a model's table of γ [timesteps], from `unclip.analytic.estimate_gamma`, into its folder."""
+    write_tensors(folder / GAMMA, {"gamma": gamma.double()})
+
+
+def load_gamma(folder: Path, steps: int) -> Tensor:
+    """The table of γ in a model's folder, float64 [steps]; raises Refused where it is of another process."""
+    found = read_tensors(folder / GAMMA)
+    if set(found) != {"gamma"} or found["gamma"].shape != (steps,):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        raise Refused(
+            f"{folder / GAMMA} holds {shapes}, and this model's process has {steps} timesteps: gamma [{steps}]"
+        )
+    return found["gamma"].double()
 
 
 def _kind(folder: Path, kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:

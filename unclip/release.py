@@ -4,6 +4,7 @@
     clip/config.json merges.txt model.safetensors
     prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise; inpainter/, classifier/ and
                                             noised-clip/ if any
+    prior/gamma.safetensors                 where the prior's γ was measured, for Analytic-DPM
 
 Only files that release.json names are read, and they are JSON, text and safetensors: no code of a folder ever runs.
 """
@@ -17,12 +18,25 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Damaged, Refused
 from unclip.fit import check_fit, check_guides
-from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, understood, write_json
+from unclip.folder import (
+    CONFIG,
+    GAMMA,
+    PRIORS,
+    WEIGHTS,
+    load_gamma,
+    load_model,
+    read_json,
+    read_model_config,
+    understood,
+    write_json,
+)
 from unclip.guides import GUIDES, Guides, check_asked
+from unclip.sampling import check_sampling
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -40,11 +54,14 @@ class Part:
     """Whether the release says how to sample it."""
     sees_clip: bool = True
     """Whether it was trained on CLIP's embeddings: then it belongs to one CLIP."""
+    extras: tuple[str, ...] = ()
+    """Files that may stand beside its own."""
 
 
 PARTS = {
     "clip": Part(sampled=False, sees_clip=False),
-    "prior": Part(PRIORS, required=False),  # the decoder's configuration says whether there is one (`check_fit`)
+    # The decoder's configuration says whether there is a prior (`check_fit`).
+    "prior": Part(PRIORS, required=False, extras=(GAMMA,)),
     "decoder": Part(("decoder",)),
     "inpainter": Part(("inpainter",), required=False, sampled=False),  # sampled as the decoder is
     "classifier": Part(("classifier",), required=False, sampled=False, sees_clip=False),
@@ -97,8 +114,10 @@ def save(
         target = folder / component
         target.mkdir()
         digests[component] = {}
-        for file in _files(component):
+        for file in (*_files(component), *_part(component).extras):
             if not (Path(source) / file).is_file():
+                if file in _part(component).extras:
+                    continue
                 raise Refused(f"{component}: {source} has no {file}, so it cannot become part of a release")
             _place(Path(source) / file, target / file)
             digests[component][file] = _digest(target / file)
@@ -127,7 +146,7 @@ def _parsed(path: Path, document: dict[str, Any]) -> Release:
         raise Refused(f"{path} has the entries {sorted(document)}, and a release has {sorted(known)}")
     for component, files in document["components"].items():
         _check_name(component, str(path))
-        if set(files) != set(_files(component)):
+        if set(files) - set(_part(component).extras) != set(_files(component)):
             raise Refused(f"{path}: {component} lists {sorted(files)}, and it consists of {sorted(_files(component))}")
     needed = {name for name, part in PARTS.items() if part.required} | set(document["sampling"]) & set(PARTS)
     if missing := sorted(needed - set(document["components"])):
@@ -173,6 +192,14 @@ def check(folder: Path | str) -> Release:
     for name in release.upsamplers:
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
+    for component, settings in release.sampling.items():
+        written = isinstance(configs[component], AutoregressivePriorConfig)
+        measured = GAMMA in release.components[component]
+        if measured and written:
+            raise Refused(f"{folder / component} holds {GAMMA} beside an autoregressive prior, which has no variances")
+        if measured:
+            load_gamma(folder / component, configs[component].timesteps)
+        check_sampling(component, settings, written=written, gamma=measured)
     upsamplers = [configs[name] for name in release.upsamplers]
     check_fit(widths, configs.get("prior"), configs["decoder"], upsamplers, configs.get("inpainter"))
     guides = {name: configs[name] for name in GUIDES if name in configs}
@@ -189,10 +216,15 @@ def load(folder: Path | str) -> UnCLIP:
     models: dict[str, Any] = {
         name: load_model(folder / name, *_part(name).kinds) for name in release.components if name != "clip"
     }
+    gamma = {
+        name: load_gamma(folder / name, models[name].config.timesteps)
+        for name, files in release.components.items()
+        if GAMMA in files
+    }
     upsamplers = [models[name] for name in release.upsamplers]
     parts = clip, models.get("prior"), models["decoder"], upsamplers, release.sampling
     guides = Guides(models.get("classifier"), models.get("noised-clip"))
-    return UnCLIP(*parts, guides=guides, inpainter=models.get("inpainter"))
+    return UnCLIP(*parts, guides=guides, gamma=gamma, inpainter=models.get("inpainter"))
 
 
 def _files(component: str) -> tuple[str, ...]:

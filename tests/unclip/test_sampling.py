@@ -77,7 +77,6 @@ def test_settings_of_before_mean_what_they_meant():
         ({"percentile": 1.5}, "above 0 and be at most 1, not 1.5"),
         ({"variance": "big", "sampler": "ddpm"}, "variance 'big' is unknown; use one of fixed_small, fixed_large"),
         ({"variance": "fixed_large"}, "a setting of ddpm; ddim has none"),
-        ({"sampler": "analytic_dpm"}, "gamma is what analytic_dpm needs"),
         ({"gamma": GAMMA}, "no other sampler has use for it"),
     ],
 )
