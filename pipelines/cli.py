@@ -7,11 +7,12 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -99,12 +100,14 @@ def generate(
     release: ReleaseOption = "champion",
     number: NumberOption = 4,
     seed: SeedOption = 0,
-    guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
-    prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Decoder's ω: ε̂ = (1 − ω)·ε(nothing) + ω·ε(prompt); 1 is unguided.")
+    ] = None,
+    prior_guidance: Annotated[str | None, typer.Option(help="Prior's ω, likewise; 1 is unguided.")] = None,
     out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
-    """Draws pictures with a release; what is not said comes from the release."""
+    """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
     from infra.store import open_store
     from pipelines.generate import generate as draw
 
@@ -311,17 +314,44 @@ def main() -> None:
     """Entry point: a user's mistake is one paragraph and an exit code; anything else is our defect."""
     import warnings
 
+    from infra.damage import damaged
     from infra.errors import Refused
+    from infra.store import NotFound
     from unclip.errors import Refused as Impossible
 
+    interrupted = _Interrupted()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    # What a prompt loses is for the person who wrote it, whatever else is quiet.
+    logging.getLogger("unclip").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     try:
         app(standalone_mode=True)
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes a Ctrl-C an exit without a word
+        if interrupted.seen and (isinstance(end, KeyboardInterrupt) or end.code):
+            _end("stopped by Ctrl-C. What finished is kept; the same command goes on from there.", 5)
+        raise
     except (Refused, Impossible) as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"unclip: {error}\n")
-        sys.exit(getattr(error, "code", 2))
+        _end(str(error), getattr(error, "code", 2))
+    except NotFound as error:
+        _end(str(damaged(error.name, "is missing")), 5)
+
+
+class _Interrupted:
+    """Notes that Ctrl-C was pressed, and lets it take its course. A run has a handler of its own while it works."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.default_int_handler(number, frame)
+
+
+def _end(said: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.write(f"unclip: {said}\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,16 @@ def edit_interpolate(
     first: Annotated[str, typer.Argument(help="A picture file, or a prompt.")],
     second: Annotated[str, typer.Argument(help="Another, of the same kind.")],
     steps: Annotated[int, typer.Option(help="Pictures, both ends included.")] = 7,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="One noise for all pictures, not the way between the two's.")
+    ] = False,
     seed: SeedOption = 0,
     release: ReleaseOption = "champion",
     out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
     """The way from one picture, or prompt, to another."""
-    _draw("interpolate", store, release, first, second, steps, seed, out)
+    _draw("interpolate", store, release, first, second, steps, fixed, seed, out)
 
 
 @edit.command("diff")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from infra.store import Store
 from pipelines.drawing import check_guidance, check_order
-
-log = logging.getLogger(__name__)
-log.setLevel(logging.WARNING)  # what a prompt loses is for the person who wrote it, whatever else is quiet
 
 
 def generate(
@@ -41,9 +37,6 @@ def generate(
     from unclip.cascade import UnCLIP
 
     model = UnCLIP.load(folder)
-    for prompt, cut in zip(prompts, model.clip.truncated(prompts), strict=True):
-        if cut:
-            log.warning("the prompt %r is too long for this release; %r at its end is not seen", prompt, cut)
     words = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + k for _ in prompts for k in range(n)]
     pictures = model.generate(words, seeds=seeds, guidance=guidance, prior_guidance=prior_guidance)

@@ -19,8 +19,8 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file, object_name
-from infra.store import NotFound, Store
+from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file, object_name, read_object
+from infra.store import Store
 from pipelines import scores
 from pipelines.stage import plain
 from unclip.config import FRACTION, outside
@@ -348,15 +348,19 @@ def _compared(store: Store, mine: dict[str, Any], champion: dict[str, Any] | Non
         return {}, "there was no champion to compare with"
     if not champion["evaluate"]:
         return {}, "the champion was never evaluated"
+    if not store.exists(object_name(champion["evaluate"])):
+        return {}, "not compared with the champion: its scores are no longer in the store"
     try:
         return scores.compare(mine, _scores(store, champion["evaluate"])), ""
-    except (Refused, NotFound) as error:
+    except Refused as error:
+        if error.code == 5:  # damaged: no reason to judge it less strictly
+            raise
         return {}, f"not compared with the champion: {error}"
 
 
 def _scores(store: Store, evaluate: str) -> dict[str, Any]:
     sha256 = Manifest.load(store, evaluate).only.sha("scores.json")
-    return scores.read(store.get(object_name(sha256)))
+    return scores.read(read_object(store, sha256))
 
 
 def only_line(store: Store) -> str:

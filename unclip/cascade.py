@@ -107,12 +107,15 @@ class UnCLIP:
         """One picture a prompt: uint8 [n, 3, size, size] on the host, RGB.
 
         seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's.
-        sampling: replaces the release's for the components that it names. Raises Refused for impossible settings.
+        sampling: replaces the release's for the components that it names. An empty prompt draws anything; of one that
+        is longer than CLIP's context the end is not seen, which a logged warning says. Raises Refused for impossible
+        settings, and where they, or damaged weights, lead to numbers that are not finite.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
         chosen = self._chosen(sampling, guidance, prior_guidance)
+        self.clip.tell_cut(prompts)
         tiles = list(_tiles(len(prompts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
@@ -148,6 +151,7 @@ class UnCLIP:
                 f"{len(embeddings)} pictures with {len(texts)} texts and {len(seeds)} seeds: give one of each a picture"
             )
         chosen = self._chosen(sampling, guidance, None)
+        self.clip.tell_cut(texts)
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
@@ -171,6 +175,8 @@ class UnCLIP:
         x = self.sample_decoder(embedding, text, seeds, chosen["decoder"], report, extra)
         for name, upsampler in zip(self.components[2:], self.upsamplers, strict=True):
             x = self.sample_upsampler(upsampler, x, seeds, chosen[name], report, extra)
+        if not bool(x.isfinite().all()):  # which 8 bits would show as black
+            raise Refused("these pictures are not finite numbers: the guidance is far too large, or a model is damaged")
         return to_uint8(x).cpu()
 
     @torch.no_grad()
@@ -306,9 +312,13 @@ class UnCLIP:
 
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
         """Raises Refused for a setting that its model has no use for."""
+        models = dict(zip(self.components, (self.prior, self.decoder, *self.upsamplers), strict=True))
         for name, settings in sampling.items():
-            written = name == "prior" and isinstance(self.prior, AutoregressivePrior)
+            model = models[name]
+            written = isinstance(model, AutoregressivePrior)
             check_sampling(name, settings, written=written, gamma=name in self.gamma)
+            if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
+                raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:

@@ -7,9 +7,11 @@ another kind, or one written by another unclip, is refused before a tensor is re
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +61,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return document
 
 
+@contextmanager
+def understood(path: Path, what: str) -> Iterator[None]:
+    """Turns what a document of the right version and the wrong content leads to into Refused."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Refused(f"{path} is no {what} that this unclip understands ({type(error).__name__}: {error})") from None
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a state dict as safetensors, in the order of names, from the host."""
     from safetensors.torch import save_file
@@ -67,16 +80,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; raises Refused where it is missing or no such file."""
+    """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path} is no readable safetensors file: {error}") from None
+    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
+        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
+    return tensors
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
@@ -95,7 +111,8 @@ def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *
 def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
     """(configuration, CLIP fingerprint) of a model's folder, without its tensors; raises Refused for another kind."""
     kind, document = _kind(folder, kinds)
-    return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
+    with understood(folder / CONFIG, f"configuration of a {kind}"):
+        return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
 
 
 def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
@@ -116,11 +133,13 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     Raises Refused for another kind, or where its tensors do not fit its config.
     """
     config, _ = read_model_config(folder, *kinds)
-    model = KINDS[_kind(folder, kinds)[0]][1](config)
+    kind, _ = _kind(folder, kinds)
+    with understood(folder / CONFIG, f"configuration of a {kind}"):
+        model = KINDS[kind][1](config)
     try:
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
-        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from None
+        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {shorten(str(error), 300)}") from None
     return model.requires_grad_(False).eval()
 
 

@@ -38,6 +38,7 @@ class Latents(NamedTuple):
 
 def unconditional(model: UnCLIP, n: int, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:
     """n pictures of anything: the prior and the decoder under the empty text."""
+    _at_least_one(n)
     return model.generate([""] * n, seeds=seeds, prior_guidance=1.0, **options)
 
 
@@ -49,7 +50,7 @@ def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterati
     """
     check_pictures(pictures)
     decoder = model.decoder
-    schedule = decoder.schedule.respace(steps or model.sampling["decoder"].steps)
+    schedule = decoder.schedule.respace(model.sampling["decoder"].steps if steps is None else steps)
     embeddings, starts = [], []
     for rows in torch.arange(len(pictures)).split(model.tile):
         shown = square(pictures[rows].to(model.device))
@@ -69,6 +70,7 @@ def variations(
 
     eta from 0 (the picture itself, as far as the decoder can) to 1. Picture i's are rows i·n to i·n + n − 1.
     """
+    _at_least_one(n)
     latents = encode(model, pictures)
     rows = torch.arange(len(pictures)).repeat_interleave(n)
     return _draw(model, latents.embedding[rows], latents.start[rows], eta=eta, seeds=seeds, **options)
@@ -97,6 +99,7 @@ def interpolate_prompts(
     model: UnCLIP, first: str, second: str, *, steps: int = 7, seed: int = 0, **options: Any
 ) -> Tensor:
     """`steps` pictures between two prompts: the prior's z_i of each, on the great circle between them, one x_T."""
+    model.clip.tell_cut([first, second])
     text = model.clip.encode_text([first, second])
     ends = model.sample_prior(text, [seed, seed], model.sampling["prior"])
     embedding = torch.cat([slerp(ends[:1], ends[1:], share) for share in _shares(steps)])
@@ -114,6 +117,7 @@ def text_diff(
     if not 0 < theta <= 1:
         raise Refused(f"theta is the share of the way toward the text, above 0 and at most 1, not {theta}")
     latents = encode(model, resized_square(picture, model)[None])
+    model.clip.tell_cut([before, after])
     text = model.clip.encode_text([after, before]).embedding
     difference = text[:1] - text[1:]
     if float(difference.norm()) < 1e-6 * float(text.norm()):
@@ -272,6 +276,11 @@ def resized_square(picture: Tensor, model: UnCLIP) -> Tensor:
 def to_unit(pictures: Tensor) -> Tensor:
     """uint8 → float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1
+
+
+def _at_least_one(n: int) -> None:
+    if n < 1:
+        raise Refused(f"there is nothing to draw: {n} pictures")
 
 
 def _shares(steps: int) -> list[float]:

@@ -20,7 +20,7 @@ from typing import Any
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
-from unclip.errors import Refused
+from unclip.errors import Damaged, Refused
 from unclip.fit import check_fit
 from unclip.folder import (
     CONFIG,
@@ -31,6 +31,7 @@ from unclip.folder import (
     load_model,
     read_json,
     read_model_config,
+    understood,
     write_json,
 )
 from unclip.sampling import check_sampling
@@ -128,6 +129,11 @@ def read(folder: Path | str) -> Release:
     """What release.json says, its form checked but no other file opened."""
     path = Path(folder) / MANIFEST
     document = read_json(path, "release")
+    with understood(path, "release"):
+        return _parsed(path, document)
+
+
+def _parsed(path: Path, document: dict[str, Any]) -> Release:
     known = {field.name for field in fields(Release)} | {"schema_version"}
     if set(document) != known:
         raise Refused(f"{path} has the entries {sorted(document)}, and a release has {sorted(known)}")
@@ -144,7 +150,7 @@ def read(folder: Path | str) -> Release:
         sampling = {component: Sampling(**settings) for component, settings in document["sampling"].items()}
     except TypeError as error:
         raise Refused(f"{path} has sampling settings that this unclip does not know: {error}") from None
-    return Release(document["name"], document["components"], sampling, document["data"], document["clip"])
+    return Release(str(document["name"]), document["components"], sampling, document["data"], str(document["clip"]))
 
 
 def check(folder: Path | str) -> Release:
@@ -155,14 +161,15 @@ def check(folder: Path | str) -> Release:
         for file, expected in files.items():
             path = folder / component / file
             if not path.is_file():
-                raise Refused(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
+                raise Damaged(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
             if (found := _digest(path)) != expected:
-                raise Refused(
-                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {expected[:12]}…. "
+                raise Damaged(
+                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {str(expected)[:12]}…. "
                     "Take an undamaged copy of the release."
                 )
     document = read_json(folder / "clip" / CONFIG, "CLIP")
-    clip = document["fingerprint"]
+    with understood(folder / "clip" / CONFIG, "configuration of a CLIP"):
+        clip, widths = str(document["fingerprint"]), clip_widths(document["model"])
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
@@ -185,7 +192,6 @@ def check(folder: Path | str) -> Release:
         if measured:
             load_gamma(folder / component, configs[component].timesteps)
         check_sampling(component, settings, written=written, gamma=measured)
-    widths = clip_widths(document["model"])
     check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
     return release
 

@@ -55,6 +55,9 @@ class Sampling:
             object.__setattr__(self, "interval", tuple(self.interval))
         if self.sampler not in SAMPLERS:
             raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
+        for name in ("steps", "candidates"):
+            if not isinstance(getattr(self, name), int):
+                raise Refused(f"{name} is {getattr(self, name)}; it must be a whole number")
         if wrong := outside(
             self, steps=TIMESTEPS, candidates=Range(1, 1024), gamma=AMOUNT, interval=Range(0, TIMESTEPS.most)
         ):

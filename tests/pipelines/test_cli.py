@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +148,21 @@ def test_only_without_inputs(unclip: Run) -> None:
 
 def test_until_and_only_exclude_each_other(unclip: Run) -> None:
     refused(unclip("run", "tiny", "--until", "embed", "--only", "embed"), "--until", "--only")
+
+
+def test_ctrl_c_ends_with_a_word() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a store that never answers
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        command = [sys.executable, "-m", "pipelines.cli", "data", "ls", "--store", "s3://bucket/prefix"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        server.settimeout(60)
+        asked, _ = server.accept()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        asked.close()
+    assert process.returncode == 5
+    assert err == "unclip: stopped by Ctrl-C. What finished is kept; the same command goes on from there.\n"
 
 
 def test_an_empty_stage_is_none_and_the_known_ones_are_listed(unclip: Run) -> None:
