@@ -175,7 +175,10 @@ class Bench:
         return tuple(json.loads(path.read_text()))
 
     def truth(self) -> None:
-        """Writes true pictures of the same prompts, at the decoder's size as its training data was, and at the full."""
+        """Writes how the release is sampled, and true pictures of the prompts: small, as the decoder's data is, and
+        at full size."""
+        own = {name: f"{settings.sampler} {settings.steps}" for name, settings in self.model.sampling.items()}
+        write(self.out / "released.json", json.dumps(own))
         for component in ("decoder", "cascade"):
             path = self.out / f"true-{component}.npz"
             if not path.exists():

@@ -110,6 +110,7 @@ def write_page(out: Path, docs: Path, count: int) -> None:
         "commit": commit,
         "step": f"{step:.1f}",
         "gamma": GAMMA_SAMPLES,
+        "released": ", ".join(f"{name} {how}" for name, how in json.loads((out / "released.json").read_text()).items()),
         "repeat": REPEAT if DECODER_REPEAT in done else "",
         "ceiling": f"{_true_share(out, count):.3f}",
         "decoder": _table(decoder),
@@ -197,6 +198,8 @@ processes of one thread on two cores of a shared machine, no GPU. This page is w
 {decoder_conclusion}
 
 {prior_conclusion}
+
+The release's own sampling: {released}.
 
 ## How it was measured
 
