@@ -1,4 +1,4 @@
-"""The stages that train: CLIP, prior, decoder, upsamplers; and the one that loads a CLIP instead of training it."""
+"""The stages that train: CLIP, prior, decoder, upsamplers, guides; and the one that loads a CLIP instead."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Fit:
 
     name: str
     model: str
-    """clip, prior, ar_prior, decoder or upsampler."""
+    """A kind of `training.job.KINDS`."""
     spec: FitSpec
     how: FitHow
     needs: tuple[str, ...]

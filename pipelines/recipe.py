@@ -36,6 +36,7 @@ from unclip.cascade import Sampling
 from unclip.clip_config import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.decoder import DecoderConfig
+from unclip.half_unet import HalfUNetConfig
 from unclip.prior import PriorConfig
 from unclip.upsampler import UpsamplerConfig
 
@@ -102,8 +103,9 @@ OpenClip = Annotated[ClipConfig, pydantic.PlainValidator(_as_written)]
 
 Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
 
-CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
-    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler")
+CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN, CLASSIFIER_TRAIN, NOISED_CLIP_TRAIN = (
+    _section(f"{kind} train", CONFIGS[kind])
+    for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier", "noised_clip")
 )
 
 PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
@@ -125,6 +127,8 @@ class World:
     """Held-out prompts with one object, for the evaluation."""
     pair_prompts: int = 300
     """Held-out prompts with two objects."""
+    labels: bool = False
+    """Whether its list has columns that say what is to be seen (shape, colour, …), for a classifier to learn."""
 
     def __post_init__(self) -> None:
         counts = {"pictures": COUNT, "single_prompts": WHOLE, "pair_prompts": WHOLE}
@@ -188,9 +192,9 @@ class Sampler:
     upsamplers: dict[int, Sampling]
 
 
-def _model(config: type) -> Any:
+def _model(config: type, *derived: str) -> Any:
     """What a recipe may change of a preset's model: every field that is not derived, none of them required."""
-    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED, partial=True))
+    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED | {*derived}, partial=True))
 
 
 if typing.TYPE_CHECKING:  # sections are made at import, which no type checker can follow
@@ -202,6 +206,8 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     ArPrior: typing.TypeAlias = Any
     Decoder: typing.TypeAlias = Any
     Upsampler: typing.TypeAlias = Any
+    Classifier: typing.TypeAlias = Any
+    NoisedClip: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
 else:
     Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
@@ -214,6 +220,12 @@ else:
     ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
+    # Both read what their decoder draws, under its noise.
+    ENCODER = _model(HalfUNetConfig, "schedule", "timesteps")
+    Classifier = _section(
+        "classifier", FitHow, labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field())
+    )
+    NoisedClip = _section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
     Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
 
 
@@ -234,6 +246,10 @@ class Recipe:
     """The diffusion prior."""
     ar_prior: ArPrior | None = None
     """The autoregressive prior, in the diffusion prior's place."""
+    classifier: Classifier | None = None
+    """A noised classifier of label columns (each in `source.columns.keep`), for classifier guidance."""
+    noised_clip: NoisedClip | None = None
+    """A noised CLIP, for CLIP guidance."""
     download: Download = field(default_factory=Download)
     source: Source = field(default_factory=Source)
     filter: Select = field(default_factory=Select)
@@ -259,6 +275,19 @@ class Recipe:
                 f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "
                 f"upsamplers {sorted(self.upsamplers)} px"
             )
+        if self.classifier is not None:
+            if not self.classifier.labels:
+                raise Refused("classifier.labels is empty: name a column that says what a picture shows")
+            if missing := sorted({*self.classifier.labels} - {*self.source.columns.keep}):
+                raise Refused(
+                    f"classifier.labels names {', '.join(missing)}: name it in source.columns.keep as well, so that it "
+                    "travels with the rows"
+                )
+        learned = () if self.classifier is None else self.classifier.labels
+        if missing := sorted({*self.sampling.decoder.labels} - {*learned}):
+            raise Refused(f"sampling.decoder.labels has {missing[0]}, which `classifier.labels` does not name")
+        if self.sampling.decoder.clip_guidance and self.noised_clip is None:
+            raise Refused("sampling.decoder.clip_guidance needs a noised CLIP: add a section `noised_clip`")
         for side in self.upsamplers:
             if wanted := SIDE.refuses(side):
                 raise Refused(f"upsamplers names {side} px; a side must be {wanted}")

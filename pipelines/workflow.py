@@ -103,6 +103,29 @@ def models(recipe: Recipe) -> dict[str, Any]:
             made.check_crop(recipe.upsamplers[size].train.crop)
         out[f"upsampler-{size}"] = made
     _check_sampling(recipe.sampling, out)
+    return out | _guides(recipe, row.encoder, out["decoder"])
+
+
+def _guides(recipe: Recipe, row: Any, decoder: Any) -> dict[str, Any]:
+    """Stage name → configuration of the classifier and the noised CLIP that the recipe asks for."""
+    from unclip.classifier import ClassifierConfig
+    from unclip.noised_clip import NoisedClipConfig
+
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
+    if recipe.classifier is not None:
+        kinds["classifier"] = ClassifierConfig, recipe.classifier, {"labels": recipe.classifier.labels}
+    if recipe.noised_clip is not None:
+        kinds["noised-clip"] = NoisedClipConfig, recipe.noised_clip, {"embedding": decoder.embedding}
+    if kinds and row is None:
+        raise Refused(
+            f"{next(iter(kinds)).replace('-', '_')}: the preset {recipe.models!r} of `models` has no encoder of noised "
+            "pictures; choose another"
+        )
+    process = {name: getattr(decoder, name) for name in ("size", "schedule", "timesteps")}
+    out = {}
+    for name, (config, section, more) in kinds.items():
+        with blaming(f"{name.replace('-', '_')}.model"):
+            out[name] = config(**{**vars(row), **process, **said(section.model), **more})
     return out
 
 
@@ -149,6 +172,12 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
             for size in sorted(recipe.upsamplers)
         ),
     ]
+    if recipe.classifier is not None:
+        guide = plain(made["classifier"])
+        fits.append(_fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
+    if recipe.noised_clip is not None:
+        guide = plain(made["noised-clip"])
+        fits.append(_fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
     chosen = recipe.sampling
     sampling = {"prior": chosen.prior.document(), "decoder": chosen.decoder.document()}
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}

@@ -87,6 +87,14 @@ def objective(job: Job, store: Store, device: torch.device) -> Objective:
         "decoder": DecoderObjective,
         "upsampler": UpsamplerObjective,
     }
+    if job.kind == "classifier":
+        from training.classifier import ClassifierObjective
+
+        kinds["classifier"] = ClassifierObjective
+    elif job.kind == "noised_clip":
+        from training.contrastive import NoisedClipObjective
+
+        kinds["noised_clip"] = NoisedClipObjective
     return cast(Objective, kinds[job.kind](job, store, device))
 
 
@@ -114,19 +122,26 @@ class _Model:
         return (torch.rand(len(batch), generator=batch.generator) < fraction).to(device)
 
 
-class _Diffusion(_Model):
-    """What the three diffusion models share."""
+class Noised(_Model):
+    """What all share that see noised samples."""
 
     def _noise(self, schedule: Schedule, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(t [b], noise like x0) of this micro-batch."""
-        generator, steps = batch.generator, len(schedule)
+        """(t [b], noise like x0) of this batch, each micro-batch's from its own generator."""
+        drawn = [self._drawn(generator, len(schedule), (count, *x0.shape[1:])) for generator, count in batch.generators]
+        t, noise = (torch.cat(column) for column in zip(*drawn, strict=True))
+        return t.to(x0.device), noise.to(x0.device)
+
+    def _drawn(self, generator: torch.Generator, steps: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if self.options.t_std:
-            logit = self.options.t_mean + self.options.t_std * torch.randn(len(x0), generator=generator)
+            logit = self.options.t_mean + self.options.t_std * torch.randn(shape[0], generator=generator)
             t = (logit.sigmoid() * steps).long().clamp(max=steps - 1)
         else:
-            t = torch.randint(steps, (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        return t.to(x0.device), noise.to(x0.device)
+            t = torch.randint(steps, shape[:1], generator=generator)
+        return t, torch.randn(shape, generator=generator)
+
+
+class _Diffusion(Noised):
+    """What the three diffusion models share."""
 
     def _loss(self, schedule: Schedule, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
         kind = self.config.prediction

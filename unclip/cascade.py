@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from unclip.clip import Clip
 from unclip.clip_text import Text
 from unclip.decoder import Decoder
 from unclip.errors import Refused
-from unclip.fit import check_fit
+from unclip.fit import check_fit, check_guides
 from unclip.guidance import Network, conditional
-from unclip.prior import DiffusionPrior, PriorContext
+from unclip.guides import Guides
+from unclip.layers import fold_upsampling
+from unclip.prior import DiffusionPrior
 from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
@@ -40,6 +43,7 @@ class UnCLIP:
 
     sampling: defaults for "prior", "decoder" and each "upsampler-<side>". tile: pictures a call of a network, always; a
     last call is filled up. The same prompt and seed give the same picture under the same tile, device and threads.
+    guides: what may guide the decoder beside its own condition.
     gamma: a table of γ for each model that Analytic-DPM can sample without one among its settings.
     """
 
@@ -51,19 +55,23 @@ class UnCLIP:
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
+        guides: Guides | None = None,
         gamma: Mapping[str, Tensor] | None = None,
     ) -> None:
         widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
         check_fit(widths, prior.config, decoder.config, [upsampler.config for upsampler in upsamplers])
-        self.tile, self.gamma = tile, dict(gamma or {})
+        self.tile, self.gamma, self.guides = tile, dict(gamma or {}), guides or Guides()
+        configs = {name: model.config for name, model in self.guides.models.items()}
+        check_guides(decoder.config, clip.embedding_width, configs)
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         given = dict(sampling or {})
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
         self._check_sampling(self.sampling)
-        for model in (prior, decoder, *upsamplers):
+        for model in (prior, decoder, *upsamplers, *self.guides.models.values()):
             model.requires_grad_(False).eval()
+            fold_upsampling(model)
 
     @property
     def components(self) -> list[str]:
@@ -90,7 +98,7 @@ class UnCLIP:
     def to(self, device: torch.device | str) -> UnCLIP:
         """Moves all models; returns itself."""
         self.clip.to(device)
-        for model in (self.prior, self.decoder, *self.upsamplers):
+        for model in (self.prior, self.decoder, *self.upsamplers, *self.guides.models.values()):
             model.to(device)
         return self
 
@@ -101,20 +109,26 @@ class UnCLIP:
         seeds: Sequence[int] | None = None,
         guidance: float | None = None,
         prior_guidance: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        label_guidance: float | None = None,
+        clip_guidance: float | None = None,
         sampling: Mapping[str, Sampling] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """One picture a prompt: uint8 [n, 3, size, size] on the host, RGB.
 
-        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's.
+        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's; labels
+        (label → class, of every picture) and the scales of its guides: see `Sampling`, whose fields they are.
         sampling: replaces the release's for the components that it names. An empty prompt draws anything; of one that
         is longer than CLIP's context the end is not seen, which a logged warning says. Raises Refused for impossible
-        settings, and where they, or damaged weights, lead to numbers that are not finite.
+        settings, for a guide that this release does not have, and where settings or damaged weights lead to numbers
+        that are not finite.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-        chosen = self._chosen(sampling, guidance, prior_guidance)
+        guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
+        chosen = self._chosen(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
         self.clip.tell_cut(prompts)
         tiles = list(_tiles(len(prompts), self.tile))
         pictures = []
@@ -150,7 +164,7 @@ class UnCLIP:
             raise Refused(
                 f"{len(embeddings)} pictures with {len(texts)} texts and {len(seeds)} seeds: give one of each a picture"
             )
-        chosen = self._chosen(sampling, guidance, None)
+        chosen = self._chosen(sampling, {"guidance": guidance})
         self.clip.tell_cut(texts)
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
@@ -184,7 +198,11 @@ class UnCLIP:
         self, text: Text, seeds: Sequence[int], sampling: Sampling, callback: Report | None = None
     ) -> Tensor:
         """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
-        context, null = self.prior.context(*text), self.prior.null_context(len(seeds))
+        context: Any = self.prior.context(*text)
+        null: Any = self.prior.null_context(len(seeds))
+        if isinstance(self.prior, DiffusionPrior):
+            # What the captions say is the same at every step, and for every candidate.
+            context, null = self.prior.read(context), self.prior.read(null)
         found = [
             self._draw_prior(f"prior/{k}", context, null, seeds, sampling, callback) for k in range(sampling.candidates)
         ]
@@ -195,13 +213,13 @@ class UnCLIP:
     def _draw_prior(
         self,
         stream: str,
-        context: PriorContext,
-        null: PriorContext,
+        context: Any,
+        null: Any,
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None,
     ) -> Tensor:
-        """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
+        """One candidate [b, d]: by denoising from captions that were read, or token by token, each a step."""
         prior = self.prior
         if isinstance(prior, DiffusionPrior):
             denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
@@ -229,9 +247,9 @@ class UnCLIP:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
         decoder, side = self.decoder, self.decoder.config.size
         context, null = decoder.context(embedding, *text), decoder.null_context(len(seeds))
-        denoise = in_range(
-            guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
-        )
+        denoise = guided(decoder.denoise, context, null, sampling, decoder.schedule)
+        denoise = self.guides.guide(denoise, text.embedding, sampling, decoder.schedule)
+        denoise = in_range(denoise, sampling, decoder.schedule)
         return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback, extra)
 
     @torch.no_grad()
@@ -299,14 +317,18 @@ class UnCLIP:
         return SAMPLERS[sampling.sampler](denoise, x, steps, noise=noise, callback=report, **options)
 
     def _chosen(
-        self, sampling: Mapping[str, Sampling] | None, guidance: float | None, prior_guidance: float | None
+        self,
+        sampling: Mapping[str, Sampling] | None,
+        decoder: Mapping[str, Any],
+        prior: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Sampling]:
+        """The settings of each component; of decoder and prior, those fields that are not None replaced."""
         if unknown := sorted(set(sampling or {}) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
         chosen = self.sampling | dict(sampling or {})
-        for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
-            if scale is not None:
-                chosen[name] = replace(chosen[name], guidance=scale)
+        for name, changes in (("decoder", decoder), ("prior", prior)):
+            said = {field: value for field, value in changes.items() if value is not None}
+            chosen[name] = replace(chosen[name], **said)
         self._check_sampling(chosen)
         return chosen
 
@@ -319,6 +341,7 @@ class UnCLIP:
             check_sampling(name, settings, written=written, gamma=name in self.gamma)
             if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
                 raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
+        self.guides.check(sampling["decoder"])
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:

@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
+from unclip.classifier import Classifier, ClassifierConfig
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
+from unclip.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
@@ -33,6 +35,8 @@ KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "ar_prior": (AutoregressivePriorConfig, AutoregressivePrior),
     "decoder": (DecoderConfig, Decoder),
     "upsampler": (UpsamplerConfig, Upsampler),
+    "classifier": (ClassifierConfig, Classifier),
+    "noised_clip": (NoisedClipConfig, NoisedClip),
 }
 PRIORS = ("prior", "ar_prior")
 """Kinds that can be the prior of a release."""
@@ -96,10 +100,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
-    """Writes a prior of either kind, a decoder or an upsampler.
+    """Writes a model of one of the `KINDS`.
 
-    config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the
-    fingerprint of the CLIP whose embeddings it was trained on; None for an upsampler, which sees none.
+    config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the fingerprint of
+    the CLIP whose embeddings it was trained on; None for an upsampler or a classifier, which see none.
     """
     if kind not in KINDS:
         raise Refused(f"model kind {kind!r} is unknown; use one of {', '.join(KINDS)}")

@@ -93,14 +93,14 @@ class Exported:
     size: int
     """Side of the pictures that the pipelines will draw."""
     left_out: tuple[str, ...]
-    """Upsamplers of the release for which a pipeline has no place."""
+    """Upsamplers and guides of the release for which a pipeline has no place."""
 
 
 def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported:
     """Writes a release as a folder for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline.
 
-    A pipeline holds one upsampler: further ones are left out, and named in the answer. Raises Refused, with every
-    reason, for what diffusers cannot hold, and where the folder has something in it already.
+    A pipeline holds one upsampler and no guide: others are left out, and named in the answer. Raises Refused, with
+    every reason, for what diffusers cannot hold, and where the folder has something in it already.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -133,7 +133,7 @@ def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported
     for name, document in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return Exported(upsampler.config.size, tuple(model.components[3:]))
+    return Exported(upsampler.config.size, (*model.components[3:], *model.guides.models))
 
 
 def import_diffusers(

@@ -2,7 +2,7 @@
 
     release.json                            name, components with the SHA-256 of each file, sampling, data, CLIP
     clip/config.json merges.txt model.safetensors
-    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise
+    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise, classifier/ and noised-clip/ if any
     prior/gamma.safetensors                 where the prior's γ was measured, for Analytic-DPM
 
 Only files that release.json names are read, and they are JSON, text and safetensors: no code of a folder ever runs.
@@ -21,7 +21,7 @@ from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Damaged, Refused
-from unclip.fit import check_fit
+from unclip.fit import check_fit, check_guides
 from unclip.folder import (
     CONFIG,
     GAMMA,
@@ -34,6 +34,7 @@ from unclip.folder import (
     understood,
     write_json,
 )
+from unclip.guides import GUIDES, Guides, check_asked
 from unclip.sampling import check_sampling
 
 MANIFEST = "release.json"
@@ -60,6 +61,8 @@ PARTS = {
     "clip": Part(sampled=False, sees_clip=False),
     "prior": Part(PRIORS, extras=(GAMMA,)),
     "decoder": Part(("decoder",)),
+    "classifier": Part(("classifier",), required=False, sampled=False, sees_clip=False),
+    "noised-clip": Part(("noised_clip",), required=False, sampled=False),
 }
 """The components that a release has one of, by name."""
 UPSAMPLERS = Part(("upsampler",), required=False, sees_clip=False)
@@ -193,6 +196,9 @@ def check(folder: Path | str) -> Release:
             load_gamma(folder / component, configs[component].timesteps)
         check_sampling(component, settings, written=written, gamma=measured)
     check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
+    guides = {name: configs[name] for name in GUIDES if name in configs}
+    check_guides(configs["decoder"], widths["embedding"], guides)
+    check_asked(release.sampling["decoder"], guides)
     return release
 
 
@@ -210,7 +216,8 @@ def load(folder: Path | str) -> UnCLIP:
         if GAMMA in files
     }
     upsamplers = [models[name] for name in release.upsamplers]
-    return UnCLIP(clip, models["prior"], models["decoder"], upsamplers, release.sampling, gamma=gamma)
+    guides = Guides(models.get("classifier"), models.get("noised-clip"))
+    return UnCLIP(clip, models["prior"], models["decoder"], upsamplers, release.sampling, gamma=gamma, guides=guides)
 
 
 def _files(component: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,14 @@ class Sampling:
     the table that the release brings."""
     temperature: float = 1.0
     """An autoregressive prior's: logits are divided by it; below 1 likelier tokens, 0 the likeliest alone."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Label → class that the release's classifier guides the decoder towards, for instance {"shape": "circle"}."""
+    label_guidance: float = 1.0
+    """Scale s of that guidance; 0 is unguided, and 1 samples p(x | labels) if both networks are right (Dhariwal &
+    Nichol 2021, algorithm 2)."""
+    clip_guidance: float = 0.0
+    """Scale s of the decoder's guidance by the release's noised CLIP towards the caption (GLIDE, section 2.3); 0 is
+    unguided."""
 
     def __post_init__(self) -> None:
         # Out of JSON they come as lists.
@@ -79,14 +87,18 @@ class Sampling:
             raise Refused("gamma is what analytic_dpm needs, and no other sampler has use for it")
         if not math.isfinite(self.temperature) or self.temperature < 0:
             raise Refused(f"temperature must be a finite number, at least 0, not {self.temperature}")
+        for name in ("label_guidance", "clip_guidance"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                spoken = name.replace("_", " ")
+                raise Refused(f"{spoken} must be a finite number, at least 0 (unguided), not {getattr(self, name)}")
 
     def document(self) -> dict[str, Any]:
         """As plain JSON, without what was added since and is at its default: older releases keep their bytes."""
-        first = ("sampler", "steps", "guidance", "eta", "candidates")
+        first, usual = ("sampler", "steps", "guidance", "eta", "candidates"), Sampling()
         return {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name in first or getattr(self, item.name) != item.default
+            if item.name in first or getattr(self, item.name) != getattr(usual, item.name)
         }
 
     def options(self, *, pictures: bool, gamma: Tensor | None = None) -> dict[str, Any]:
@@ -110,6 +122,8 @@ def check_sampling(name: str, sampling: Sampling, *, written: bool = False, gamm
     """
     if name.startswith("upsampler") and (sampling.guidance != 1 or sampling.interval or sampling.rescale):
         raise Refused(f"{name} knows no condition to be guided by; its guidance is 1")
+    if name != "decoder" and (sampling.labels or sampling.label_guidance != 1 or sampling.clip_guidance):
+        raise Refused(f"labels, label_guidance and clip_guidance are the decoder's, and {name} is another model")
     if name == "prior" and sampling.percentile is not None:
         raise Refused("percentile is for pictures, and the prior makes embeddings")
     if written and (sampling.interval or sampling.rescale):
