@@ -85,7 +85,7 @@ def cmmd_difference(new: NDArray[Any], old: NDArray[Any], truth: NDArray[Any]) -
 def cheapest(rows: Sequence[Row]) -> list[Row]:
     """Of each sampler the fewest steps that are within noise, as all its larger numbers of steps are; fewest first."""
     best = []
-    for sampler in {row.cell.sampler for row in rows}:
+    for sampler in sorted({row.cell.sampler for row in rows}):
         mine = sorted((row for row in rows if row.cell.sampler == sampler and not row.cell.seed), key=_steps)
         good = [row for place, row in enumerate(mine) if all(later.within_noise for later in mine[place:])]
         best += good[:1]
