@@ -151,10 +151,10 @@ class Bench:
 
     def _settings(self, cell: Cell) -> Sampling:
         released = self.model.sampling[cell.component]
-        gamma = self._gamma(cell.component) if cell.sampler == "analytic_dpm" else ()
+        gamma = self.gamma(cell.component) if cell.sampler == "analytic_dpm" else ()
         return replace(released, sampler=cell.sampler, steps=cell.steps, eta=0.0, variance=None, gamma=gamma)
 
-    def _gamma(self, component: str) -> tuple[float, ...]:
+    def gamma(self, component: str) -> tuple[float, ...]:
         """γ of the unguided model over pictures of the training list, measured once."""
         path = self.out / f"gamma-{component}.json"
         if not path.exists():
@@ -175,7 +175,10 @@ class Bench:
         return tuple(json.loads(path.read_text()))
 
     def truth(self) -> None:
-        """Writes true pictures of the same prompts, at the decoder's size as its training data was, and at the full."""
+        """Writes how the release is sampled, and true pictures of the prompts: small, as the decoder's data is, and
+        at full size."""
+        own = {name: f"{settings.sampler} {settings.steps}" for name, settings in self.model.sampling.items()}
+        write(self.out / "released.json", json.dumps(own))
         for component in ("decoder", "cascade"):
             path = self.out / f"true-{component}.npz"
             if not path.exists():
@@ -255,6 +258,10 @@ def _truth() -> None:
     _bench.truth()
 
 
+def _gamma(component: str) -> None:
+    _bench.gamma(component)
+
+
 def _run(cell: Cell) -> dict[str, Any]:
     return _bench.run(cell)
 
@@ -280,7 +287,9 @@ def main() -> None:
     missing = [cell for cell in CELLS if cell not in done]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, spawn, _open, (bench,)) as pool:
-        pool.submit(_truth).result()
+        # What several cells read is made once, before them.
+        for future in [pool.submit(_truth), *(pool.submit(_gamma, component) for component in ("decoder", "prior"))]:
+            future.result()
         running: dict[Future[dict[str, Any]], Cell] = {}
         for cell in missing:
             # One cell a process and no queue, so that the time is kept; a cascade goes on from its decoder's pictures.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines import grids
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import prompts
-from tests.proofs.samplers import AGAIN, DECODER_REFERENCE, GAMMA_SAMPLES, PRIOR_REFERENCE, Cell, lines
+from tests.proofs.samplers import AGAIN, DECODER_REFERENCE, DECODER_REPEAT, GAMMA_SAMPLES, PRIOR_REFERENCE, Cell, lines
 from unclip.metrics import Estimate, cmmd, coverage, frechet, paired_difference, wilson
 
 RESAMPLES = 2000
@@ -85,7 +85,7 @@ def cmmd_difference(new: NDArray[Any], old: NDArray[Any], truth: NDArray[Any]) -
 def cheapest(rows: Sequence[Row]) -> list[Row]:
     """Of each sampler the fewest steps that are within noise, as all its larger numbers of steps are; fewest first."""
     best = []
-    for sampler in {row.cell.sampler for row in rows}:
+    for sampler in sorted({row.cell.sampler for row in rows}):
         mine = sorted((row for row in rows if row.cell.sampler == sampler and not row.cell.seed), key=_steps)
         good = [row for place, row in enumerate(mine) if all(later.within_noise for later in mine[place:])]
         best += good[:1]
@@ -110,7 +110,8 @@ def write_page(out: Path, docs: Path, count: int) -> None:
         "commit": commit,
         "step": f"{step:.1f}",
         "gamma": GAMMA_SAMPLES,
-        "again": AGAIN,
+        "released": ", ".join(f"{name} {how}" for name, how in json.loads((out / "released.json").read_text()).items()),
+        "repeat": REPEAT if DECODER_REPEAT in done else "",
         "ceiling": f"{_true_share(out, count):.3f}",
         "decoder": _table(decoder),
         "decoder_conclusion": _conclusion("decoder", decoder),
@@ -187,6 +188,8 @@ def _steps(row: Row) -> int:
     return row.cell.steps
 
 
+REPEAT = f"""
+- "Other seeds" is the reference once more, with seeds from {AGAIN} on: what other noise alone changes."""
 PAGE = """# Fewest steps: sampler × steps × quality
 
 `make proof-samplers` (`python -m tests.proofs.samplers`), on a release of the recipe demo, commit {commit}, two
@@ -195,6 +198,8 @@ processes of one thread on two cores of a shared machine, no GPU. This page is w
 {decoder_conclusion}
 
 {prior_conclusion}
+
+The release's own sampling: {released}.
 
 ## How it was measured
 
@@ -206,9 +211,8 @@ processes of one thread on two cores of a shared machine, no GPU. This page is w
 - CMMD, CLIP-FD and recall (3 neighbours) compare CLIP embeddings of the pictures with those of as many true pictures of
   the same prompts, shrunk as the decoder's training data is.
 - Differences to 250 steps of DDPM are taken picture by picture (prompt by prompt for CMMD), with 95 % intervals by the
-  bootstrap. **Bold** steps are within noise: neither interval lies wholly on the worse side of 0. "Other seeds" is the
-  reference once more, with seeds from {again} on: what other noise alone changes. Each interval misses in 1 of 20 cases
-  by chance; hence the demand that all larger numbers of steps agree.
+  bootstrap. **Bold** steps are within noise: neither interval lies wholly on the worse side of 0. Each interval misses
+  in 1 of 20 cases by chance; hence the demand that all larger numbers of steps agree.{repeat}
 - Analytic-DPM's γ was measured over {gamma} pictures of the training list, without guidance.
 - Only steps are given as the cost, since the machine did other work: each is one call of the network, and the fastest
   decoder cell took {step} ms a picture and step.
