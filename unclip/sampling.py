@@ -89,8 +89,7 @@ class Sampling:
             raise Refused(f"temperature must be a finite number, at least 0, not {self.temperature}")
         for name in ("label_guidance", "clip_guidance"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
-                spoken = name.replace("_", " ")
-                raise Refused(f"{spoken} must be a finite number, at least 0 (unguided), not {getattr(self, name)}")
+                raise Refused(f"{name} must be a finite number, at least 0 (unguided), not {getattr(self, name)}")
 
     def document(self) -> dict[str, Any]:
         """As plain JSON, without what was added since and is at its default: older releases keep their bytes."""
