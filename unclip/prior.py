@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unclip.config import LATER
+from unclip.config import LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
+from unclip.guidance import clipped
 from unclip.layers import KeyValues, Remembered, TimeEmbedding, TransformerBlock
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.schedule import Denoiser, Prediction, Schedule, check_process
 from unclip.text import NullText
 
 
 @dataclass(frozen=True)
-class PriorConfig:
-    """Shape and process of a diffusion prior."""
+class CaptionTransformer:
+    """What both priors are: a causal transformer that reads a caption as CLIP sees it."""
 
     embedding: int
     """Width d of CLIP's image and text embeddings."""
@@ -38,6 +39,22 @@ class PriorConfig:
     """Attention heads; they divide the width."""
     dropout: float = 0.0
     """Dropout after attention and MLP."""
+
+    called: ClassVar[str]
+    """What a refusal calls the model."""
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("embedding", "text_width", "context", "width", "depth", "heads"), WIDTH)
+        if wrong := outside(self, **sizes, dropout=SHARE):
+            raise Refused(f"{self.called}: {wrong}")
+        if self.width % self.heads:
+            raise Refused(f"{self.called}: a width of {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class PriorConfig(CaptionTransformer):
+    """Shape and process of a diffusion prior."""
+
     prediction: str = "x0"
     """What the network outputs: x0, eps or v."""
     schedule: str = "cosine"
@@ -46,14 +63,13 @@ class PriorConfig:
     """Timesteps of the process."""
     clip_range: float | None = field(default=None, metadata=LATER)
     """Sampling clamps the predicted standardised x0 to ± this (Karlo: 5); None leaves it as it is."""
+    called: ClassVar[str] = "prior"
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise Refused(f"prior: a width of {self.width} does not divide into {self.heads} heads")
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"prior: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
-        if self.clip_range is not None and not self.clip_range > 0:
-            raise Refused(f"prior: clip_range must be above 0, or none at all, not {self.clip_range}")
+        super().__post_init__()
+        if wrong := outside(self, timesteps=TIMESTEPS, clip_range=POSITIVE):
+            raise Refused(f"{self.called}: {wrong}")
+        check_process(self.called, self.prediction, self.schedule)
 
 
 class PriorContext(NamedTuple):
@@ -171,3 +187,8 @@ class DiffusionPrior(nn.Module):
         """The network as samplers and guidance want it; faster with what `read` made of the context."""
         output = self.resume(z, t, context) if isinstance(context, PriorMemory) else self(z, t, *context)
         return self.predict(output, z, t)
+
+    def in_range(self, denoise: Denoiser) -> Denoiser:
+        """A denoiser of this prior, guided or not, as it is sampled: its clean samples keep to `clip_range`."""
+        limit = self.config.clip_range
+        return denoise if limit is None else clipped(denoise, self.schedule, -limit, limit)
