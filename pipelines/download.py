@@ -1,16 +1,14 @@
 """A slice of the list → a shard of pictures: webdataset tar and an index in which every row of the slice has its state.
 
-Fetching is ours (guard, retries, opt-outs), decoding and resizing img2dataset's. Tars are in list order with times and
-owners of zero; how many threads, which ports and how many attempts it took is nowhere in them.
+Fetching is ours (guard, retries, opt-outs), decoding and resizing img2dataset's. How many threads, which ports and how
+many attempts it took is nowhere in a shard (pack.py writes it).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.message import Message
@@ -23,19 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Block, Manifest, Record, canonical, object_name
-from infra.rows import INDEX, KEPT, SOURCE
+from infra.manifest import Action, Manifest, Record, object_name
+from infra.rows import KEPT, SOURCE
 from infra.store import Store
 from pipelines.guard import Answer, Fault, Guard, networks
-from pipelines.pictures import Picture, PictureSpec, prepare, resizer
+from pipelines.pack import Outcome, pack
+from pipelines.pictures import PictureSpec, prepare, resizer
 from pipelines.stage import plain
 from unclip.config import AMOUNT, COUNT, POSITIVE, WHOLE, Range, outside
 
 if TYPE_CHECKING:
     from tenacity import Retrying
 
-TAR, TABLE = "images.tar", "index.parquet"
-BLOCK_ROWS = 256
 AGENT = "unclip"
 SILENT = ("refused_address", "no_address", "connection", "timeout", "tls", "bad_answer")
 """States that a row may end in without a word from its server."""
@@ -109,31 +106,23 @@ class Download:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
-        rows = table.to_pylist()
-        states = [_unfetched(row) for row in rows]
-        wanted = [number for number, state in enumerate(states) if state is None]
-        index: list[dict[str, Any]] = []
-        early = {number: Outcome(state) for number, state in enumerate(states) if state}
-        with tarfile.open(out / TAR, "w", format=tarfile.USTAR_FORMAT) as tar:
-            fetch, reached = self._fetcher(), Reached()
-            for which, body in completed(lambda number: fetch(rows[number]["url"]), wanted, self.how.threads):
-                reached.add(rows[wanted[which]]["url"], body)
-                # In this one thread: decoding needs no more, and rows that came early wait for those before them.
-                early[wanted[which]] = outcome(body, self.spec)
-                _flush(early, rows, tar, index, self.spec.format)
-            _flush(early, rows, tar, index, self.spec.format)
+        return pack(action, table, self._outcomes(table), out, self.spec.format)
+
+    def _outcomes(self, table: pa.Table) -> Iterator[tuple[int, Outcome]]:
+        """(number, outcome) of each row, as it is known; Refused at the end where no server answered at all."""
+        rows = table.select(SOURCE.names).to_pylist()
+        wanted = []
+        for number, row in enumerate(rows):
+            if state := _unfetched(row):
+                yield number, Outcome(state)
+            else:
+                wanted.append(number)
+        fetch, reached = self._fetcher(), Reached()
+        for which, body in completed(lambda number: fetch(rows[number]["url"]), wanted, self.how.threads):
+            reached.add(rows[wanted[which]]["url"], body)
+            # In this one thread: decoding needs no more, and rows that came early wait for those before them.
+            yield wanted[which], outcome(body, self.spec)
         reached.check(self.how.silent_rows)
-        if len(index) != len(rows):
-            raise RuntimeError(f"{len(rows)} rows went in and {len(index)} came out")
-        keep = table.drop_columns(SOURCE.names)
-        columns = {name: [line.get(name) for line in index] for name in INDEX.names}
-        columns |= {name: keep[name] for name in keep.column_names}
-        made = pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
-        pq.write_table(made, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
-        blocks = [
-            Block(TABLE, first, min(BLOCK_ROWS, len(index) - first)) for first in range(0, len(index), BLOCK_ROWS)
-        ]
-        return Record.of(action, out, states=Counter(line["state"] for line in index), blocks=blocks)
 
     def _fetcher(self) -> Callable[[str], Body]:
         """URL → its body, or the state that says why there is none, after as many attempts as are allowed."""
@@ -199,15 +188,6 @@ class Reached:
         )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A row's final state here; SHA-256 of what was fetched and the picture as far as it got."""
-
-    state: str
-    sha256: bytes | None = None
-    picture: Picture | None = None
-
-
 def outcome(body: Body, spec: DownloadSpec) -> Outcome:
     """What becomes of a row whose URL gave this body."""
     if body.state:
@@ -253,53 +233,6 @@ def _take(flying: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
     done, _ = wait(flying, return_when=FIRST_COMPLETED)
     for future in done:
         yield flying.pop(future), future.result()
-
-
-def _flush(
-    early: dict[int, Outcome],
-    rows: Sequence[dict[str, Any]],
-    tar: tarfile.TarFile,
-    index: list[dict[str, Any]],
-    extension: str,
-) -> None:
-    """Writes all rows that are next in list order: picture, caption and facts into the tar, a line into the index."""
-    while len(index) in early:
-        got, row = early.pop(len(index)), rows[len(index)]
-        line: dict[str, Any] = {name: row[name] for name in ("uid", "url", "caption")}
-        line |= {"state": got.state, "sha256": got.sha256}
-        if got.picture is not None:
-            line |= {"width": got.picture.original_width, "height": got.picture.original_height}
-            if got.state == KEPT:
-                line["length"] = len(got.picture.data)
-                line["offset"] = _add_sample(tar, line, got.picture, extension)
-        index.append(line)
-
-
-def _add_sample(tar: tarfile.TarFile, line: dict[str, Any], picture: Picture, extension: str) -> int:
-    """Adds the three members of a webdataset sample and returns where the picture's bytes begin in the tar."""
-    name = line["uid"].hex()
-    facts = {
-        "uid": name,
-        "url": line["url"],
-        "caption": line["caption"],
-        "width": picture.width,
-        "height": picture.height,
-        "original_width": picture.original_width,
-        "original_height": picture.original_height,
-        "sha256": line["sha256"].hex(),
-    }
-    offset = _add(tar, f"{name}.{extension}", picture.data)
-    _add(tar, f"{name}.txt", line["caption"].encode())
-    _add(tar, f"{name}.json", canonical(facts))
-    return offset
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, and owners have no names
-    member.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE  # behind the member's header of one block
-    tar.addfile(member, io.BytesIO(data))
-    return offset
 
 
 def opted_out(headers: Message, directives: Iterable[str]) -> bool:

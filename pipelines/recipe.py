@@ -26,6 +26,7 @@ from pipelines.embed import EmbedSpec
 from pipelines.evaluate import EvaluateSpec
 from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
+from pipelines.layouts import Columns, columns_of
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.source import SourceHow, SourceSpec
@@ -222,7 +223,14 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     NoisedClip: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
 else:
-    Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
+    Source = _section(
+        "source",
+        SourceSpec,
+        drop={"columns"},
+        layout=_optional(str),
+        columns=_optional(_section("source columns", Columns, partial=True)),
+        **{name: _optional(str) for name in ("urls", "tars", "folder")},
+    )
     Download = _section("download", DownloadSpec, DownloadHow)
     Embed = _section("embed", EmbedSpec, PoolHow)
     Clip = _section(
@@ -298,10 +306,11 @@ class Recipe:
                 f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "
                 f"upsamplers {sorted(self.upsamplers)} px"
             )
+        kept = self.columns.keep
         if self.classifier is not None:
             if not self.classifier.labels:
                 raise Refused("classifier.labels is empty: name a column that says what a picture shows")
-            if missing := sorted({*self.classifier.labels} - {*self.source.columns.keep}):
+            if missing := sorted({*self.classifier.labels} - {*kept}):
                 raise Refused(
                     f"classifier.labels names {', '.join(missing)}: name it in source.columns.keep as well, so that it "
                     "travels with the rows"
@@ -314,8 +323,14 @@ class Recipe:
         for side in self.upsamplers:
             if wanted := SIDE.refuses(side):
                 raise Refused(f"upsamplers names {side} px; a side must be {wanted}")
-        if not self.source.urls and (self.world is None or self.source.urls == ""):
-            raise Refused("source.urls is missing: name a Parquet, CSV or JSON-lines list of URLs and captions")
+        where = {name: getattr(self.source, name) for name in ("urls", "tars", "folder")}
+        if "" in where.values() or self.world is None or any(where.values()):
+            SourceHow(**where)
+
+    @property
+    def columns(self) -> Columns:
+        """What the source's columns are called: what `source.columns` says, for the rest what its layout does."""
+        return columns_of(self.source.layout, said(self.source.columns))
 
     @property
     def prompts_only(self) -> bool:

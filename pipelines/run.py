@@ -23,12 +23,13 @@ from infra.store import Store, open_store
 from pipelines import recipe as recipes
 from pipelines import workflow
 from pipelines.console import Console
+from pipelines.download import Download
 from pipelines.execute import Execution
 from pipelines.explain import blaming
 from pipelines.graph import chosen
 from pipelines.prompts import read_prompts
 from pipelines.scores import check_name
-from pipelines.source import check_columns, list_digests
+from pipelines.source import SourceHow
 from pipelines.stage import Stage
 from pipelines.world import Server, write_list, write_prompts
 
@@ -61,7 +62,8 @@ def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflo
     """What the recipe reads from outside itself, and its stages; a world's list and prompts are written to `folder`."""
     urls, prompts = recipe.source.urls, recipe.evaluate.prompts
     if recipe.world:
-        urls = urls or str(write_list(recipe.world, folder))
+        if not (recipe.source.tars or recipe.source.folder):
+            urls = urls or str(write_list(recipe.world, folder))
         prompts = prompts or str(write_prompts(recipe.world, folder))
     if prompts is None:
         raise Refused('evaluate.prompts is missing: name a file with a line {"prompt": …, "kind": …} for each prompt')
@@ -69,9 +71,9 @@ def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflo
         prompts = str(recipes.FOLDER / prompts)
     if not os.path.isfile(prompts):  # unlike Path's, it takes a name of any length
         raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
-    check_columns(urls, recipe.source.columns)
+    where = SourceHow(urls, recipe.source.tars, recipe.source.folder)
     head = Ledger(store, recipe.release.name).head()
-    inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
+    inputs = workflow.Inputs(urls, where.digests(recipe.columns), prompts, head)
     stages = workflow.stages(recipe, inputs)
     kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
     for score in recipe.gate.minimum:
@@ -107,12 +109,12 @@ def run_recipe(
 
         def ready(stage: Stage) -> Stage:
             """A stage as it runs now: the world's hosts live where its server listens."""
-            if stage.name != "download" or server is None:
+            if server is None or not isinstance(stage, Download):
                 return stage
             resolve = {
                 host: f"127.0.0.1:{server.start()}" if at == "world" else at for host, at in stage.how.resolve.items()
             }
-            return dataclasses.replace(stage, how=dataclasses.replace(stage.how, resolve=resolve))  # type: ignore[type-var]
+            return dataclasses.replace(stage, how=dataclasses.replace(stage.how, resolve=resolve))
 
         # Of a local Ray the CPUs are known before it starts; how many GPUs it finds is not.
         foreseen = () if address else (Node(job.recipe.cluster.cpus or usable_cpus(), math.inf),)

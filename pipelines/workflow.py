@@ -17,6 +17,8 @@ from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
+from pipelines.gather import Gather, GatherHow
+from pipelines.pictures import PictureSpec
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler, part, said
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
@@ -33,8 +35,10 @@ from unclip.sampling import check_sampling
 class Inputs:
     """What a recipe reads from outside itself: its lists by path and digest, its prompts, its ledger's head."""
 
-    urls: str
+    urls: str | None
+    """The URL list; None where the source is tars or a folder."""
     list_digests: tuple[str, ...]
+    """`SourceHow.digests` of the source."""
     prompts: str
     head: Entry | None
 
@@ -197,11 +201,17 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
     measured = [Gamma.beside(recipe.prior)] if asked else []
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
+    where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
+    if samples := where.samples:
+        how = GatherHow(samples, recipe.download.threads, recipe.download.cpus)
+        pictures: Any = Gather(part(recipe.download, PictureSpec), how)
+    else:
+        pictures = Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
     return [
-        Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
-        Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
+        Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests),
+        pictures,
         Look("filter", recipe.filter.rules),
         Select("filter", recipe.filter.rules),
         clip,

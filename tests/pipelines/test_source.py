@@ -15,7 +15,9 @@ from infra.errors import Refused
 from infra.manifest import object_name
 from infra.rows import uid
 from infra.store import open_store
-from pipelines.source import Columns, Source, SourceHow, SourceSpec, check_columns, cut, list_digests, slices
+from pipelines.layouts import Columns
+from pipelines.slices import cut, slices
+from pipelines.source import Source, SourceHow, SourceSpec, check_columns, list_digests
 from tests.fixtures.stages import make, source, todo
 
 GOLDEN = "8c037a446e"

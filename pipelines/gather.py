@@ -1,0 +1,109 @@
+"""A slice of tars or of a folder → a shard of pictures, in `download`'s place: nothing is fetched from the web.
+
+The pictures' bytes are read from where the source lies and go through the same checks, resizing and packing as those
+that a server gave, so that every stage behind finds what it finds behind a download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import Refused
+from infra.manifest import Action, Manifest, Record, object_name
+from infra.rows import KEPT, MEMBER, SOURCE, sample_uid
+from infra.store import Store
+from pipelines.download import completed
+from pipelines.pack import Outcome, pack
+from pipelines.pictures import PictureSpec, prepare, resizer
+from pipelines.places import Unreadable, place
+from pipelines.stage import plain
+from unclip.config import AMOUNT, COUNT, outside
+
+
+@dataclass(frozen=True)
+class GatherHow:
+    """How the pictures are read."""
+
+    where: str
+    """The folder, or s3:// prefix, that the slices' file names are relative to; every node must see it."""
+    threads: int = 16
+    """Pictures read at a time, a task."""
+    cpus: float = 1
+    """CPUs that Ray reserves a task."""
+
+    def __post_init__(self) -> None:
+        if wrong := outside(self, threads=COUNT, cpus=AMOUNT):
+            raise Refused(f"download.{wrong}")
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Stage: each slice → `images.tar` and `index.parquet`, as `Download` leaves them, and under its name."""
+
+    spec: PictureSpec
+    how: GatherHow
+    name: str = "download"
+    group: str = "download"
+    version: int = 1
+    needs: tuple[str, ...] = ("source",)
+    kind: str = "task"
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        (source,) = inputs
+        for name in source.only.facts["slices"]:
+            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
+
+    def setup(self) -> None:
+        """Imports what the first picture would otherwise wait for."""
+        resizer(self.spec)
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        table = pq.read_table(store.local(object_name(action.inputs[0])))
+        return pack(action, table.drop_columns([MEMBER.name]), self._outcomes(table), out, self.spec.format)
+
+    def _outcomes(self, table: pa.Table) -> Iterator[tuple[int, Outcome]]:
+        rows = table.select([*SOURCE.names, MEMBER.name]).to_pylist()
+        wanted = []
+        for number, row in enumerate(rows):
+            if state := self._untaken(row):
+                yield number, Outcome(state)
+            else:
+                wanted.append(number)
+        there = place(self.how.where)
+
+        def read(number: int) -> bytes:
+            member = rows[number][MEMBER.name]
+            try:
+                return there.get(member["file"], member["start"], member["bytes"])
+            except Unreadable as error:
+                raise self._changed(str(error)) from error
+
+        for which, data in completed(read, wanted, self.how.threads):
+            row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
+            if sample_uid(sha, row["caption"]) != row["uid"]:
+                raise self._changed(row["url"])
+            picture = prepare(data, self.spec)
+            yield wanted[which], Outcome(picture.state or KEPT, sha, picture)
+
+    def _untaken(self, row: dict[str, Any]) -> str | None:
+        """The state that a row has without its picture being read, or None."""
+        member = row[MEMBER.name]
+        if member["wrong"]:
+            return str(member["wrong"])
+        if not (row["caption"] or "").strip():
+            return "no_caption"
+        return "too_many_bytes" if member["bytes"] > self.spec.max_bytes else None
+
+    def _changed(self, what: str) -> Refused:
+        return Refused(
+            f"{self.how.where} no longer holds what it held when it was listed ({what}); run again, so that it is "
+            "listed anew",
+            code=5,
+        )

@@ -1,0 +1,147 @@
+"""URL lists, Parquet, CSV, TSV and JSON lines, read as a stream: never more of them in memory than a few batches."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from infra.errors import Refused
+from infra.manifest import digest_file
+from infra.rows import SOURCE, uid
+from pipelines.layouts import Columns
+from pipelines.places import Unreadable, find, place
+
+if TYPE_CHECKING:
+    import pyarrow.csv as csv
+    import pyarrow.dataset as ds
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "json"}
+AHEAD = {"batch_size": 1 << 14, "batch_readahead": 2, "fragment_readahead": 1}
+"""How far Arrow reads ahead of us: its own defaults hold 16 batches of 131,072 rows."""
+
+
+def list_digests(urls: str) -> tuple[str, ...]:
+    """SHA-256 (hex) of each list file, in reading order; Refused if there is none or one cannot be read."""
+    try:
+        with _files(urls) as paths:
+            return tuple(digest_file(path) for path in paths)
+    except OSError as error:
+        raise Refused(f"source.urls: {urls} cannot be read ({error.strerror or error})") from error
+
+
+def check_columns(urls: str, columns: Columns) -> None:
+    """Refused, naming the columns that there are, unless every list file can be read and has those wanted."""
+    with _files(urls) as paths:
+        for path in paths:
+            open_list(path, columns)
+
+
+def rows(urls: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """`read` of the files of a list, a folder or a glob; Refused unless they are those that have these digests."""
+    with _files(urls) as paths:
+        if [digest_file(path) for path in paths] != list(digests):
+            raise Refused(f"source.urls: {urls} changed while the run was under way; run again")
+        yield from read(paths, columns)
+
+
+@contextmanager
+def _files(urls: str) -> Iterator[list[Path]]:
+    """The list's files in reading order; those of S3 are copied, since a list, unlike an object, may change."""
+    base, found = find(urls, FORMATS, "source.urls")
+    if not urls.startswith("s3://"):
+        yield [Path(base, one.name) for one in found]
+        return
+    bucket = place(base)
+    with tempfile.TemporaryDirectory(prefix="unclip-list-") as folder:
+        copies = []
+        for number, one in enumerate(found):
+            copies.append(Path(folder, f"{number:05d}-{Path(one.name).name}"))
+            try:
+                with open(copies[-1], "wb") as file:
+                    file.writelines(bucket.chunks(one.name))
+            except Unreadable as error:
+                raise Refused(f"source.urls: {urls} cannot be read: {error}") from error
+        yield copies
+
+
+def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
+    """Batches with the columns of SOURCE and those to keep; a null URL or caption stays null."""
+    kept: pa.Schema | None = None
+    for path in paths:
+        found = open_list(path, columns)
+        schema = pa.schema([_plain(found.schema.field(name)) for name in columns.keep])
+        if kept is not None and schema != kept:
+            raise Refused(
+                f"source.urls: {path.name} has other types in columns.keep than the files before it "
+                f"({_types(schema)}, not {_types(kept)}); write all files of the list with one schema"
+            )
+        kept = schema
+        try:
+            for batch in found.to_batches([columns.url, columns.caption, *columns.keep], **AHEAD):
+                urls, captions = (batch.column(n).cast(pa.string()) for n in (columns.url, columns.caption))
+                pairs = zip(urls.to_pylist(), captions.to_pylist(), strict=True)
+                names = pa.array([uid(url or "", caption or "") for url, caption in pairs], SOURCE.field("uid").type)
+                extra = [batch.column(field.name).cast(field.type) for field in kept]
+                yield pa.record_batch([names, urls, captions, *extra], schema=pa.schema([*SOURCE, *kept]))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise Refused(f"source.urls: {path.name} cannot be read to its end: {_one_line(error)}") from error
+
+
+def open_list(path: Path, columns: Columns) -> ds.Dataset:
+    """A list file as a dataset; Refused unless it can be read and has the columns, URL and caption as text."""
+    import pyarrow.csv as csv
+    import pyarrow.dataset as ds
+
+    kind: Any = FORMATS[path.suffix]
+    if kind in ("csv", "tsv"):
+        delimiter = "\t" if kind == "tsv" else ","
+        kind = ds.CsvFileFormat(
+            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            read_options=_header(path, columns, delimiter),
+            convert_options=csv.ConvertOptions(column_types={n: pa.string() for n in (columns.url, columns.caption)}),
+        )
+    try:
+        found = ds.dataset(path, format=kind)
+    except (pa.ArrowException, OSError) as error:
+        raise Refused(f"source.urls: {path} cannot be read as {path.suffix[1:]}: {_one_line(error)}") from error
+    there = found.schema.names
+    for key, name in [("url", columns.url), ("caption", columns.caption), *(("keep", name) for name in columns.keep)]:
+        if name not in there:
+            raise Refused(
+                f"source.columns.{key}: {path.name} has no column {name!r}. Its columns: {', '.join(there) or 'none'}."
+            )
+    for key, name in (("url", columns.url), ("caption", columns.caption)):
+        kind = _plain(found.schema.field(name)).type
+        if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text; name another")
+    return found
+
+
+def _header(path: Path, columns: Columns, delimiter: str) -> csv.ReadOptions:
+    """The names come from the file's first line, unless the recipe says them and this line does not."""
+    import pyarrow.csv as csv
+
+    if not columns.header:
+        return csv.ReadOptions()
+    with open(path, "rb") as file:
+        first = file.readline(1 << 16).decode("utf-8-sig", "replace").strip("\r\n")
+    return csv.ReadOptions(column_names=columns.header, skip_rows=int(first == delimiter.join(columns.header)))
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """The field without metadata, and without a dictionary, whose order would depend on the file."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return pa.field(field.name, kind)
+
+
+def _types(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
