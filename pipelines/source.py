@@ -63,10 +63,11 @@ class SourceHow:
 
     @property
     def samples(self) -> str | None:
-        """Where the pictures themselves lie, of tars or a folder: what their slices' file names are relative to."""
-        if self.tars:
-            return find(self.tars, (".tar",), tars.KEY)[0]
-        return self.folder
+        """Where the pictures of tars or a folder lie, absolute: what the file names in their slices are relative to."""
+        where = find(self.tars, (".tar",), tars.KEY)[0] if self.tars else self.folder
+        if where is None or where.startswith("s3://"):
+            return where
+        return str(Path(where).expanduser().absolute())  # a worker has another working directory
 
     def digests(self, columns: Columns) -> tuple[str, ...]:
         """What the source holds, as the inputs of its action: reads all of it once. Refused where it cannot be read."""

@@ -193,10 +193,9 @@ def _members(file: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
     """Every member of an uncompressed tar; Refused where it does not end as a tar does."""
     file.seek(0)
     try:
-        opened: Any = tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:")
-        with opened as tar:
+        with tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would remember all of them
+                cast(Any, tar).members.clear()  # it would remember all of them
                 yield member
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
