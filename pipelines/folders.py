@@ -134,10 +134,9 @@ def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
     table = open_list(path, names)
 
     def sample(row: dict[str, Any]) -> Sample:
-        if not row["file_name"]:
-            return Sample("", "", wrong="no_image")
+        name = row["file_name"]
+        found = _picture(there, name) if name else Sample("", "", wrong="no_image")
         caption, wrong = text_of(row[columns.caption])
-        found = _picture(there, row["file_name"])
         facts = {name: row[name] for name in columns.keep}
         if not all(is_text(value) for value in facts.values() if isinstance(value, str)):
             wrong, facts = wrong or "bad_metadata", {}

@@ -94,7 +94,7 @@ def test_a_layout_is_in_the_key_by_what_it_means():
 def test_an_unknown_layout_is_refused_with_those_that_are_known():
     with pytest.raises(Refused, match=r"source.layout is 'layon'; known layouts: laion, coyo, cc12m, datacomp"):
         recipes.load("tiny", ["source.layout=layon"])
-    with pytest.raises(Refused, match="source.columns.header must name each column once"):
+    with pytest.raises(Refused, match=r"source.columns.header must name each column once"):
         recipes.load("tiny", ["source.columns.header=[url, url]"])
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_layout_is_refused_with_those_that_are_known():
     [
         (["source.tars=a.tar", "source.folder=b"], "source: tars and folder are given"),
         (["source.urls=a.csv", "source.tars=b.tar"], "source: urls and tars are given"),
-        (["source.folder="], "source.urls is missing"),
+        (["source.folder=''"], "source.urls is missing"),
         (["source.tar=a.tar"], "source.tar is no known key; did you mean 'tars'"),
     ],
 )

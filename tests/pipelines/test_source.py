@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -157,6 +161,79 @@ def test_a_folder_is_one_list_in_the_order_of_its_names(tmp_path):
     record = make(store, source(tmp_path / "lists", 200)).only
     got = pq.read_table(store.local(object_name(record.sha("00000.parquet"))))
     assert got["url"].to_pylist() == table(80)["url"].to_pylist()
+
+
+def test_a_glob_is_one_list_in_the_order_of_its_names(tmp_path, s3_uri):
+    bucket = open_store(f"{s3_uri}/lists")
+    for number, name in enumerate(["a/part-0.parquet", "a/part-1.parquet", "b/deep/part-2.parquet", "b/other.parquet"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table(40, 40 * number), tmp_path / name)
+        bucket.put_new(name, tmp_path / name)
+    (tmp_path / "a" / "part-9.txt").write_text("not a list")
+    for pattern, lists in [
+        ("a/part-*.parquet", (0, 1)),
+        ("a/part-?.*", (0, 1)),
+        ("a/part-[1-9].parquet", (1,)),
+        ("*/*.parquet", (0, 1, 3)),
+        ("**/part-*.parquet", (0, 1, 2)),
+        ("b/**/*.parquet", (2, 3)),
+    ]:
+        found = []
+        for urls in (f"{tmp_path}/{pattern}", f"{s3_uri}/lists/{pattern}"):
+            how = SourceHow(urls)
+            batches = how.rows(Columns(), how.digests(Columns()))
+            found.append([name for batch in batches for name in batch["url"].to_pylist()])
+        assert found[0] == found[1] == [name for n in lists for name in table(40, 40 * n)["url"].to_pylist()], pattern
+    for urls in (f"{tmp_path}/a/*.csv", f"{s3_uri}/lists/a/*.csv"):
+        with pytest.raises(Refused, match="that ends in"):
+            list_digests(urls)
+    (tmp_path / "[1]").mkdir()
+    pq.write_table(table(1), tmp_path / "[1]" / "list.parquet")
+    assert len(list_digests(str(tmp_path / "[1]"))) == 1
+
+
+READ = """
+import resource, sys
+from pathlib import Path
+from infra.store import open_store
+from pipelines.source import Source, SourceHow, SourceSpec
+peaks = []
+for number, path in enumerate(sys.argv[2:]):
+    how, spec = SourceHow(path), SourceSpec(rows_per_shard=200)
+    stage = Source(spec, how, how.digests(spec.columns))
+    out = Path(sys.argv[1], str(number))
+    out.mkdir()
+    (action,) = stage.actions()
+    rows = stage.run(action, open_store(sys.argv[1] + "/store"), out).rows
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(rows, *peaks)
+"""
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_list_ten_times_as_long_is_read_in_the_same_memory(tmp_path, ending):
+    """Of 100 MB, a list's reader holds but a few more than of 10 MB."""
+    letters = np.random.default_rng(0).integers(97, 123, 10_000_000, np.uint8).tobytes().decode()
+    files = []
+    for rows in (2_500, 25_000):
+        files.append(tmp_path / f"{rows}.{ending}")
+        captions = [letters[(one := 331 * row % 9_990_000) : one + 4000] for row in range(rows)]
+        if ending == "parquet":
+            pq.write_table(pa.table({"url": [str(row) for row in range(rows)], "caption": captions}), files[-1])
+        elif ending == "csv":
+            with open(files[-1], "w") as file:
+                file.write("url,caption\n")
+                file.writelines(f"{row},{caption}\n" for row, caption in enumerate(captions))
+        else:
+            with open(files[-1], "w") as file:
+                file.writelines(f'{{"url": "{row}", "caption": "{text}"}}\n' for row, text in enumerate(captions))
+    assert files[1].stat().st_size > 95 << 20
+    command = [sys.executable, "-c", READ, str(tmp_path), *map(str, files)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr
+    rows, short, long = map(int, run.stdout.split())
+    assert rows == 25_000
+    assert long - short < 32, f"{short} MB, {long} MB"
 
 
 def test_rows_are_named_by_url_and_caption_and_kept_columns_follow(tmp_path):
