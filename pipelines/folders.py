@@ -22,7 +22,7 @@ import pyarrow as pa
 from infra.errors import Refused
 from infra.manifest import canonical, digest_file
 from pipelines.layouts import Columns
-from pipelines.lists import AHEAD, FORMATS, open_list
+from pipelines.lists import FORMATS, open_list, stream
 from pipelines.places import Place, Unreadable, is_text, place
 from pipelines.samples import PICTURES, TEXT_BYTES, Sample, batches, caption_of, sha256_of, text_of
 
@@ -143,7 +143,7 @@ def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
         return replace(found, caption=caption, wrong=found.wrong or wrong, facts=facts)
 
     def lines() -> Iterator[dict[str, Any]]:
-        for batch in table.to_batches([names.url, names.caption, *names.keep], **AHEAD):
+        for batch in stream(table, path, [names.url, names.caption, *names.keep]):
             yield from batch.to_pylist()
 
     try:

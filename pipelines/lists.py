@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infra.errors import Refused
 from infra.manifest import digest_file
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "json"}
-AHEAD = {"batch_size": 1 << 14, "batch_readahead": 2, "fragment_readahead": 1}
-"""How far Arrow reads ahead of us: its own defaults hold 16 batches of 131,072 rows."""
+_BATCH_ROWS = 2048
 
 
 def list_digests(urls: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
             )
         kept = schema
         try:
-            for batch in found.to_batches([columns.url, columns.caption, *columns.keep], **AHEAD):
+            for batch in stream(found, path, [columns.url, columns.caption, *columns.keep]):
                 urls, captions = (batch.column(n).cast(pa.string()) for n in (columns.url, columns.caption))
                 pairs = zip(urls.to_pylist(), captions.to_pylist(), strict=True)
                 names = pa.array([uid(url or "", caption or "") for url, caption in pairs], SOURCE.field("uid").type)
@@ -120,6 +120,15 @@ def open_list(path: Path, columns: Columns) -> ds.Dataset:
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
             raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text; name another")
     return found
+
+
+def stream(found: ds.Dataset, path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """The columns of a list file, a batch at a time. Memory does not grow with the file, nor with its row groups."""
+    if path.suffix == ".parquet":  # a dataset would read a row group, often the whole file, before its first batch
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield from file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False)
+    else:
+        yield from found.to_batches(names, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1)
 
 
 def _header(path: Path, columns: Columns, delimiter: str) -> csv.ReadOptions:
