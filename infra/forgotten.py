@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.manifest import SCHEMA_VERSION, canonical, digest, document
-from infra.rows import KEPT
 from infra.store import Store
 
 FORGOTTEN = "forgotten"
@@ -147,11 +146,6 @@ def blanked(index: pa.Table, gone: np.ndarray) -> pa.Table:
         instead = pa.scalar(FORGOTTEN if name == "state" else None, kind)
         columns[name] = index[name] if name == "uid" else pc.if_else(mask, instead, index[name])
     return pa.table(columns, schema=index.schema)
-
-
-def held(table: pa.Table, gone: np.ndarray) -> int:
-    """How many pictures of those rows a shard holds."""
-    return int((pc.equal(table["state"], KEPT).to_numpy(zero_copy_only=False) & gone).sum())
 
 
 def _secret(salt: bytes, url: str) -> bytes:
