@@ -119,11 +119,13 @@ def alive(store: Store, since: datetime) -> dict[str, datetime]:
             last[lease] = max(last.get(lease, entry.modified), entry.modified)
             if found[3]:
                 ended.add(lease)
-    return {
-        key: taken[key, number]
-        for key, number in sorted(taken)
-        if (key, number) not in ended and last[key, number] > since
-    }
+    going_on = (lease for lease in sorted(taken) if lease not in ended and last[lease] > since)
+    return {key: taken[key, number] for key, number in going_on}
+
+
+def stands(store: Store, key: str) -> bool:
+    """Whether somebody holds the lease of that key."""
+    return _newest(store, key)[1]
 
 
 def _newest(store: Store, key: str) -> tuple[int, bool]:

@@ -13,13 +13,17 @@ gives both up. Ledgers, mirrors and the list of forgotten samples are never touc
 **Beside runs.** A run may be about to refer to an old object that nothing refers to now. `put_new` dates anew what lies
 there already, and so does a stage that finds its manifest: hence a thing in use is young, and is spared. gc looks at a
 name's date right before it removes it; and `commit` looks after its files once more when the record is there, and puts
-back what went in between. (git's gc works by the same rule.)
+back what went in between. (git's gc works by the same rule.) Shards that a run found done, and means to list hours from
+now, are not dated anew; manifests list them, so Keep.ALL leaves them alone, and Keep.NEWEST removes nothing while a run
+goes on, nor does a run begin meanwhile: both announce themselves by a lease, and look for the other's then.
 
 **Killed anywhere**, it leaves nothing that refers to what is gone: first go records, then manifests, then objects.
 """
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,14 +34,15 @@ from typing import Any
 from infra.damage import reading
 from infra.errors import Refused
 from infra.generations import newest, split
-from infra.lease import Lease, alive, clock
+from infra.lease import Lease, alive, clock, stands
 from infra.ledger import Ledger
 from infra.manifest import Manifest, document, object_name
 from infra.store import Entry, Store
 from pipelines.download import completed
 
 DAY_S = 86_400
-LEASE = "gc"
+LEASE, STRICT, RUN = "gc", "gc-strict", "run-"
+"""Keys of leases: of any gc that removes, of one that no run may go on beside, and (its beginning) of a run."""
 THREADS = 8
 
 Told = Callable[[str, int, int], None]
@@ -113,15 +118,37 @@ def collect(
     lease = Lease.acquire(store, LEASE)
     if lease is None:
         raise Refused(f"another gc is removing things from {store.uri}; wait until it has ended", code=4)
-    with lease.kept():
+    with lease.kept(), contextlib.ExitStack() as stack:
+        if keep is Keep.NEWEST or abandoned:
+            if (strict := Lease.acquire(store, STRICT)) is not None:
+                stack.enter_context(strict.kept())
+            live = alive(store, datetime.now(UTC) - timedelta(days=1))
+            if any(key.startswith(RUN) and stands(store, key) for key in live):
+                raise Refused(
+                    f"a run on {store.uri} is going on, and may need what this would remove. Wait until it has ended; "
+                    "without --keep newest and --abandoned, gc goes beside runs.",
+                    code=4,
+                )
         return _collect(store, keep, clock(store, LEASE), older_s, abandoned, True, told)
+
+
+@contextlib.contextmanager
+def announced(store: Store) -> Iterator[None]:
+    """A run says that it is there, for as long as the context lasts; Refused while old versions are being removed."""
+    lease = Lease.acquire(store, f"{RUN}{uuid.uuid4().hex[:16]}")
+    assert lease is not None
+    with lease.kept():
+        if stands(store, STRICT):
+            raise Refused(f"old versions are being removed from {store.uri} (unclip data gc). Run again soon.", code=4)
+        yield
 
 
 def _collect(
     store: Store, keep: Keep, now: datetime, older_s: float, abandoned: bool, delete: bool, told: Told
 ) -> Garbage:
     live = alive(store, now - timedelta(days=1))
-    since = min([now, *(taken for key, taken in live.items() if key != LEASE)]) - timedelta(seconds=older_s)
+    fits = [taken for key, taken in live.items() if key not in (LEASE, STRICT)]
+    since = min([now, *fits]) - timedelta(seconds=older_s)
     marked = _mark(store, keep, since, told)
     names = [entry.name for entry in store.list("records/")]
     standing = newest(names)
@@ -164,7 +191,7 @@ def _mark(store: Store, keep: Keep, since: datetime, told: Told) -> _Marked:
     for done, version in enumerate(versions, 1):
         told("versions", done, len(versions))
         marked.objects.add(bytes.fromhex(version))
-        # An input need not be a version: a list file, or prompts.
+        # An input need not be a version: a list's digest names no object.
         if version in by_version or store.exists(object_name(version)):
             _mark_files(store, version, marked)
     return marked
@@ -199,9 +226,8 @@ def _released(store: Store, marked: _Marked) -> Iterator[tuple[str, str]]:
 
 
 def _mark_files(store: Store, version: str, marked: _Marked) -> None:
-    """A version's files. What is no manifest's body has none; a body that is damaged stops gc, which then knows less."""
-    data = store.get(object_name(version), 0, 1)
-    if data == b"{":
+    """A version's files. A body that is damaged stops gc, which cannot know then what stays."""
+    if store.get(object_name(version), 0, 1):  # one without records is empty
         for record in Manifest.load(store, version).records:
             marked.objects |= {bytes.fromhex(file.sha256) for file in record.files.values()}
 
@@ -226,10 +252,11 @@ def _candidates(
     def over(name: str) -> bool:
         """Whether the fit that it belongs to is done, or given up."""
         key = name.split("/")[1]
-        return key not in live and (key in standing or abandoned)
+        return key not in live and (key in standing or key.startswith(RUN) or abandoned)
 
     yield "checkpoints", (one for one in store.list("checkpoints/") if over(one.name))
-    yield "leases", (one for one in store.list("leases/") if over(one.name) and one.name.split("/")[1] != LEASE)
+    kept = (LEASE, STRICT)  # their numbers count on
+    yield "leases", (one for one in store.list("leases/") if over(one.name) and one.name.split("/")[1] not in kept)
     yield "objects", (one for one in store.list("objects/") if not _is_marked(one.name, marked))
 
 

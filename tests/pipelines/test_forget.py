@@ -1,4 +1,4 @@
-"""Forgotten samples are in no later version, nowhere in the store, and are not fetched again; a killed command goes on."""
+"""Forgotten samples are nowhere in the store and are not fetched again; a command that was killed is finished later."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 
 from infra.errors import Refused
 from infra.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.store import LocalStore, open_store
+from infra.store import open_store
 from pipelines.data import reconcile
 from pipelines.forget import forget, names_of
 from pipelines.graph import resolve
 from tests.fixtures.chain import Chain, run, traces
+from tests.fixtures.mortal import Killed, Mortal
 from tests.fixtures.stages import Data, download, make, source
 
 
@@ -107,31 +108,6 @@ def test_a_sample_that_no_model_saw_accuses_no_release(own: Chain) -> None:
     account = forget(own.store, named(row, "uid"))
     assert (account.samples, account.trained, account.unknown) == (1, [], [])
     assert traces(own.store, row["uid"]) == []
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-class Mortal(LocalStore):
-    """A store whose process is killed at its n-th write or removal."""
-
-    def __init__(self, root: Path, lives: int) -> None:
-        super().__init__(root)
-        object.__setattr__(self, "lives", lives)
-
-    def _live(self) -> None:
-        object.__setattr__(self, "lives", self.lives - 1)  # type: ignore[attr-defined]
-        if self.lives < 0:  # type: ignore[attr-defined]
-            raise Killed
-
-    def put_new(self, name: str, data: bytes | Path) -> bool:
-        self._live()
-        return super().put_new(name, data)
-
-    def delete(self, name: str) -> None:
-        self._live()
-        super().delete(name)
 
 
 def test_killed_at_any_step_the_same_command_finishes(chain: Chain, data: Data, tmp_path: Path) -> None:
