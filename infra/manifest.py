@@ -331,13 +331,11 @@ def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
     record.check()
     for name, file in record.files.items():
         put_object(store, file.sha256, out / name)
-    while True:
-        place = action.record_name(record.generation)
-        if store.put_new(place, record.to_json(action)):
-            break
-        if not store.exists(lost_name(place)):
-            return standing(store, action) or Record.from_json(store.get(place), place)
+    while store.exists(lost_name(action.record_name(record.generation))):
         record = replace(record, generation=record.generation + 1)
+    place = action.record_name(record.generation)
+    if not store.put_new(place, record.to_json(action)):
+        return standing(store, action) or Record.from_json(store.get(place), place)
     for name, file in record.files.items():  # gc may have been about to remove one that lay there unused: see gc.py
         if not store.exists(object_name(file.sha256)):
             put_object(store, file.sha256, out / name)
