@@ -199,8 +199,7 @@ def mend(store: Store, found: Verified) -> dict[str, int]:
         with suppress(Refused):  # it is damaged itself, and removed below
             files = Record.from_json(store.get(name), name).files.values()
             if hit := sorted(objects & {file.sha256 for file in files}):
-                said = {"schema_version": SCHEMA_VERSION, "objects": hit}
-                store.put_new(lost_name(name), canonical(said))
+                lose(store, name, hit)
                 again[name.split("/")[1]] += 1
     for one in found.findings:
         store.delete(one.name)
@@ -212,6 +211,12 @@ def mend(store: Store, found: Verified) -> dict[str, int]:
         if version in objects and not _rebuilt(store, entry.name, version, records):
             store.delete(entry.name)  # it lists nothing any more; the next run that makes this version writes it anew
     return dict(again)
+
+
+def lose(store: Store, record: str, objects: Sequence[str] = ()) -> None:
+    """Notes that the record of that name no longer holds, since these objects of it are gone."""
+    said = {"schema_version": SCHEMA_VERSION, "objects": list(objects)}
+    store.put_new(lost_name(record), canonical(said))
 
 
 def _rebuilt(store: Store, head: str, version: str, records: dict[tuple[str, int], str]) -> bool:
