@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -16,8 +15,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pipelines.cli_data import data
 from pipelines.cli_edit import edit
 from pipelines.options import GRID, NameOption, NumberOption, OutOption, ReleaseOption, SeedOption, StoreOption
+from pipelines.terminal import say, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,13 +30,9 @@ app = typer.Typer(
 releases = typer.Typer(
     no_args_is_help=True, help="Released models: list, show, promote, roll back, verify, export, import."
 )
-data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store.")
 app.add_typer(edit, name="edit")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
-
-WIDE = 10_000
-"""Columns of a table that no person reads."""
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
@@ -76,7 +73,7 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(planning.as_json(lines), indent=1) + "\n")
     else:
-        _print(planning.as_table(lines))
+        show(planning.as_table(lines))
 
 
 @app.command()
@@ -91,7 +88,7 @@ def submit(
     """Runs a recipe as a Ray job on a cluster; prints the job's id."""
     from pipelines.run import submit_recipe
 
-    _say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
+    say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
 
 
 @app.command()
@@ -111,7 +108,7 @@ def generate(
 
     scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
     opened = open_store(store, create=False)
-    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out)}")
+    say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out)}")
 
 
 @app.command()
@@ -125,7 +122,7 @@ def ui(
     with _opened(store) as opened:
         uri = tracking_uri(opened)
     if uri.startswith(("http://", "https://")):
-        _say(f"MLflow's pages are at {uri}")
+        say(f"MLflow's pages are at {uri}")
         return
     _check_free(port)
     command = [
@@ -140,7 +137,7 @@ def ui(
         "--port",
         str(port),
     ]
-    _say(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)")
+    say(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)")
     os.execv(sys.executable, command)
 
 
@@ -150,7 +147,7 @@ def releases_list(name: NameOption = None, store: StoreOption = "./store") -> No
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _print(release.table(opened, _line(opened, name)))
+        show(release.table(opened, _line(opened, name)))
 
 
 @releases.command("show")
@@ -162,7 +159,7 @@ def releases_show(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(json.dumps(release.show(opened, ref), indent=1, ensure_ascii=False))
+        say(json.dumps(release.show(opened, ref), indent=1, ensure_ascii=False))
 
 
 @releases.command("promote")
@@ -176,7 +173,7 @@ def releases_promote(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.promote(opened, _line(opened, name), version, reason))
+        say(release.promote(opened, _line(opened, name), version, reason))
 
 
 @releases.command("rollback")
@@ -189,7 +186,7 @@ def releases_rollback(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.rollback(opened, _line(opened, name), reason))
+        say(release.rollback(opened, _line(opened, name), reason))
 
 
 @releases.command("verify")
@@ -198,7 +195,7 @@ def releases_verify(name: NameOption = None, store: StoreOption = "./store") -> 
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.verify(opened, _line(opened, name)))
+        say(release.verify(opened, _line(opened, name)))
 
 
 @releases.command("export")
@@ -212,7 +209,7 @@ def releases_export(
     from infra.store import open_store
     from pipelines import interop
 
-    _say(interop.export(open_store(store, create=False), ref, folder, form))
+    say(interop.export(open_store(store, create=False), ref, folder, form))
 
 
 @releases.command("import")
@@ -229,31 +226,10 @@ def releases_import(
     from pipelines import interop
 
     version = interop.bring(open_store(store), folder, name, images)[:12]
-    _say(
+    say(
         f"{version} is a release of {name}. Draw: unclip generate PROMPT --release {version}. "
         f"Make it the champion: unclip releases promote {version} --name {name}"
     )
-
-
-@data.command("ls")
-def data_ls(store: StoreOption = "./store") -> None:
-    """Versions of every stage's data in the store."""
-    from pipelines import data as versions
-
-    with _opened(store) as opened:
-        _print(versions.table(opened))
-
-
-@data.command("show")
-def data_show(
-    version: Annotated[str, typer.Argument(help="A version, or the first digits of one.")],
-    store: StoreOption = "./store",
-) -> None:
-    """One version: how it was made, its shards, rows and states, as JSON."""
-    from pipelines import data as versions
-
-    with _opened(store) as opened:
-        _say(json.dumps(versions.show(opened, version), indent=1, ensure_ascii=False))
 
 
 @contextlib.contextmanager
@@ -284,22 +260,6 @@ def _check_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
     except OSError as error:
         raise Refused(f"port {port} cannot be had ({error.strerror}); give another with --port") from None
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _print(renderable: Any) -> None:
-    """A table: as wide as the terminal; whole lines, nothing cut, where a program reads it."""
-    from rich.console import Console
-
-    if sys.stdout.isatty():
-        Console(highlight=False).print(renderable, markup=False)
-        return
-    wide = Console(file=io.StringIO(), width=WIDE, highlight=False, color_system=None)
-    wide.print(renderable, markup=False, soft_wrap=True)
-    _say("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
 
 
 def _line(store: Any, name: str | None) -> str:
