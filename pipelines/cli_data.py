@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.options import StoreOption
 from pipelines.terminal import columns, meter, say, show, size
+
+if TYPE_CHECKING:
+    from pipelines.forget import Account
 
 data = typer.Typer(
     no_args_is_help=True,
@@ -58,8 +61,6 @@ def data_verify(
     Says what is missing or damaged, whose it is and how to mend it, and exits with 5 if anything is. What is gone since
     it held forgotten samples is counted apart. Everything is read once: in S3 that is the whole data.
     """
-    from dataclasses import asdict
-
     from infra.errors import Refused
     from infra.store import open_store
     from pipelines import data_verify as verifying
@@ -68,7 +69,7 @@ def data_verify(
     with meter("bytes") as told:
         found = verifying.verify(opened, version or (), told=lambda done, total: told("verifying", done, total))
     if as_json:
-        say(json.dumps(asdict(found), indent=1))
+        say(json.dumps({**vars(found), "findings": [vars(one) for one in found.findings]}, indent=1))
     elif found.findings:
         table = columns("what", "name", "whose", "how to mend it")
         for one in found.findings:
@@ -190,10 +191,7 @@ def data_forget(
     _say_account(account, "were")
 
 
-def _say_account(account: object, were: str) -> None:
-    from pipelines.forget import Account
-
-    assert isinstance(account, Account)
+def _say_account(account: Account, were: str) -> None:
     say(
         f"{account.samples} rows {were} forgotten: {account.shards} shards {were} written anew, {account.derived} "
         f"records made from them and {account.objects} files {were} removed."

@@ -99,7 +99,9 @@ def _compare(store: Store, stage: str, a: str, b: str, rows: Path | None) -> Dif
     heads = [find(store, version).head for version in (a, b)]
     actions = [document(store, head)["action"] for head in heads]
     said = [{"version": action["stage"].partition("/")[2], **(action["spec"] or {})} for action in actions]
-    out = Difference(stage, a, b, differences(*said) if heads[0] != heads[1] else [], (before.rows, after.rows))
+    out = Difference(
+        stage, a, b, differences(said[0], said[1]) if heads[0] != heads[1] else [], (before.rows, after.rows)
+    )
     gone = buried(store)
     tables = _shards(before, after, out)
     left = [[sha for sha in side if sha not in gone or store.exists(object_name(sha))] for side in tables]
@@ -108,12 +110,12 @@ def _compare(store: Store, stage: str, a: str, b: str, rows: Path | None) -> Dif
         writer = stack.enter_context(pq.ParquetWriter(rows, ROWS, compression="zstd")) if rows else None
         for table in changes(store, *left):
             for was, now, count in _counts(table):
-                if was is None:
-                    out.added[now] += count
-                elif now is None:
-                    out.removed[was] += count
-                else:
+                if was and now:
                     out.changed[was, now] += count
+                elif now:
+                    out.added[now] += count
+                elif was:
+                    out.removed[was] += count
             if writer:
                 writer.write_table(table)
     return out
