@@ -13,7 +13,8 @@ is that is not to be fetched; models that were trained on it, whose releases are
 
 A run that fetches such a sample at this very moment looks at the list before it commits. One that looked a moment
 before step 1 and commits after step 2 is found by the next round, or when the command is given again. Files that a
-killed run put and never recorded are gc's to remove.
+killed run put and never recorded are gc's to remove. A run that reads the removed objects meanwhile fails, and goes on
+from the new shards when it is given again.
 """
 
 from __future__ import annotations

@@ -227,9 +227,12 @@ def _released(store: Store, marked: _Marked) -> Iterator[tuple[str, str]]:
 
 def _mark_files(store: Store, version: str, marked: _Marked) -> None:
     """A version's files. A body that is damaged stops gc, which cannot know then what stays."""
-    if store.get(object_name(version), 0, 1):  # one without records is empty
-        for record in Manifest.load(store, version).records:
-            marked.objects |= {bytes.fromhex(file.sha256) for file in record.files.values()}
+    try:
+        records = Manifest.load(store, version).records
+    except Refused as error:
+        raise Refused(f"{error} gc removes nothing before that: `unclip data verify --mend`.", code=5) from error
+    for record in records:
+        marked.objects |= {bytes.fromhex(file.sha256) for file in record.files.values()}
 
 
 def _mark_record(store: Store, name: str, marked: _Marked) -> None:

@@ -270,6 +270,17 @@ def end(store: LocalStore) -> None:
         store.delete(entry.name)
 
 
+def test_where_a_manifest_is_damaged_nothing_goes(store: Store) -> None:
+    made = do(store, [1, 5])
+    orphan(store)
+    age(store, 2)
+    before = names(store) - {object_name(made[0].version)}
+    store.delete(object_name(made[0].version))
+    with pytest.raises(Refused, match="verify --mend"):
+        collect(store, delete=True)
+    assert names(store) == before
+
+
 def test_in_s3_what_is_put_again_is_young_again(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import infra.s3
 
