@@ -111,7 +111,7 @@ def _hex(option: str, text: str, size: int) -> bytes:
     except ValueError:
         value = b""
     if len(value) != size:
-        raise Refused(f"{option} {text!r} is none: it has {2 * size} hex digits (see `unclip data show`)")
+        raise Refused(f"{option} {text!r} is none: it has {2 * size} hex digits, as in the index of a shard")
     return value
 
 
