@@ -1,0 +1,118 @@
+"""Pairs of 64-bit hashes that differ in few bits, found without comparing all with all.
+
+A hash is cut into `blocks` parts. Where two hashes differ in at most t bits, at most t parts differ, so at least
+blocks − t are equal: for one of the C(blocks, t) choices of that many parts the two agree in all bits of it. So one
+table a choice, with those bits as the key, has every such pair in one bucket (Manku, Jain, Das Sarma: "Detecting
+Near-Duplicates for Web Crawling", WWW 2007, section 3). More blocks are more tables with longer keys, hence fewer
+chance meetings: how many is chosen by the number of hashes, which keeps the work per hash nearly the same. What is
+found does not depend on it, since every pair of a bucket is compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+BITS = 64
+MOST = 8
+"""The largest distance that is searched; beyond it tables grow too many."""
+_SORT, _COMPARE = 150.0, 20.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_PAIRS = 1 << 22  # pairs compared at a time
+
+Hashes = tuple[np.ndarray, np.ndarray]
+"""uint64 [rows], and bool [rows]: whether there is one."""
+
+
+def hashes(look: pa.Table, column: str = "phash") -> Hashes:
+    """The hashes of a look, and which rows have one."""
+    values = look[column].combine_chunks()
+    return values.fill_null(0).to_numpy(zero_copy_only=False), np.asarray(values.is_valid())
+
+
+def split(judge: Callable[..., np.ndarray], every: Sequence[Hashes], *more: object) -> Iterator[np.ndarray]:
+    """Judges the hashes of all looks together; bool [rows] for each look, False where a row has no hash."""
+    if not every:
+        return
+    there = np.concatenate([valid for _, valid in every])
+    rejected = np.zeros(len(there), bool)
+    rejected[there] = judge(np.concatenate([values[valid] for values, valid in every]), *more)
+    yield from np.split(rejected, np.cumsum([len(valid) for _, valid in every])[:-1])
+
+
+def repeats(values: np.ndarray, distance: int) -> np.ndarray:
+    """bool [n]: which of uint64 [n] lie within `distance` bits of one before them that stays."""
+    # What equals an earlier hash goes in any case: either that one stays, or both are near the one that sent it away.
+    order = np.sort(np.unique(values, return_index=True)[1])
+    alone = values[order]
+    stays = np.ones(len(order), bool)
+    for earlier, later in pairs(alone, distance):
+        if stays[earlier]:
+            stays[later] = False
+    rejected = np.ones(len(values), bool)
+    rejected[order[stays]] = False
+    return rejected
+
+
+def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
+    """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
+    known = np.unique(known)
+    distinct, back = np.unique(values, return_inverse=True)
+    found = np.isin(distinct, known)
+    for one, other in _pairs(np.concatenate([known, distinct]), distance):
+        crossing = (one < len(known)) & (other >= len(known))
+        found[other[crossing] - len(known)] = True
+    return found[back]
+
+
+def pairs(values: np.ndarray, distance: int) -> list[tuple[int, int]]:
+    """All (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each once."""
+    found = [later * len(values) + earlier for earlier, later in _pairs(values, distance)]
+    if not found:
+        return []
+    later, earlier = np.divmod(np.unique(np.concatenate(found)), len(values))
+    return list(zip(earlier.tolist(), later.tolist(), strict=True))
+
+
+def _pairs(values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Index arrays (i, j), i < j, of pairs within the distance; a pair may come from more than one table."""
+    for mask in masks(blocks(len(values), distance), distance):
+        keys = values & mask
+        order = np.argsort(keys, kind="stable")  # equal keys stay in index order, hence i < j
+        keys = keys[order]
+        bounds = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))
+        sizes = np.diff(bounds)
+        ends = np.repeat(bounds[1:], sizes)  # where the bucket of each place ends
+        places = np.flatnonzero(ends - np.arange(len(keys)) > 1)
+        counts = ends[places] - places - 1
+        total = np.cumsum(counts)
+        start = done = 0
+        while start < len(places):  # each against those behind it in its bucket, as many at a time as memory allows
+            stop = max(start + 1, int(np.searchsorted(total, done + _PAIRS, "right")))
+            some, many, before = places[start:stop], counts[start:stop], total[start:stop] - counts[start:stop]
+            one = np.repeat(some, many)
+            other = one + 1 + np.arange(done, total[stop - 1]) - np.repeat(before, many)
+            close = np.bitwise_count(values[order[one]] ^ values[order[other]]) <= distance
+            if close.any():
+                yield order[one[close]], order[other[close]]
+            start, done = stop, int(total[stop - 1])
+
+
+def blocks(count: int, distance: int) -> int:
+    """How many parts to cut into: the fewest ns for that many hashes, if their bits were thrown like coins."""
+
+    def cost(parts: int) -> float:
+        meetings = count / 2 / 2 ** (BITS * (parts - distance) / parts)
+        return math.comb(parts, distance) * (_SORT + _COMPARE * meetings)
+
+    return min(range(distance + 1, distance + 7), key=cost)
+
+
+def masks(parts: int, distance: int) -> list[np.uint64]:
+    """One mask for each choice of parts − distance of the parts: the bits that the two hashes of a pair share."""
+    bounds = [BITS * part // parts for part in range(parts + 1)]
+    ones = [(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)]
+    return [np.uint64(sum(chosen)) for chosen in itertools.combinations(ones, parts - distance)]
