@@ -20,8 +20,7 @@ import pyarrow as pa
 BITS = 64
 MOST = 8
 """The largest distance that is searched; beyond it tables grow too many."""
-_SORT, _COMPARE = 150.0, 20.0  # ns a hash and table, and a pair, on one core: only their ratio matters
-_PAIRS = 1 << 22  # pairs compared at a time
+_SORT, _COMPARE = 40.0, 40.0  # ns a hash and table, and a pair, on one core: only their ratio matters
 
 Hashes = tuple[np.ndarray, np.ndarray]
 """uint64 [rows], and bool [rows]: whether there is one."""
@@ -64,41 +63,37 @@ def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
     found = np.isin(distinct, known)
     for one, other in _pairs(np.concatenate([known, distinct]), distance):
         crossing = (one < len(known)) & (other >= len(known))
-        found[other[crossing] - len(known)] = True
+        found[other[crossing] - np.uint64(len(known))] = True
     return found[back]
 
 
 def pairs(values: np.ndarray, distance: int) -> list[tuple[int, int]]:
     """All (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each once."""
-    found = [later * len(values) + earlier for earlier, later in _pairs(values, distance)]
+    count = np.uint64(len(values))
+    found = [later * count + earlier for earlier, later in _pairs(values, distance)]
     if not found:
         return []
-    later, earlier = np.divmod(np.unique(np.concatenate(found)), len(values))
+    later, earlier = np.divmod(np.unique(np.concatenate(found)), count)
     return list(zip(earlier.tolist(), later.tolist(), strict=True))
 
 
 def _pairs(values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Index arrays (i, j), i < j, of pairs within the distance; a pair may come from more than one table."""
-    for mask in masks(blocks(len(values), distance), distance):
-        keys = values & mask
-        order = np.argsort(keys, kind="stable")  # equal keys stay in index order, hence i < j
-        keys = keys[order]
-        bounds = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))
-        sizes = np.diff(bounds)
-        ends = np.repeat(bounds[1:], sizes)  # where the bucket of each place ends
-        places = np.flatnonzero(ends - np.arange(len(keys)) > 1)
-        counts = ends[places] - places - 1
-        total = np.cumsum(counts)
-        start = done = 0
-        while start < len(places):  # each against those behind it in its bucket, as many at a time as memory allows
-            stop = max(start + 1, int(np.searchsorted(total, done + _PAIRS, "right")))
-            some, many, before = places[start:stop], counts[start:stop], total[start:stop] - counts[start:stop]
-            one = np.repeat(some, many)
-            other = one + 1 + np.arange(done, total[stop - 1]) - np.repeat(before, many)
-            close = np.bitwise_count(values[order[one]] ^ values[order[other]]) <= distance
-            if close.any():
-                yield order[one[close]], order[other[close]]
-            start, done = stop, int(total[stop - 1])
+    count = len(values)
+    places_bits = max(1, (count - 1).bit_length())
+    index = np.arange(count, dtype=np.uint64)
+    for key in keys(values, blocks(count, distance), distance, BITS - places_bits):
+        # Key above, index below: one sort of plain numbers, and equal keys lie in the order of their indices.
+        table = np.sort(key << np.uint64(places_bits) | index)
+        order, key = table & np.uint64((1 << places_bits) - 1), table >> np.uint64(places_bits)
+        places, step = np.flatnonzero(key[1:] == key[:-1]), 1
+        while len(places):  # each against the one `step` places behind it, as long as that is in its bucket
+            one, other = order[places], order[places + step]
+            close = np.bitwise_count(values[one] ^ values[other]) <= distance
+            yield one[close], other[close]
+            step += 1
+            places = places[: np.searchsorted(places, count - step)]
+            places = places[key[places] == key[places + step]]
 
 
 def blocks(count: int, distance: int) -> int:
@@ -111,8 +106,16 @@ def blocks(count: int, distance: int) -> int:
     return min(range(distance + 1, distance + 7), key=cost)
 
 
-def masks(parts: int, distance: int) -> list[np.uint64]:
-    """One mask for each choice of parts − distance of the parts: the bits that the two hashes of a pair share."""
+def keys(values: np.ndarray, parts: int, distance: int, most: int) -> Iterator[np.ndarray]:
+    """For each choice of parts − distance of the parts, their bits of uint64 [n] side by side, the last `most` of them.
+
+    Two hashes that differ in at most `distance` bits have the same key in at least one of these.
+    """
     bounds = [BITS * part // parts for part in range(parts + 1)]
-    ones = [(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)]
-    return [np.uint64(sum(chosen)) for chosen in itertools.combinations(ones, parts - distance)]
+    widths = [high - low for low, high in itertools.pairwise(bounds)]
+    cut = [values >> np.uint64(low) & np.uint64((1 << width) - 1) for low, width in zip(bounds, widths, strict=False)]
+    for chosen in itertools.combinations(range(parts), parts - distance):
+        key = cut[chosen[0]]
+        for part in chosen[1:]:
+            key = key << np.uint64(widths[part]) | cut[part]
+        yield key & np.uint64((1 << most) - 1)
