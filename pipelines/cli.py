@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -100,18 +100,33 @@ def generate(
     release: ReleaseOption = "champion",
     number: NumberOption = 4,
     seed: SeedOption = 0,
-    guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
-    prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Decoder's ω: ε̂ = (1 − ω)·ε(nothing) + ω·ε(prompt); 1 is unguided.")
+    ] = None,
+    prior_guidance: Annotated[str | None, typer.Option(help="Prior's ω, likewise; 1 is unguided.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=CLASS", help="Guide towards a class, by the release's classifier."),
+    ] = None,
+    label_guidance: Annotated[str | None, typer.Option(help="Scale of that guidance; 0 is unguided.")] = None,
+    clip_guidance: Annotated[
+        str | None, typer.Option(help="Scale of guidance by the release's noised CLIP; 0 is unguided.")
+    ] = None,
     out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
-    """Draws pictures with a release; what is not said comes from the release."""
+    """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
     from infra.store import open_store
     from pipelines.generate import generate as draw
 
     scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
+    guides: dict[str, Any] = {
+        "labels": _labels(label or ()) or None,
+        "label_guidance": _number("--label-guidance", label_guidance),
+        "clip_guidance": _number("--clip-guidance", clip_guidance),
+    }
     opened = open_store(store, create=False)
-    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out)}")
+    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out, **guides)}")
 
 
 @app.command()
@@ -272,6 +287,16 @@ def _number(option: str, text: str | None) -> float | None:
         raise Refused(f"{option} {text!r} is no number; give a guidance scale such as 2 (1 is unguided)") from None
 
 
+def _labels(said: Sequence[str]) -> dict[str, str]:
+    from infra.errors import Refused
+
+    pairs = [text.partition("=") for text in said]
+    for text, (label, equals, _) in zip(said, pairs, strict=True):
+        if not label or not equals:
+            raise Refused(f"--label {text!r}: write it as LABEL=CLASS, for instance --label shape=circle")
+    return {label: value for label, _, value in pairs}
+
+
 def _check_free(port: int) -> None:
     """Refused unless a server can listen there; MLflow itself would say so in thirty lines."""
     from infra.errors import Refused
@@ -319,6 +344,8 @@ def main() -> None:
 
     interrupted = _Interrupted()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    # What a prompt loses is for the person who wrote it, whatever else is quiet.
+    logging.getLogger("unclip").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     try:
         app(standalone_mode=True)

@@ -48,13 +48,16 @@ def edit_interpolate(
     first: Annotated[str, typer.Argument(help="A picture file, or a prompt.")],
     second: Annotated[str, typer.Argument(help="Another, of the same kind.")],
     steps: Annotated[int, typer.Option(help="Pictures, both ends included.")] = 7,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="One noise for all pictures, not the way between the two's.")
+    ] = False,
     seed: SeedOption = 0,
     release: ReleaseOption = "champion",
     out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
     """The way from one picture, or prompt, to another."""
-    _draw("interpolate", store, release, first, second, steps, seed, out)
+    _draw("interpolate", store, release, first, second, steps, fixed, seed, out)
 
 
 @edit.command("diff")
@@ -95,10 +98,17 @@ def edit_inpaint(
     mask: Annotated[Path, typer.Argument(help="A picture as large, white where to draw.")],
     prompt: PromptArgument,
     number: NumberOption = 4,
+    trained: Annotated[
+        bool | None,
+        typer.Option(
+            "--trained/--zero-shot",
+            help="By the release's inpainter, or by its decoder; default the inpainter where there is one.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     release: ReleaseOption = "champion",
     out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
     """A part of a picture drawn anew; the rest stays."""
-    _draw("inpaint", store, release, picture, mask, prompt, number, seed, out)
+    _draw("inpaint", store, release, picture, mask, prompt, number, seed, out, trained)

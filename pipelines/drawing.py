@@ -28,11 +28,14 @@ def check_order(number: int, *, rows: int = 1, seed: int = 0, out: Path | str) -
     check_out(Path(out))
 
 
-def check_guidance(**scales: float | None) -> None:
-    """Raises Refused, with its name, for a guidance scale that cannot be; None is the release's own."""
+def check_guidance(*, unguided: int = 1, **scales: float | None) -> None:
+    """Raises Refused, with its name, for a guidance scale that cannot be; None is the release's own.
+
+    unguided: the scale at which there is no guidance: 1 of classifier-free guidance, 0 of a guide's.
+    """
     for name, scale in scales.items():
         if scale is not None and (wanted := GUIDANCE.refuses(scale)):
-            raise Refused(f"--{name.replace('_', '-')} is {scale}; it must be {wanted} (1 is unguided)")
+            raise Refused(f"--{name.replace('_', '-')} is {scale}; it must be {wanted} ({unguided} is unguided)")
 
 
 def check_out(out: Path) -> None:

@@ -36,12 +36,14 @@ from unclip.cascade import Sampling
 from unclip.clip_config import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.decoder import DecoderConfig
+from unclip.half_unet import HalfUNetConfig
+from unclip.presets import PRESETS
 from unclip.prior import PriorConfig
 from unclip.upsampler import UpsamplerConfig
 
 FOLDER = Path(__file__).parent / "recipes"
-DERIVED = {"low", "size", "embedding", "text_width", "context"}
-"""Fields of model configurations that follow from other numbers of the recipe."""
+DERIVED = {"low", "size", "embedding", "text_width", "context", "vocabulary", "inpaint"}
+"""Fields of model configurations that follow from other numbers of the recipe, or from the section they stand in."""
 
 
 def part(section: Any, cls: type) -> Any:
@@ -102,8 +104,18 @@ OpenClip = Annotated[ClipConfig, pydantic.PlainValidator(_as_written)]
 
 Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
 
-CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
-    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler")
+(
+    CLIP_TRAIN,
+    PRIOR_TRAIN,
+    AR_PRIOR_TRAIN,
+    DECODER_TRAIN,
+    INPAINTER_TRAIN,
+    UPSAMPLER_TRAIN,
+    CLASSIFIER_TRAIN,
+    NOISED_CLIP_TRAIN,
+) = (
+    _section(f"{kind} train", CONFIGS[kind])
+    for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 )
 
 PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
@@ -125,6 +137,8 @@ class World:
     """Held-out prompts with one object, for the evaluation."""
     pair_prompts: int = 300
     """Held-out prompts with two objects."""
+    labels: bool = False
+    """Whether its list has columns that say what is to be seen (shape, colour, …), for a classifier to learn."""
 
     def __post_init__(self) -> None:
         counts = {"pictures": COUNT, "single_prompts": WHOLE, "pair_prompts": WHOLE}
@@ -183,14 +197,15 @@ class Cluster:
 class Sampler:
     """How the released models are sampled unless the caller says otherwise."""
 
-    prior: Sampling
     decoder: Sampling
     upsamplers: dict[int, Sampling]
+    prior: Sampling | None = None
+    """Said if and only if there is a prior."""
 
 
-def _model(config: type) -> Any:
+def _model(config: type, *derived: str) -> Any:
     """What a recipe may change of a preset's model: every field that is not derived, none of them required."""
-    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED, partial=True))
+    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED | {*derived}, partial=True))
 
 
 if typing.TYPE_CHECKING:  # sections are made at import, which no type checker can follow
@@ -201,7 +216,10 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     Prior: typing.TypeAlias = Any
     ArPrior: typing.TypeAlias = Any
     Decoder: typing.TypeAlias = Any
+    Inpainter: typing.TypeAlias = Any
     Upsampler: typing.TypeAlias = Any
+    Classifier: typing.TypeAlias = Any
+    NoisedClip: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
 else:
     Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
@@ -213,7 +231,14 @@ else:
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
     ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
+    Inpainter = _section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
+    # Both read what their decoder draws, under its noise.
+    ENCODER = _model(HalfUNetConfig, "schedule", "timesteps")
+    Classifier = _section(
+        "classifier", FitHow, labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field())
+    )
+    NoisedClip = _section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
     Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
 
 
@@ -234,6 +259,12 @@ class Recipe:
     """The diffusion prior."""
     ar_prior: ArPrior | None = None
     """The autoregressive prior, in the diffusion prior's place."""
+    inpainter: Inpainter | None = None
+    """Trains the finished decoder on, to fill in: an optional part of the release, which `edit inpaint` then uses."""
+    classifier: Classifier | None = None
+    """A noised classifier of label columns (each in `source.columns.keep`), for classifier guidance."""
+    noised_clip: NoisedClip | None = None
+    """A noised CLIP, for CLIP guidance."""
     download: Download = field(default_factory=Download)
     source: Source = field(default_factory=Source)
     filter: Select = field(default_factory=Select)
@@ -252,18 +283,47 @@ class Recipe:
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
         if self.clip.model is not None and self.clip.train is None:
             raise Refused("clip: `model` is given without `train`")
-        if (self.prior is None) == (self.ar_prior is None):
+        priors = 2 - [self.prior, self.ar_prior].count(None)
+        if self.prompts_only and (priors or self.sampling.prior is not None):
+            raise Refused(
+                "this decoder draws from prompts alone (its image is false): leave out `prior`, `ar_prior` and "
+                "`sampling.prior`"
+            )
+        if not self.prompts_only and priors != 1:
             raise Refused("give either `prior` (a diffusion prior) or `ar_prior` (an autoregressive one)")
+        if not self.prompts_only and self.sampling.prior is None:
+            raise Refused("sampling.prior is missing")
         if set(self.sampling.upsamplers) != set(self.upsamplers):
             raise Refused(
                 f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "
                 f"upsamplers {sorted(self.upsamplers)} px"
             )
+        if self.classifier is not None:
+            if not self.classifier.labels:
+                raise Refused("classifier.labels is empty: name a column that says what a picture shows")
+            if missing := sorted({*self.classifier.labels} - {*self.source.columns.keep}):
+                raise Refused(
+                    f"classifier.labels names {', '.join(missing)}: name it in source.columns.keep as well, so that it "
+                    "travels with the rows"
+                )
+        learned = () if self.classifier is None else self.classifier.labels
+        if missing := sorted({*self.sampling.decoder.labels} - {*learned}):
+            raise Refused(f"sampling.decoder.labels has {missing[0]}, which `classifier.labels` does not name")
+        if self.sampling.decoder.clip_guidance and self.noised_clip is None:
+            raise Refused("sampling.decoder.clip_guidance needs a noised CLIP: add a section `noised_clip`")
         for side in self.upsamplers:
             if wanted := SIDE.refuses(side):
                 raise Refused(f"upsamplers names {side} px; a side must be {wanted}")
         if not self.source.urls and (self.world is None or self.source.urls == ""):
             raise Refused("source.urls is missing: name a Parquet, CSV or JSON-lines list of URLs and captions")
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether the decoder draws from prompts alone, so that there is no prior."""
+        changed = None if self.decoder.model is None else self.decoder.model.image
+        if changed is None and self.models in PRESETS:
+            changed = PRESETS[self.models].decoder.image
+        return changed is False
 
 
 def said(section: Any) -> dict[str, Any]:

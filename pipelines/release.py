@@ -48,7 +48,9 @@ class Bundle:
 
     spec: BundleSpec
     models: tuple[str, ...]
-    """prior, decoder, upsampler-64, …: the stages that train them."""
+    """prior, decoder, upsampler-64, inpainter, …: the stages that train them."""
+    measured: bool = False
+    """Whether stage `gamma` measures what Analytic-DPM needs to know of the prior."""
     name: str = "bundle"
     group: str = "bundle"
     version: int = 1
@@ -57,8 +59,8 @@ class Bundle:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """CLIP, the models, and the data that they come from."""
-        return ("clip", *self.models, *DATA)
+        """CLIP, the models, and the data that they come from; then what was measured of them."""
+        return ("clip", *self.models, *DATA, *(("gamma",) if self.measured else ()))
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all, on the versions of its inputs."""
@@ -80,6 +82,8 @@ class Bundle:
         with store.scratch() as parts:
             for name in components:
                 unfold(store, Manifest.load(store, versions[name], name).only, parts / name)
+            if self.measured:
+                unfold(store, Manifest.load(store, versions["gamma"], "gamma").only, parts / "prior")
             release.save(
                 out,
                 self.spec.name,

@@ -12,10 +12,9 @@ from unclip.metrics import cmmd, coverage, frechet, mcnemar, paired_difference, 
 
 ALL = "all"
 """The verdict that everything at once is right."""
-
-
 SIMILARITIES = ("clip_score", "cmmd", "fd", "precision", "recall")
-"""What CLIP's embeddings say of a set of pictures: see unclip/metrics.py. FD is of raw embeddings."""
+"""What CLIP's embeddings say of a set of pictures: see unclip/metrics.py; all but the first beside true ones. FD is of
+raw embeddings."""
 NEIGHBOURS = 3
 """Of precision and recall, as Kynkäänniemi et al. 2019 chose."""
 
@@ -80,13 +79,13 @@ def check_name(name: str, kinds: Sequence[str], *, judge: bool, reference: bool)
     """
     kind = max((kind for kind in kinds if name.startswith(f"{kind}.")), key=len, default="")
     measure = name.removeprefix(f"{kind}.") if kind else name
-    if measure == "cmmd" and not reference:
+    if measure in SIMILARITIES[1:] and not reference:
         raise Refused(f"{name} compares with true pictures, and evaluate.reference names none")
-    if measure in ("clip_score", "cmmd"):
+    if measure in SIMILARITIES:
         return
     if not kind:
         raise Refused(
-            f"no evaluation gives a score {name!r}; there are clip_score, cmmd, and for each kind of prompt "
+            f"no evaluation gives a score {name!r}; there are {', '.join(SIMILARITIES)}, and for each kind of prompt "
             f"({', '.join(kinds)}) its own and what the judge says, such as {kinds[0]}.all"
         )
     if not judge:

@@ -12,7 +12,7 @@ from typing import Any
 from infra.errors import Refused
 from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE, SIDE, WEIGHTINGS, WHOLE, Range, outside
 
-KINDS = ("clip", "prior", "ar_prior", "decoder", "upsampler")
+KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 DECAYS = ("cosine", "constant")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
 LOGIT = Range(-100, 100)
@@ -78,13 +78,9 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionTrain(TrainConfig):
-    """What the three diffusion models share."""
+class NoisedTrain(TrainConfig):
+    """What all models share that see noised samples."""
 
-    weighting: str = "uniform"
-    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/losses.py)."""
-    snr_cap: float = 5.0
-    """The cap of the last two."""
     t_mean: float = 0.0
     """Timesteps are drawn from a logistic normal over (0, 1): mean of its logit; above 0 the noisy half prevails."""
     t_std: float = 0.0
@@ -94,11 +90,25 @@ class DiffusionTrain(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weighting not in WEIGHTINGS:
-            raise Refused(f"train.weighting is {self.weighting!r}; use one of {', '.join(WEIGHTINGS)}")
-        _check(self, snr_cap=POSITIVE, t_mean=LOGIT, t_std=AMOUNT)
+        _check(self, t_mean=LOGIT, t_std=AMOUNT)
         if self.t_mean and not self.t_std:
             raise Refused(f"train.t_std is {self.t_std}; it must be positive for a train.t_mean of {self.t_mean}")
+
+
+@dataclass(frozen=True)
+class DiffusionTrain(NoisedTrain):
+    """What the three diffusion models share."""
+
+    weighting: str = "uniform"
+    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/losses.py)."""
+    snr_cap: float = 5.0
+    """The cap of the last two."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting not in WEIGHTINGS:
+            raise Refused(f"train.weighting is {self.weighting!r}; use one of {', '.join(WEIGHTINGS)}")
+        _check(self, snr_cap=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,18 @@ class DecoderTrain(DiffusionTrain):
 
 
 @dataclass(frozen=True)
+class InpainterTrain(DecoderTrain):
+    """Options of a decoder's training to fill in (GLIDE, section 2.4)."""
+
+    drop_known: float = 0.1
+    """Fraction of samples of which nothing is known, so that it still draws whole pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, drop_known=FRACTION)
+
+
+@dataclass(frozen=True)
 class UpsamplerTrain(DiffusionTrain):
     """Options of an upsampler."""
 
@@ -168,10 +190,23 @@ class ClipTrain(TrainConfig):
 
     max_scale: float = 100.0
     """Upper bound of the learned inverse temperature."""
+    noised: float = field(default=0.0, metadata=LATER)
+    """Share of the pictures that are noised first, to a random timestep of the cosine schedule, so that this CLIP's
+    embeddings mean something of unfinished pictures too. It is not told t: for CLIP guidance prefer `noised_clip`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, max_scale=Range(1))
+        _check(self, max_scale=Range(1), noised=FRACTION)
+
+
+@dataclass(frozen=True)
+class ClassifierTrain(NoisedTrain):
+    """Options of a noised classifier."""
+
+
+@dataclass(frozen=True)
+class NoisedClipTrain(NoisedTrain):
+    """Options of a noised CLIP's contrastive training."""
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
@@ -179,7 +214,10 @@ CONFIGS: dict[str, type[TrainConfig]] = {
     "prior": PriorTrain,
     "ar_prior": AutoregressivePriorTrain,
     "decoder": DecoderTrain,
+    "inpainter": InpainterTrain,
     "upsampler": UpsamplerTrain,
+    "classifier": ClassifierTrain,
+    "noised_clip": NoisedClipTrain,
 }
 """The training options of each kind of model."""
 
@@ -193,13 +231,14 @@ class Job:
     key: str
     """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
     kind: str
-    """clip, prior, ar_prior, decoder or upsampler."""
+    """One of `KINDS`."""
     model: dict[str, Any]
     """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
     train: dict[str, Any]
     """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
     data: dict[str, str]
-    """Role → manifest version. rows and selection always; statistics and clip for the priors and the decoder."""
+    """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
+    inpainter, clip for a noised CLIP; start for the inpainter: the finished decoder that it goes on from."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -127,6 +127,12 @@ def test_no_champion_yet_says_how_to_get_one(unclip: Run) -> None:
 def test_guidance_that_is_no_number(unclip: Run) -> None:
     refused(unclip("generate", "a red circle", "--guidance", "much"), "--guidance", "much")
     refused(unclip("generate", "a red circle", "--guidance", "nan"), "guidance")
+    refused(unclip("generate", "a red circle", "--clip-guidance", "much"), "--clip-guidance", "much")
+    refused(unclip("generate", "a red circle", "--label-guidance", "-1"), "--label-guidance", "0 is unguided")
+
+
+def test_a_label_without_a_class_shows_the_form(unclip: Run) -> None:
+    refused(unclip("generate", "a red circle", "--label", "circle"), "'circle'", "--label shape=circle")
 
 
 def test_a_ray_address_that_does_not_answer(unclip: Run) -> None:

@@ -32,7 +32,7 @@ def base(*changes: str) -> dict[str, Any]:
 
 
 BASES = {
-    "prior": base(),
+    "prior": base("inpainter.train.steps=7"),
     "ar_prior": base("prior=null", "ar_prior.train.steps=7"),
 }
 

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "prior": ("prior", {}, {}),
     "ar_prior": ("ar_prior", {}, {}),
     "decoder": ("decoder", {}, {}),
+    "glide": ("decoder", {"text": "own", "vocabulary": 600, "text_depth": 1, "text_heads": 4, "image": False}, {}),
     "upsampler": ("upsampler", {}, {}),
     "clip": ("clip", {}, {}),  # a ResNet, whose batch norms have statistics, on the whole batch
     "muon": ("decoder", {"dropout": 0.2}, {"muon": 0.02, "bfloat16_convolutions": True}),
