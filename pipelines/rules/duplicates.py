@@ -48,7 +48,7 @@ class NearDuplicates:
     `max_distance` bits: the same picture in another size, encoding or quality differs in 0 to 4, others in about 32.
     Pictures of one colour have nearly equal hashes, so put `blank` first. A picture that cannot be decoded stays, for
     embed to tell. Exact (pipelines/rules/hamming.py): no pair is missed. Holds 8 bytes a row, and while it searches
-    about 60.
+    about 120.
     """
 
     max_distance: int = 4

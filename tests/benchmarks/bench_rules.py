@@ -24,7 +24,7 @@ ROWS = (10_000, 100_000, 1_000_000)
 SHARD = 10_000
 CASES: dict[str, tuple[float, tuple[Rule, ...]]] = {
     "exact_duplicates": (2, (ExactDuplicates(),)),
-    "near_duplicates": (4, (NearDuplicates(),)),
+    "near_duplicates": (3, (NearDuplicates(),)),
     "size, caption, blocked_terms, exact and near duplicates": (
         2, (Size(64), Caption(), BlockedTerms(terms=("blocked",)), ExactDuplicates(), NearDuplicates()),
     ),
