@@ -1,4 +1,4 @@
-"""Rules that need pictures, files or embeddings, over real shards: pictures that were downloaded, a CLIP that embedded."""
+"""Rules that need pictures, files or embeddings, over real shards: downloaded tars and what a CLIP made of them."""
 
 from __future__ import annotations
 
