@@ -218,8 +218,10 @@ def _apply(rule: Rule, stream: Iterator[Judged]) -> Iterator[Judged]:
 
     def survivors() -> Iterator[pa.Table]:
         for look, rules in stream:
-            pending.append((look, rules))
             names = [name for name in look.column_names if name.startswith(prefix)]
+            pending.append(
+                (look.drop_columns(names), rules)
+            )  # a rule that waits for all looks holds no more than it must
             mine = look.select(names).rename_columns([name.removeprefix(prefix) for name in names])
             yield mine.filter(pa.array(rules == None))  # noqa: E711 - elementwise
 

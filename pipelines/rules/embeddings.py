@@ -29,7 +29,7 @@ class SemanticDuplicates:
     one cluster.
 
     The one rule whose look is long: 2 × width bytes a row (the direction in float16). Memory is the same for every row
-    that stays.
+    that stays; put it before `clip_score` with a top fraction, which waits for the last look.
     """
 
     min_cosine: float

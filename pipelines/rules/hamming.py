@@ -20,6 +20,8 @@ import pyarrow as pa
 BITS = 64
 MOST = 8
 """The largest distance that is searched; beyond it tables grow too many."""
+_CROWDED = 64  # comparisons a hash: chance meetings need far fewer
+_FEW = 1024  # hashes that are compared all with all if need be
 _SORT, _COMPARE = 40.0, 40.0  # ns a hash and table, and a pair, on one core: only their ratio matters
 
 Hashes = tuple[np.ndarray, np.ndarray]
@@ -46,54 +48,87 @@ def repeats(values: np.ndarray, distance: int) -> np.ndarray:
     """bool [n]: which of uint64 [n] lie within `distance` bits of one before them that stays."""
     # What equals an earlier hash goes in any case: either that one stays, or both are near the one that sent it away.
     order = np.sort(np.unique(values, return_index=True)[1])
-    alone = values[order]
-    stays = np.ones(len(order), bool)
-    for earlier, later in pairs(alone, distance):
-        if stays[earlier]:
-            stays[later] = False
     rejected = np.ones(len(values), bool)
-    rejected[order[stays]] = False
+    rejected[order[_stay(values[order], distance)]] = False
     return rejected
 
 
-def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
-    """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
-    known = np.unique(known)
-    distinct, back = np.unique(values, return_inverse=True)
-    found = np.isin(distinct, known)
-    for one, other in _pairs(np.concatenate([known, distinct]), distance):
-        crossing = (one < len(known)) & (other >= len(known))
-        found[other[crossing] - np.uint64(len(known))] = True
-    return found[back]
+def _stay(values: np.ndarray, distance: int) -> np.ndarray:
+    """bool [n]: which of the distinct hashes uint64 [n] have none within the distance before them that stays.
+
+    Where so many lie near each other that most comparisons would be of those that go, the first half is decided first,
+    and what is near to those of it that stay is compared with nothing else.
+    """
+    half = len(values) // 2
+    found = pairs(values, distance, _CROWDED * len(values) if half >= _FEW else math.inf)
+    if found is not None:
+        stays = np.ones(len(values), bool)
+        for earlier, later in found:
+            if stays[earlier]:
+                stays[later] = False
+        return stays
+    first, second = values[:half], values[half:]
+    stays = _stay(first, distance)
+    open_ = ~near(second, first[stays], distance)
+    open_[open_] = _stay(second[open_], distance)
+    return np.concatenate([stays, open_])
 
 
-def pairs(values: np.ndarray, distance: int) -> list[tuple[int, int]]:
-    """All (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each once."""
-    count = np.uint64(len(values))
-    found = [later * count + earlier for earlier, later in _pairs(values, distance)]
+def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> list[tuple[int, int]] | None:
+    """All (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each once.
+
+    None if more than `most` comparisons were needed.
+    """
+    count, found = np.uint64(len(values)), []
+    for key, order in _tables(values, blocks(len(values), distance), distance):
+        places, step = np.flatnonzero(key[1:] == key[:-1]), 1
+        while len(places):  # each against the one `step` places behind it, as long as that is in its bucket
+            most -= len(places)
+            if most < 0:
+                return None
+            one, other = order[places], order[places + step]
+            close = np.bitwise_count(values[one] ^ values[other]) <= distance
+            found.append(other[close] * count + one[close])
+            step += 1
+            places = places[: np.searchsorted(places, len(values) - step)]
+            places = places[key[places] == key[places + step]]
     if not found:
         return []
     later, earlier = np.divmod(np.unique(np.concatenate(found)), count)
     return list(zip(earlier.tolist(), later.tolist(), strict=True))
 
 
-def _pairs(values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Index arrays (i, j), i < j, of pairs within the distance; a pair may come from more than one table."""
-    count = len(values)
-    places_bits = max(1, (count - 1).bit_length())
-    index = np.arange(count, dtype=np.uint64)
-    for key in keys(values, blocks(count, distance), distance, BITS - places_bits):
-        # Key above, index below: one sort of plain numbers, and equal keys lie in the order of their indices.
-        table = np.sort(key << np.uint64(places_bits) | index)
-        order, key = table & np.uint64((1 << places_bits) - 1), table >> np.uint64(places_bits)
-        places, step = np.flatnonzero(key[1:] == key[:-1]), 1
-        while len(places):  # each against the one `step` places behind it, as long as that is in its bucket
-            one, other = order[places], order[places + step]
-            close = np.bitwise_count(values[one] ^ values[other]) <= distance
-            yield one[close], other[close]
-            step += 1
-            places = places[: np.searchsorted(places, count - step)]
-            places = places[key[places] == key[places + step]]
+def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
+    """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
+    found = np.zeros(len(values), bool)
+    known = np.unique(known)
+    parts, width = blocks(len(known), distance), BITS - _index_bits(len(known))
+    asked = keys(values, parts, distance, width)
+    for (key, order), wanted in zip(_tables(known, parts, distance), asked, strict=True):
+        rows = np.flatnonzero(~found)
+        wanted = wanted[rows]
+        places = np.searchsorted(key, wanted)
+        while len(rows):  # each against the next one of its bucket, until there is none or one is near
+            there = places < len(key)
+            there[there] = key[places[there]] == wanted[there]
+            rows, wanted, places = rows[there], wanted[there], places[there]
+            close = np.bitwise_count(values[rows] ^ known[order[places]]) <= distance
+            found[rows[close]] = True
+            rows, wanted, places = rows[~close], wanted[~close], places[~close] + 1
+    return found
+
+
+def _tables(values: np.ndarray, parts: int, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each choice of parts the keys of uint64 [n], sorted, and whose they are; equal keys by index."""
+    bits = _index_bits(len(values))
+    index = np.arange(len(values), dtype=np.uint64)
+    for key in keys(values, parts, distance, BITS - bits):
+        table = np.sort(key << np.uint64(bits) | index)  # plain numbers: several times as fast as argsort
+        yield table >> np.uint64(bits), table & np.uint64((1 << bits) - 1)
+
+
+def _index_bits(count: int) -> int:
+    return max(1, (count - 1).bit_length())
 
 
 def blocks(count: int, distance: int) -> int:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.rules import BlockedTerms, Caption, ExactDuplicates, NearDuplicates, Rule, Size
+from pipelines.rules import BlockedTerms, Caption, ExactDuplicates, NearDuplicates, Rule, SemanticDuplicates, Size
 from pipelines.select import judged
 
 ROWS = (10_000, 100_000, 1_000_000)
@@ -90,3 +90,35 @@ def test_blocked_terms_cost_the_same_however_many_there_are() -> None:
         seconds[count] = statistics.median(took)
         print(f"\nblocked_terms: {5000 / seconds[count]:,.0f} captions/s with {count:,} terms", end="")
     assert seconds[10_000] < 2 * seconds[10]
+
+
+def crowd(count: int) -> pa.Table:
+    """Hashes that nearly all lie near each other, as those of pale pictures of nothing do."""
+    random = np.random.default_rng(0)
+    bits = np.uint64(1) << random.integers(64, size=(4, count), dtype=np.uint64)
+    return pa.table({"near_duplicates.phash": np.bitwise_or.reduce(bits, axis=0)})
+
+
+def directions(count: int) -> pa.Table:
+    """Embeddings of 64 dimensions around a tenth as many centres."""
+    random = np.random.default_rng(0)
+    made = random.normal(size=(count // 10, 64))[random.integers(count // 10, size=count)]
+    made += 0.05 * random.normal(size=made.shape)
+    made /= np.linalg.norm(made, axis=1, keepdims=True)
+    flat = pa.array(made.astype(np.float16).reshape(-1))
+    return pa.table({"semantic_duplicates.direction": pa.FixedSizeListArray.from_arrays(flat, 64)})
+
+
+@pytest.mark.parametrize(("name", "make"), [("near_duplicates", crowd), ("semantic_duplicates", directions)])
+def test_crowds_and_clusters_take_time_in_proportion_to_the_rows(name: str, make: Callable[[int], pa.Table]) -> None:
+    """From 10 k to 100 k rows, a cluster for 1000; a crowd takes its logarithm more."""
+    per_row = {}
+    for rows in ROWS[:2]:
+        rule = NearDuplicates() if make is crowd else SemanticDuplicates(0.95, clusters=rows // 1000)
+        made = make(rows)
+        began = time.process_time()
+        rejected = sum(int(np.count_nonzero(marks)) for _, marks in judged((rule,), iter([made])))
+        per_row[rows] = (time.process_time() - began) / rows
+        speed = f"{1 / per_row[rows]:,.0f} rows/s at {rows:,} rows"
+        print(f"\n{name} ({make.__name__}): {speed} ({rejected:,} rejected)", end="")
+    assert per_row[ROWS[1]] < 2 * per_row[ROWS[0]]

@@ -73,6 +73,20 @@ def test_whichever_bits_differ_some_table_does_not_look_at_them(distance):
             assert any(key[0] == key[1] for key in tables)
 
 
+def test_crowds_of_near_hashes_are_judged_as_all_others_are():
+    """Nearly every two of them are near, so that comparing all with all would never end on a large list."""
+    random = np.random.default_rng(0)
+    bits = np.uint64(1) << random.integers(BITS, size=(6, 6000)).astype(np.uint64)
+    values = np.bitwise_or.reduce(bits[: 1 + 6 // 2], axis=0)
+    assert pairs(values, 4, 64 * len(values)) is None
+    kept: list[int] = []
+    expected = []
+    for value in values.tolist():
+        expected.append(bool((np.bitwise_count(np.array(kept, np.uint64) ^ np.uint64(value)) <= 4).any()))
+        kept += [] if expected[-1] else [value]
+    assert repeats(values, 4).tolist() == expected
+
+
 def test_more_hashes_mean_more_tables():
     chosen = [blocks(10**power, 4) for power in (3, 5, 7, 9)]
     assert chosen == sorted(chosen)

@@ -103,8 +103,8 @@ def every(tmp_path: Path) -> list[Rule]:
     rules = [
         Size(1), Aspect(2.0), Caption(), ExactDuplicates(), ClipScore(min_score=0.0), Blank(), Language(("en",)),
         BlockedTerms(terms=("bad",)), NearDuplicates(), Watermark(column="pwatermark", max_score=0.5),
-        Nsfw(column="punsafe", max_score=0.5), Aesthetic(head=linear_head(tmp_path), min_score=5.0), SemanticDuplicates(0.95),
-        Contamination(embeddings=str(tmp_path / "set.npy")),
+        Nsfw(column="punsafe", max_score=0.5), Aesthetic(head=linear_head(tmp_path), min_score=5.0),
+        SemanticDuplicates(0.95), Contamination(embeddings=str(tmp_path / "set.npy")),
     ]  # fmt: skip
     assert {type(rule) for rule in rules} == set(RULES)
     return [opened(rule) for rule in rules]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -107,6 +108,18 @@ def test_clusters_miss_few_semantic_duplicates_and_growth_changes_no_verdict():
     exact = greedy(vectors, 0.95)
     assert 0.97 * sum(exact) < sum(found) <= sum(exact)
     assert semantic(rule, vectors[:2100])[0] == found[:2100]  # 256 × 8 = 2048 rows teach the clusters
+
+
+def test_semantic_duplicates_are_the_same_on_any_number_of_threads():
+    random = np.random.default_rng(2)
+    vectors = random.normal(size=(200, 16))[random.integers(200, size=1500)] + random.normal(size=(1500, 16)) * 0.1
+    before, found = faiss.omp_get_max_threads(), []
+    for threads in (1, 3):
+        faiss.omp_set_num_threads(threads)
+        found.append(semantic(SemanticDuplicates(0.9, clusters=5), vectors))
+    faiss.omp_set_num_threads(before)
+    assert found[0] == found[1]
+    assert 0 < sum(found[0][0]) < 1500
 
 
 def test_an_evaluation_sets_pictures_go_however_they_were_encoded(tmp_path):
