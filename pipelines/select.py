@@ -69,7 +69,11 @@ class _Selecting:
         for rule in self.rules:
             if missing := set(rule.columns) - self._columns(self.group):
                 there = [f"put it under {name}.rules" for name in OVER if set(rule.columns) <= self._columns(name)]
-                advice = there[0] if there else "name the list's column in source.columns.keep, and put it under filter"
+                advice = (
+                    there[0]
+                    if there
+                    else "name the list's column in source.columns.keep, for a rule under filter.rules"
+                )
                 raise Refused(
                     f"{self.group}.rules: {rule.rule} reads {', '.join(sorted(missing))}, which the rows of "
                     f"{self.over.stage} do not have; {advice}"

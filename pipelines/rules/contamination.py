@@ -32,7 +32,7 @@ class Contamination(Reading):
     """
 
     images: str | None = field(default=None, metadata=NOT_IN_KEY)
-    """A folder of pictures (with those below it), or a text file with the path of one a line."""
+    """A folder of pictures (with those below it), or a text file with a path a line, from where that file lies."""
     max_distance: int = 4
     """With images: bits of 64 that may differ."""
     embeddings: str | None = field(default=None, metadata=NOT_IN_KEY)

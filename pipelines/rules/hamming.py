@@ -69,9 +69,9 @@ def _stay(values: np.ndarray, distance: int) -> np.ndarray:
         return stays
     first, second = values[:half], values[half:]
     stays = _stay(first, distance)
-    open_ = ~near(second, first[stays], distance)
-    open_[open_] = _stay(second[open_], distance)
-    return np.concatenate([stays, open_])
+    undecided = ~near(second, first[stays], distance)
+    undecided[undecided] = _stay(second[undecided], distance)
+    return np.concatenate([stays, undecided])
 
 
 def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> list[tuple[int, int]] | None:
