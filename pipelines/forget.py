@@ -4,8 +4,8 @@ In this order, so that a process that is killed anywhere leaves nothing that the
 1. The names join the store's list (infra/forgotten.py). From here on no download fetches or keeps them.
 2. Each downloaded shard that holds one is written anew without it, as the next generation of its key; the row stays in
    the index, as `forgotten`, so that every account of rows adds up. Objects that held it are noted as buried first.
-3. Records made from buried objects that hold the sample too (embeddings, looks) are removed with their files: the next
-   run makes them from the new shard, and whatever is behind them.
+3. Records made from buried objects that hold the sample too (embeddings, looks, reports that show it) are removed with
+   their files: the next run makes them from the new shard, and whatever is behind them.
 4. The buried objects are removed.
 What is left: the list that a person gave, and the slices cut from it, still name the URL, since they say which row it
 is that is not to be fetched; models that were trained on it, whose releases are named; and copies outside of the store
@@ -39,6 +39,8 @@ from infra.store import NotFound, Store
 from pipelines.download import TABLE, TAR, completed, shard
 from pipelines.redact import redact
 from pipelines.release import bundles
+from pipelines.releases import views
+from pipelines.report import shows
 
 DOWNLOADS = "records/download-"
 ROUNDS = 3
@@ -135,7 +137,7 @@ def forget(store: Store, names: Names, *, dry: bool = False, told: Told = lambda
         account.samples += sum(len(one.uids) for one in touched)
         account.shards += len(touched)
         account.derived += len(derived.records)
-        account.objects += _remove(store, derived, told, dry)
+        account.objects += _remove(store, derived, known, told, dry)
         if not touched:
             break
     uids |= {uid for one in requests(store) if one.meets(asked) for uid in one.uids}
@@ -211,19 +213,20 @@ def _derived(store: Store, held: set[str], known: Forgotten, told: Told) -> _Der
     made: dict[str, dict[str, str]] = {}
     readers: dict[str, list[str]] = {}
 
-    def files(name: str) -> tuple[str, dict[str, Any]]:
+    def read(name: str) -> tuple[str, dict[str, Any]]:
         with reading(name):
             return name, document(store, name)
 
-    for done, (_, (name, said)) in enumerate(completed(files, standing, THREADS), 1):
+    for done, (_, (name, said)) in enumerate(completed(read, standing, THREADS), 1):
         told("records", done, len(standing))
         made[name] = {file["sha256"]: path for path, file in said["files"].items()}
         for sha256 in said["action"]["inputs"]:
             readers.setdefault(sha256, []).append(name)
     records, all_held, fresh = list[str](), set(held), set(held)
+    pages = {name for name, files in made.items() if any(path.endswith(".html") for path in files.values())}
     while fresh:  # looks and embeddings, then what was made from these
         found = set[str]()
-        for name in sorted({name for sha256 in fresh for name in readers.get(sha256, ())} & made.keys()):
+        for name in sorted((pages | {name for one in fresh for name in readers.get(one, ())}) & made.keys()):
             if objects := {sha for sha, path in made[name].items() if _holds(store, sha, path, known)}:
                 del made[name]
                 records.append(name)
@@ -235,9 +238,11 @@ def _derived(store: Store, held: set[str], known: Forgotten, told: Told) -> _Der
 
 def _holds(store: Store, sha256: str, path: str, known: Forgotten) -> bool:
     """Whether a file tells more of a forgotten sample than its uid and what became of it."""
-    if not path.endswith(".parquet"):
-        return False
     try:
+        if path.endswith(".html"):
+            return shows(store.get(object_name(sha256)), known.uids)
+        if not path.endswith(".parquet"):
+            return False
         with pq.ParquetFile(store.local(object_name(sha256))) as file:
             if "uid" not in file.schema_arrow.names or {*file.schema_arrow.names} <= {"uid", "rule", "state"}:
                 return False
@@ -246,13 +251,16 @@ def _holds(store: Store, sha256: str, path: str, known: Forgotten) -> bool:
         return True
 
 
-def _remove(store: Store, derived: _Derived, told: Told, dry: bool) -> int:
+def _remove(store: Store, derived: _Derived, known: Forgotten, told: Told, dry: bool) -> int:
     """Buries and removes objects, the records of what was made from them first; returns how many objects there were."""
     gone = sorted(derived.held - derived.named)
     if not dry:
         bury(store, derived.held - buried(store))
         for name in derived.records:
             store.delete(name)
+        for page in views(store).glob("*/*.html"):  # copies for people; the next run makes them again
+            if shows(page.read_bytes(), known.uids):
+                page.unlink()
     there = 0
     for done, sha256 in enumerate(gone, 1):
         told("removing", done, len(gone))

@@ -15,7 +15,10 @@ from infra.store import open_store
 from pipelines.data import reconcile
 from pipelines.forget import forget, names_of
 from pipelines.graph import resolve
+from pipelines.releases import unfolded
+from pipelines.report import TEMPLATE
 from tests.fixtures.chain import Chain, run, traces
+from tests.fixtures.line import put
 from tests.fixtures.mortal import Killed, Mortal
 from tests.fixtures.stages import Data, download, make, source
 
@@ -108,6 +111,20 @@ def test_a_sample_that_no_model_saw_accuses_no_release(own: Chain) -> None:
     account = forget(own.store, named(row, "uid"))
     assert (account.samples, account.trained, account.unknown) == (1, [], [])
     assert traces(own.store, row["uid"]) == []
+
+
+def test_reports_that_show_it_go_and_others_stay(own: Chain) -> None:
+    kept = own.stays("filter")
+    row = next(row for row in own.index() if row["state"] == "kept" and row["uid"] not in kept)
+    assert "<code>{{ row.uid[:12] }}</code></figcaption>" in TEMPLATE.read_text()  # as the pages below have it
+    pages = {}
+    for uid in (row["uid"], next(iter(kept))):
+        page = f"<figure><code>{uid.hex()[:12]}</code></figure>"
+        made = put(own.store, "report", lambda out, page=page: (out / "report.html").write_text(page), uid.hex())
+        pages[uid] = unfolded(own.store, made.version, list(made.records)) / "report.html"
+    forget(own.store, named(row, "uid"))
+    assert [page.exists() for page in pages.values()] == [False, True]
+    assert len(list(own.store.list("records/report-1/"))) == 1
 
 
 def test_killed_at_any_step_the_same_command_finishes(chain: Chain, data: Data, tmp_path: Path) -> None:
