@@ -32,13 +32,13 @@ from pipelines.source import SourceHow, SourceSpec
 from pipelines.stage import PoolHow
 from training.job import CONFIGS, FitHow
 from unclip.ar_prior import AutoregressivePriorConfig
-from unclip.cascade import Sampling
 from unclip.clip_config import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.decoder import DecoderConfig
 from unclip.half_unet import HalfUNetConfig
 from unclip.presets import PRESETS
 from unclip.prior import PriorConfig
+from unclip.sampling import Sampling
 from unclip.upsampler import UpsamplerConfig
 
 FOLDER = Path(__file__).parent / "recipes"

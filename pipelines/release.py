@@ -72,7 +72,7 @@ class Bundle:
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Joins the models; raises Refused where they do not fit together."""
         from unclip import release
-        from unclip.cascade import Sampling
+        from unclip.sampling import Sampling
 
         versions = dict(zip(self.needs, action.inputs, strict=True))
         components = ("clip", *self.models)

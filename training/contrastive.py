@@ -19,11 +19,12 @@ from infra.manifest import Manifest, object_name
 from infra.store import Store
 from training.data import Batch, Reads, decode, picture
 from training.job import ClipTrain, Job
-from training.objectives import Losses, Noised, to_unit
+from training.objectives import Losses, Noised
 from training.parallel import Group
 from unclip.clip import Clip, Preprocess, build, check, clip_widths
 from unclip.folder import CONFIG, read_json
 from unclip.noised_clip import NoisedClip
+from unclip.pictures import to_unit
 from unclip.schedule import Schedule
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 

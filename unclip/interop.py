@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip import release
-from unclip.cascade import Sampling, UnCLIP
+from unclip.cascade import UnCLIP
 from unclip.clip import Clip
 from unclip.decoder import IMAGE_TOKENS, Decoder
 from unclip.errors import Refused
@@ -57,6 +57,7 @@ from unclip.interop_config import (
 )
 from unclip.interop_layout import PRIOR, TEXT_PROJ, UNET
 from unclip.prior import DiffusionPrior
+from unclip.sampling import Sampling
 from unclip.text import NullText
 from unclip.upsampler import Upsampler
 

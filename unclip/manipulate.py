@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.cascade import UnCLIP, last_steps
+from unclip.cascade import UnCLIP
 from unclip.decoder import Decoder
+from unclip.draw import last_steps
 from unclip.errors import Refused
 from unclip.guidance import clipped, conditional
+from unclip.pictures import check_pictures, resized, square, to_unit
 from unclip.samplers import ddim_invert, noise_for
 from unclip.sampling import Sampling
 from unclip.schedule import Denoiser, Prediction, Schedule
@@ -259,38 +261,10 @@ def known(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, sched
     return denoise_free
 
 
-def check_pictures(pictures: Tensor) -> None:
-    """Raises Refused unless these are uint8 [n, 3, h, w]."""
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8 or 0 in pictures.shape:
-        kind = str(pictures.dtype).removeprefix("torch.")
-        raise Refused(f"pictures must be uint8 [n, 3, h, w], RGB, not {kind} {list(pictures.shape)}")
-
-
-def square(pictures: Tensor) -> Tensor:
-    """The centre of pictures [n, c, h, w], as large as their shorter side."""
-    height, width = pictures.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pictures[:, :, top : top + side, left : left + side]
-
-
-def resized(pictures: Tensor, side: int) -> Tensor:
-    """Square uint8 pictures [n, 3, s, s] at another side, bicubic and antialiased."""
-    if pictures.shape[2] == side:
-        return pictures
-    x = F.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
-    return x.round().clamp(0, 255).to(torch.uint8)
-
-
 def resized_square(picture: Tensor, model: UnCLIP) -> Tensor:
     """One picture [3, h, w] as a square of the release's size, so that two of different sizes go side by side."""
     check_pictures(picture[None])
     return resized(square(picture[None]), model.size)[0]
-
-
-def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
 
 
 def _at_least_one(n: int) -> None:

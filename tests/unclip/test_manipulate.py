@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tests.fixtures.release import shaken, write_release
 from unclip import UnCLIP, manipulate
-from unclip.cascade import Sampling
 from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.guidance import clipped, conditional
 from unclip.manipulate import slerp
+from unclip.pictures import resized, to_unit
 from unclip.samplers import ddim
+from unclip.sampling import Sampling
 
 STEPS = {"decoder": Sampling("ddim", 10)}
 
@@ -69,7 +70,7 @@ def test_the_two_latents_give_the_picture_back(model: UnCLIP):
     latents = manipulate.encode(model, pictures)
     assert latents.embedding.shape == (3, 32)
     again = base(model, latents)
-    wanted = manipulate.to_unit(manipulate.resized(pictures, 16))
+    wanted = to_unit(resized(pictures, 16))
     assert (again - wanted).abs().max() < 0.02
     other = latents._replace(start=latents.start.roll(1, 0))
     assert (base(model, other) - wanted).abs().max() > 0.1  # so x_T holds the picture, not z_i alone
@@ -132,7 +133,7 @@ def test_inpainting_leaves_what_is_not_masked_and_draws_the_rest(whole: UnCLIP):
 def test_a_weaker_redrawing_stays_nearer_to_the_picture(model: UnCLIP):
     pictures = smooth(2)
     prompts = ["a red circle", "a blue square"]
-    small = manipulate.resized(pictures, 16).float()
+    small = resized(pictures, 16).float()
     distance = []
     for strength in (0.1, 0.5, 1.0):
         drawn = manipulate.redraw(model, pictures, prompts, strength=strength)
