@@ -149,7 +149,7 @@ class UnCLIP:
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
         guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
-        chosen = self._chosen(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
+        chosen = self.settings(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
         self.clip.tell_cut(prompts)
         tiles = list(_tiles(len(prompts), self.tile))
         pictures = []
@@ -193,7 +193,7 @@ class UnCLIP:
             )
         if known is not None and self.inpainter is None:
             raise Refused("this release has no inpainter: a decoder that was trained to fill in")
-        chosen = self._chosen(sampling, {"guidance": guidance})
+        chosen = self.settings(sampling, {"guidance": guidance})
         self.clip.tell_cut(texts)
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
@@ -308,13 +308,16 @@ class UnCLIP:
         x = draw(name, denoise, upsampler.schedule, seeds, shape, sampling, self.device, gamma, report, extra)
         return x[:, :, :height, :width]
 
-    def _chosen(
+    def settings(
         self,
-        sampling: Mapping[str, Sampling] | None,
-        decoder: Mapping[str, Any],
+        sampling: Mapping[str, Sampling] | None = None,
+        decoder: Mapping[str, Any] = MappingProxyType({}),
         prior: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Sampling]:
-        """The settings of each component; of decoder and prior, those fields that are not None replaced."""
+        """The settings of each component: the release's, replaced by `sampling` for those that it names.
+
+        decoder, prior: fields of theirs to replace, those that are not None. Raises Refused for impossible settings.
+        """
         if unknown := sorted(set(sampling or {}) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
         chosen = self.sampling | dict(sampling or {})

@@ -50,7 +50,8 @@ def check_fit(
 def _check_inpainter(inpainter: DecoderConfig, decoder: DecoderConfig) -> None:
     if not inpainter.inpaint:
         raise Refused("this inpainter has no channels for what is known of a picture (inpaint)")
-    for field in ("size", "image", "text"):
+    # The guides and the settings are the decoder's, so the process and its variances must be the same as well.
+    for field in ("size", "image", "text", "schedule", "timesteps", "learned_range"):
         one, other = getattr(inpainter, field), getattr(decoder, field)
         if one != other:
             raise Refused(f"this inpainter has {field} {one}, and the decoder {other}: it cannot draw in its place")

@@ -157,6 +157,31 @@ def test_the_probe_with_every_direction_is_the_picture(model: UnCLIP):
     assert not torch.equal(shown[0], shown[2])
 
 
+def test_a_picture_is_inverted_over_the_steps_that_it_is_drawn_with(model: UnCLIP):
+    pictures = smooth(1)
+    few = {"sampling": {"decoder": Sampling("ddim", 4)}}
+    latents = manipulate.encode(model, pictures, steps=4)
+    drawn = model.decode(latents.embedding, [""], seeds=[0], start=latents.start, **few)
+    assert torch.equal(manipulate.variations(model, pictures, n=1, eta=0.0, **few), drawn)
+    assert not torch.equal(manipulate.encode(model, pictures).start, latents.start)
+
+
+def test_the_priors_settings_are_the_callers_in_every_manipulation(model: UnCLIP):
+    settings = Sampling("ddim", 3, guidance=7.0)
+    other, one = {"sampling": {"prior": settings}}, smooth(1)
+    text = model.clip.encode_text(["a"] * model.tile)
+    z = model.sample_prior(text, [0] * model.tile, settings)[:1]
+    strong = model.decode(z, ["a"], seeds=[0])
+    masks = torch.ones(1, 64, 64, dtype=torch.bool)
+    assert torch.equal(manipulate.inpaint(model, one, masks, ["a"], **other), strong)
+    assert not torch.equal(manipulate.inpaint(model, one, masks, ["a"]), strong)
+    for draw in (
+        lambda **how: manipulate.redraw(model, one, ["a"], **how),
+        lambda **how: manipulate.interpolate_prompts(model, "a", "b", steps=2, **how),
+    ):
+        assert not torch.equal(draw(**other), draw())
+
+
 def test_unconditional_pictures_differ_by_seed(model: UnCLIP):
     one, two = manipulate.unconditional(model, 2)
     assert not torch.equal(one, two)
@@ -204,6 +229,13 @@ def test_slerp_between_near_vectors_is_the_straight_line():
         (lambda m: manipulate.text_diff(m, smooth(1)[0], "a", "b", theta=math.nan), "theta"),
         (lambda m: manipulate.redraw(m, smooth(1), ["a"], strength=math.nan), "share of the steps"),
         (lambda m: manipulate.redraw(m, smooth(2), ["a"], strength=0.5), "one of each"),
+        (lambda m: manipulate.redraw(m, smooth(3), ["a", "b"]), "3 pictures with 2 prompts and 2 seeds"),
+        (lambda m: manipulate.redraw(m, smooth(1), ["a"], seeds=[1, 2]), "1 pictures with 1 prompts and 2 seeds"),
+        (lambda m: manipulate.redraw(m, smooth(1), ["a"], sampling={"unet": Sampling()}), "sampling names unet"),
+        (
+            lambda m: manipulate.inpaint(m, smooth(1), torch.ones(1, 64, 64, dtype=torch.bool), ["a", "b"]),
+            "1 pictures with 2 prompts",
+        ),
         (lambda m: manipulate.inpaint(m, smooth(1), torch.zeros(1, 8, 8, dtype=torch.bool), ["a"]), "masks must be"),
         (lambda m: manipulate.probe(m, smooth(1), torch.eye(32)[:4], torch.zeros(32), [5]), "4 directions"),
     ],

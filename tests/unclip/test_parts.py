@@ -193,8 +193,15 @@ def test_diffusers_leaves_an_inpainter_out_and_says_so(tmp_path: Path):
 
 def test_an_inpainter_that_cannot_stand_in_for_the_decoder_is_refused(parts: dict[str, Path], tmp_path: Path):
     usual = {name: path for name, path in parts.items() if name not in ("glide", "inpainter")}
-    other = replace(TINY.decoder, size=32, attention=(16,), inpaint=True)
-    for number, (config, said) in enumerate(((TINY.decoder, "no channels for what is known"), (other, "size 32"))):
+    can = replace(TINY.decoder, inpaint=True)
+    cases = (
+        (TINY.decoder, "no channels for what is known"),
+        (replace(can, size=32, attention=(16,)), "size 32"),
+        (replace(can, timesteps=10), "timesteps 10, and the decoder 1000"),
+        (replace(can, schedule="linear"), "schedule linear"),
+        (replace(can, learned_range=not can.learned_range), "learned_range"),
+    )
+    for number, (config, said) in enumerate(cases):
         folder = tmp_path / f"inpainter-{number}"
         save_model(folder, "inpainter", config, Decoder(config).state_dict(), clip=fingerprint(parts))
         with pytest.raises(Refused, match=said):
