@@ -283,6 +283,12 @@ class Recipe:
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
         if self.clip.model is not None and self.clip.train is None:
             raise Refused("clip: `model` is given without `train`")
+        vision = {} if self.clip.model is None else self.clip.model["vision_cfg"]
+        if self.clip.workers > 1 and isinstance(vision.get("layers"), list):
+            raise Refused(
+                f"clip.workers is {self.clip.workers}, and a ResNet's batch norms would see each worker's samples "
+                "alone; use 1 worker, or a vision transformer"
+            )
         priors = 2 - [self.prior, self.ar_prior].count(None)
         if self.prompts_only and (priors or self.sampling.prior is not None):
             raise Refused(
