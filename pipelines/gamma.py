@@ -103,5 +103,6 @@ def batches(prior: DiffusionPrior, data: Data, spec: GammaSpec) -> Iterator[tupl
     order = Order(data.counts, 1, spec.batch, WINDOW, spec.seed)
     for step in range(spec.samples // spec.batch):
         rows = data.batch(order.rows(step, 0), spec.seed).to(device).tensors
-        context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"])
+        # Read once, as in sampling: every timestep sees the same captions.
+        context = prior.read(prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"]))
         yield prior.in_range(conditional(prior.denoise, context)), prior.standardise(rows["image_embedding"])
