@@ -8,7 +8,7 @@ like does not depend on which others are made beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import Clip, clip_widths
 from unclip.clip_text import Text
 from unclip.decoder import Decoder
-from unclip.draw import Bind, Extra, Prior, draw, draw_embeddings
+from unclip.draw import Bind, Extra, Prior, draw, draw_embeddings, in_tiles
 from unclip.errors import Refused
-from unclip.fit import check_fit, check_guides
+from unclip.fit import check_fit, check_gamma, check_guides
 from unclip.guidance import Network, conditional
 from unclip.guides import Guides
 from unclip.layers import fold_upsampling
@@ -70,13 +70,14 @@ class UnCLIP:
             None if inpainter is None else inpainter.config,
         )
         self.tile, self.gamma, self.guides = tile, dict(gamma or {}), guides or Guides()
-        configs = {name: model.config for name, model in self.guides.models.items()}
-        check_guides(decoder.config, clip.embedding_width, configs)
+        check_guides(decoder.config, clip.embedding_width, {n: m.config for n, m in self.guides.models.items()})
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         self.inpainter = inpainter
         given = dict(sampling or {})
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
+        processes = {name: getattr(model.config, "timesteps", None) for name, model in self._sampled.items()}
+        check_gamma({name: len(table) for name, table in self.gamma.items()}, processes)
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
         self._check_sampling(self.sampling)
         for model in self._models:
@@ -86,7 +87,12 @@ class UnCLIP:
     @property
     def components(self) -> list[str]:
         """Names of the models that are sampled, in order."""
-        return [*(["prior"] if self.prior else []), "decoder", *self.by_side]
+        return list(self._sampled)
+
+    @property
+    def _sampled(self) -> dict[str, Prior | Decoder | Upsampler]:
+        first = {} if self.prior is None else {"prior": self.prior}
+        return {**first, "decoder": self.decoder, **self.by_side}
 
     @property
     def by_side(self) -> dict[str, Upsampler]:
@@ -151,7 +157,7 @@ class UnCLIP:
         guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
         chosen = self.settings(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
         self.clip.tell_cut(prompts)
-        tiles = list(_tiles(len(prompts), self.tile))
+        tiles = list(in_tiles(len(prompts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
             words, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
@@ -195,7 +201,7 @@ class UnCLIP:
             raise Refused("this release has no inpainter: a decoder that was trained to fill in")
         chosen = self.settings(sampling, {"guidance": guidance})
         self.clip.tell_cut(texts)
-        tiles = list(_tiles(len(texts), self.tile))
+        tiles = list(in_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
             report = Reporter(callback, tile, len(tiles))
@@ -331,20 +337,10 @@ class UnCLIP:
 
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
         """Raises Refused for a setting that its model has no use for."""
-        models: dict[str, Prior | Decoder | Upsampler] = {"decoder": self.decoder, **self.by_side}
-        if self.prior is not None:
-            models["prior"] = self.prior
         for name, settings in sampling.items():
-            model = models[name]
+            model = self._sampled[name]
             written = isinstance(model, AutoregressivePrior)
             check_sampling(name, settings, written=written, gamma=name in self.gamma)
             if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
                 raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
         self.guides.check(sampling["decoder"])
-
-
-def _tiles(count: int, size: int) -> Iterator[list[int]]:
-    """Row numbers, `size` at a time; the last tile is filled up with its own last row."""
-    for first in range(0, count, size):
-        rows = list(range(first, min(first + size, count)))
-        yield rows + [rows[-1]] * (size - len(rows))

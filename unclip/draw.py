@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,13 @@ def _candidate(
     noise = noise_for(seeds, (prior.config.buckets,), stream=stream, device=device)
     settings = {"guidance": sampling.guidance, "temperature": sampling.temperature}
     return prior.embedding(write_tokens(prior, context, null, noise, callback=tell, **settings))
+
+
+def in_tiles(count: int, size: int) -> Iterator[list[int]]:
+    """Row numbers, `size` at a time; the last tile is filled up with its own last row."""
+    for first in range(0, count, size):
+        rows = list(range(first, min(first + size, count)))
+        yield rows + [rows[-1]] * (size - len(rows))
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:

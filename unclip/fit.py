@@ -57,6 +57,17 @@ def _check_inpainter(inpainter: DecoderConfig, decoder: DecoderConfig) -> None:
             raise Refused(f"this inpainter has {field} {one}, and the decoder {other}: it cannot draw in its place")
 
 
+def check_gamma(lengths: Mapping[str, int], timesteps: Mapping[str, int | None]) -> None:
+    """Raises Refused for a table of γ (unclip/analytic.py) that is of none of these models' processes.
+
+    lengths: model → entries of its table. timesteps: model → those of its process, None where it has none.
+    """
+    for name, length in lengths.items():
+        if timesteps.get(name) != length:
+            found = f"{timesteps[name]} timesteps" if timesteps.get(name) else "no process of noise"
+            raise Refused(f"gamma has {length} entries for the {name}, and this cascade's {name} has {found}")
+
+
 def check_guides(decoder: DecoderConfig, embedding: int, guides: Mapping[str, HalfUNetConfig]) -> None:
     """Raises Refused, naming both sides, for a guide that was made for another decoder or another CLIP.
 
