@@ -24,11 +24,11 @@ from unclip.cascade import UnCLIP
 from unclip.decoder import Decoder
 from unclip.draw import last_steps
 from unclip.errors import Refused
-from unclip.guidance import clipped, conditional
+from unclip.guidance import clipped, conditional, known
 from unclip.pictures import check_pictures, resized, square, to_unit
 from unclip.samplers import ddim_invert, noise_for
 from unclip.sampling import Sampling
-from unclip.schedule import Denoiser, Prediction, Schedule
+from unclip.schedule import Denoiser
 from unclip.upsampler import Upsampler
 
 
@@ -222,6 +222,13 @@ def probe(
     basis [m, d], orthonormal rows by falling variance; mean [d] of raw image embeddings; dimensions: each k, at most m.
     x_T stays. Picture i's reconstructions are rows i·len(dimensions) and on.
     """
+    width = model.clip.embedding_width
+    if basis.ndim != 2 or basis.shape[1] != width or mean.shape != (width,):
+        raise Refused(
+            f"a basis of {list(basis.shape)} and a mean of {list(mean.shape)} are not of embeddings of {width}"
+        )
+    if not dimensions:
+        raise Refused("there is nothing to draw: no number of directions to keep")
     if any(not 0 <= k <= len(basis) for k in dimensions):
         raise Refused(f"this basis has {len(basis)} directions; the numbers to keep must lie in 0…{len(basis)}")
     latents = _latents(model, pictures, options)
@@ -252,22 +259,6 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     left = torch.where(near, torch.full_like(sine, 1 - share), ((1 - share) * angle).sin() / safe)
     right = torch.where(near, torch.full_like(sine, share), (share * angle).sin() / safe)
     return ((left * a + right * b) * ((1 - share) * long_a + share * long_b)).view_as(first)
-
-
-def known(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, schedule: Schedule) -> Denoiser:
-    """A denoiser that may draw only where free [b, 1, h, w] is True; elsewhere stands `picture` [b, 3, h, w].
-
-    What the network sees of it is noised by `noise` to the step's level; schedule is the timesteps' own.
-    """
-
-    def denoise_free(x: Tensor, t: Tensor) -> Prediction:
-        seen = torch.where(free, x, schedule.q_sample(picture, noise, t))
-        prediction = denoise(seen, t)
-        x0 = torch.where(free, prediction.x0, picture)
-        eps = (x - schedule.at("alpha", t, x) * x0) / schedule.at("sigma", t, x)
-        return prediction._replace(x0=x0, eps=eps)
-
-    return denoise_free
 
 
 def resized_square(picture: Tensor, model: UnCLIP) -> Tensor:
