@@ -341,6 +341,6 @@ class UnCLIP:
             model = self._sampled[name]
             written = isinstance(model, AutoregressivePrior)
             check_sampling(name, settings, written=written, gamma=name in self.gamma)
-            if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
-                raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
+            if not isinstance(model, AutoregressivePrior) and settings.steps > model.config.timesteps:
+                raise Refused(f"{name} has {model.config.timesteps} timesteps, and cannot take {settings.steps} steps")
         self.guides.check(sampling["decoder"])
