@@ -165,7 +165,7 @@ def read_picture(path: Path) -> Tensor:
 def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
     """(principal directions [d, d] by falling variance, mean [d]) of the image embeddings behind a release."""
     from infra.manifest import Manifest, object_name
-    from pipelines.release import open_release
+    from pipelines.opening import open_release
     from pipelines.statistics import TENSORS
     from unclip.folder import read_tensors
     from unclip.release import read
@@ -184,7 +184,7 @@ def _ready(store: Store, release: str, pictures: Sequence[Path]) -> tuple[UnCLIP
     """The model, and the pictures, which are read first: a mistake should show before the models are loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pipelines.generate
     shown = [read_picture(path) for path in pictures]
-    from pipelines.release import open_release
+    from pipelines.opening import open_release
     from unclip.cascade import UnCLIP
 
     return UnCLIP.load(open_release(store, release)), shown

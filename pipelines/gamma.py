@@ -76,7 +76,7 @@ class Gamma:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         from pipelines.embed import load_clip
-        from pipelines.release import unfold
+        from pipelines.opening import unfold
         from training.data import Data, Reads
         from training.objectives import read_text
         from unclip.analytic import estimate_gamma

@@ -7,7 +7,7 @@ from pathlib import Path
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, commit, digest_file
 from infra.store import Store
-from pipelines.release import open_release
+from pipelines.opening import open_release
 
 FORMATS = ("diffusers",)
 
