@@ -37,8 +37,8 @@ from infra.generations import newest
 from infra.manifest import Action, Manifest, Record, commit, document, object_name, read_object
 from infra.store import NotFound, Store
 from pipelines.download import TABLE, TAR, completed, shard
+from pipelines.opening import bundles
 from pipelines.redact import redact
-from pipelines.release import bundles
 from pipelines.releases import views
 from pipelines.report import shows
 

@@ -15,7 +15,8 @@ from infra.errors import Refused
 from infra.ledger import Entry, Ledger
 from infra.manifest import Manifest, Record, digest_file, document, object_name, read_object
 from infra.store import NotFound, Store
-from pipelines.release import CHAMPION, after, cache, find, judged_against
+from pipelines.opening import CHAMPION, cache, find
+from pipelines.release import after, judged_against
 from pipelines.stage import plain
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from infra.manifest import Action, Manifest, Record, digest_file, object_name, r
 from infra.store import Store
 from pipelines import scores
 from pipelines.data import reconcile
+from pipelines.opening import CHAMPION
 from pipelines.rejected import examples
-from pipelines.release import CHAMPION, PROMOTION, VERDICT
+from pipelines.release import PROMOTION, VERDICT
 from pipelines.select import OVER
 
 if TYPE_CHECKING:

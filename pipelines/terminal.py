@@ -1,4 +1,4 @@
-"""How the commands speak: lines, tables, and a bar while something goes on."""
+"""What every command does with a terminal and a store: lines, tables, a bar while something goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import Any
 
 WIDE = 10_000
 """Columns of a table that no person reads."""
+
+
+@contextlib.contextmanager
+def opened(uri: str) -> Iterator[Any]:
+    """The store there; Refused where there is none."""
+    from infra.store import open_store
+
+    yield open_store(uri, create=False)
 
 
 def say(text: str) -> None:

@@ -18,10 +18,11 @@ from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
 from pipelines.prompts import read_prompts
-from pipelines.recipe import Recipe, Sampler, part, said
+from pipelines.recipe import Recipe, Sampler
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
 from pipelines.rules import opened
+from pipelines.sections import part, said
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain

@@ -11,10 +11,10 @@ import torch
 
 from tests.fixtures.release import SAMPLING, write_parts
 from unclip import release
-from unclip.cascade import Sampling
 from unclip.errors import Refused
 from unclip.folder import load_model, read_tensors, save_model
 from unclip.presets import TINY
+from unclip.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
