@@ -1,0 +1,182 @@
+"""The paper's findings on the shapes world: each trained and drawn side by side, measured, and written down as a row.
+
+    python -m tests.proofs.findings --store DIR --out DIR [--docs docs] [--minutes 60]
+
+DIR is a store in which `unclip run demo` has made a release. Its CLIP, embeddings, selections and statistics are used,
+its models are one side of most comparisons, and what is trained beside them is added to it (ledgers stay as they are).
+A fit that has a record is not trained again, and a cell that has a line in OUT/cells.jsonl is not drawn again: a second
+call goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tests.proofs.findings_draw import DEMO, SINGLES, AnyCell, Bench, Bits, Cell, Enlarged, Words
+from tests.proofs.findings_fits import VARIANTS, fitted
+
+FEW_STEPS = (4, 8, 16, 25, 50)
+SCALES = (1.0, 2.0, 3.0, 4.0, 6.0)
+PAIRS, TRIPLES = 240, 120
+LEARNED = ("learned_range", "fixed_small", "fixed_large")
+FIXED = LEARNED[1:]
+GUIDED: dict[str, dict[str, Any]] = {
+    "z_i and caption": {},
+    "z_i alone": {"caption": False},
+    "caption, z_i given": {"against": "image"},
+    "caption alone": {"embedding": "none"},
+    "caption alone, trained so": {"embedding": "none", "decoder": "decoder-caption"},
+}
+"""Ways to guide the decoder: what it is given and led away from."""
+FED: dict[str, dict[str, Any]] = {
+    "z_i of the prior": {},
+    "z_t, as it is": {"embedding": "text"},
+    "z_t, as long as a z_i": {"embedding": "text-length"},
+    "z_t, standardised as z_i": {"embedding": "text-moved"},
+    "caption alone": {"embedding": "none"},
+    "z_t, decoder trained on z_t": {"embedding": "text", "decoder": "decoder-text"},
+    "caption alone, decoder trained so": {"embedding": "none", "decoder": "decoder-caption"},
+    "true z_i": {"embedding": "true"},
+}
+"""What the decoder may be fed."""
+PRIORS = (DEMO, "ar-prior", "prior-long", "ar-prior-long")
+UPSAMPLERS = (DEMO, "upsampler-plain", "upsampler-again", "upsampler-plain-again")
+CONDITIONS = ("drawn", "clean", "blurred")
+
+
+def ancestral(decoder: str, variance: str, steps: int) -> Cell:
+    """A cell of the comparison of variances: DDPM, unguided."""
+    return Cell(decoder=decoder, sampler="ddpm", variance=variance, steps=steps, guidance=1.0)
+
+
+def cells() -> Iterator[AnyCell]:
+    """Everything that is drawn; what several findings need is named more than once."""
+    yield Words()
+    for fed in FED.values():
+        yield from (Cell(**fed), Cell(**fed, scenes="pair", count=PAIRS))
+    yield from (Cell(embedding=prior) for prior in PRIORS)
+    yield from (Cell(embedding=prior, scenes="pair", count=PAIRS) for prior in PRIORS)
+    yield from (Enlarged(upsampler, condition) for condition in CONDITIONS for upsampler in UPSAMPLERS)
+    for embedding, decoder in ((DEMO, DEMO), ("none", "decoder-caption"), ("true", DEMO)):
+        yield Cell("triple", decoder, embedding, count=TRIPLES)
+    for scale in SCALES:
+        yield from (Cell(**how, guidance=scale) for how in GUIDED.values())
+    for steps in FEW_STEPS:
+        yield from (ancestral("decoder-learned", variance, steps) for variance in LEARNED)
+        yield from (ancestral(DEMO, variance, steps) for variance in FIXED)
+    for steps in (25, 100):
+        yield from (Bits("decoder-learned", variance, steps) for variance in LEARNED)
+        yield from (Bits(DEMO, variance, steps) for variance in FIXED)
+    for scale in (1.0, 4.0):
+        yield from (Cell(**fed, guidance=scale) for fed in FED.values())
+    yield from (Cell(embedding=prior, prior_guidance=2.0) for prior in PRIORS)
+
+
+def needs(cell: AnyCell) -> set[str]:
+    """The variants that a cell draws with."""
+    return {value for value in vars(cell).values() if isinstance(value, str) and value in VARIANTS}
+
+
+def lines(out: Path) -> dict[str, dict[str, Any]]:
+    """What is drawn: name → line; one that was cut off counts as not there."""
+    found, path = {}, out / "cells.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        found[line["name"]] = line
+    return found
+
+
+_bench: Bench
+
+
+def _open(store: str, release: str, out: Path) -> None:
+    global _bench
+    import torch
+
+    from infra.store import LocalStore
+
+    torch.set_num_threads(1)
+    local = LocalStore(Path(store))
+    local.check(create=False)
+    _bench = Bench(local, release, out)
+
+
+def _fit(name: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    fitted(_bench.store, _bench.folder, name)
+    return {"fit": name, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _draw(cell: AnyCell) -> dict[str, Any]:
+    return _bench.run(cell)
+
+
+def _truth(scenes: str, count: int, seed: int) -> None:
+    _bench.truth(scenes, count, seed)
+
+
+def work(arguments: argparse.Namespace) -> bool:
+    """Trains and draws what is missing, a process a task; False if the time did not suffice."""
+    end = time.monotonic() + 60 * arguments.minutes
+    done = set(lines(arguments.out))
+    waiting: list[Any] = [name for name in VARIANTS if f"fit {name}" not in done]
+    waiting += [cell for cell in dict.fromkeys(cells()) if cell.name not in done]
+    trained = {name for name in VARIANTS if f"fit {name}" in done}
+    running: dict[Any, Any] = {}
+    spawn = multiprocessing.get_context("spawn")
+    places = (str(arguments.store), arguments.release, arguments.out)
+    with ProcessPoolExecutor(arguments.workers, spawn, _open, places) as pool:
+        for scenes, count in (("single", SINGLES), ("pair", PAIRS), ("triple", TRIPLES)):
+            wait([pool.submit(_truth, scenes, count, seed) for seed in range(3)])
+        while waiting or running:
+            ready = (task for task in waiting if isinstance(task, str) or needs(task) <= trained)
+            task = next(ready, None) if len(running) < arguments.workers and time.monotonic() < end else None
+            if task is not None:
+                waiting.remove(task)
+                running[pool.submit(*((_fit, task) if isinstance(task, str) else (_draw, task)))] = task
+                continue
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, line = running.pop(future), future.result()
+                if isinstance(task, str):
+                    trained.add(task)
+                    line["name"] = f"fit {task}"
+                with open(arguments.out / "cells.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{time.strftime('%H:%M:%S')} {line['name']}: {line['seconds']:.0f} s", flush=True)
+    return not waiting
+
+
+def main() -> None:
+    """Trains and draws what is missing, then writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True, help="a folder with a release of the recipe demo")
+    parser.add_argument("--release", default="champion")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for what is drawn")
+    parser.add_argument("--docs", type=Path, help="a folder for findings.md and its pictures; default OUT")
+    parser.add_argument("--minutes", type=float, default=60, help="nothing is begun after this time")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if not work(arguments):
+        raise SystemExit("the time is over and some of it is not done yet: the same command goes on from here")
+    from tests.proofs.findings_page import write_page
+
+    write_page(arguments.out, arguments.docs or arguments.out)
+
+
+if __name__ == "__main__":
+    main()
