@@ -151,7 +151,7 @@ class Evaluate:
 
     name: str = "evaluate"
     group: str = "evaluate"
-    version: int = 2
+    version: int = 3
     needs: tuple[str, ...] = ("evaluate-sample", "bundle")
     kind: str = "driver"
     spec: dict[str, Any] = field(default_factory=dict)

@@ -96,7 +96,7 @@ def contents(store: Store, stages: dict[str, Manifest]) -> dict[str, Any]:
         "rows": stages["source"].rows,
         "final": _final(final, stages["source"].rows),
         "waterfall": _waterfall(stages),
-        "scores": measured,
+        "similarity": _similarity(measured),
         "headline": _headline(measured),
         "kinds": _kinds(measured),
         "zero_shot": {kind: part["zero_shot"] for kind, part in measured["kinds"].items() if part["zero_shot"]},
@@ -156,8 +156,13 @@ def _kinds(measured: dict[str, Any]) -> list[dict[str, Any]]:
             }
             for name in names
         ]
-        kinds.append({"kind": kind, "rows": rows, **{key: part[key] for key in ("count", "clip_score", "cmmd")}})
+        kinds.append({"kind": kind, "rows": rows, "count": part["count"], **_similarity(part)})
     return kinds
+
+
+def _similarity(part: dict[str, Any]) -> dict[str, float | None]:
+    """What CLIP measured; None for what an older evaluation did not."""
+    return {name: part.get(name) for name in scores.SIMILARITIES}
 
 
 def _grids(store: Store, evaluate: Record) -> list[dict[str, str]]:

@@ -8,18 +8,25 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION, check_schema
-from unclip.metrics import cmmd, mcnemar, paired_difference, wilson
+from unclip.metrics import cmmd, coverage, frechet, mcnemar, paired_difference, wilson
 
 ALL = "all"
 """The verdict that everything at once is right."""
 
 
+SIMILARITIES = ("clip_score", "cmmd", "fd", "precision", "recall")
+"""What CLIP's embeddings say of a set of pictures: see unclip/metrics.py. FD is of raw embeddings."""
+NEIGHBOURS = 3
+"""Of precision and recall, as Kynkäänniemi et al. 2019 chose."""
+
+
 def score(rows: Sequence[dict[str, Any]], release: str) -> dict[str, Any]:
     """The document scores.json of samples (rows of samples.parquet, in the order of the prompts).
 
-    kinds → count, attributes (and ceiling, floor, zero_shot: attribute → value, low, high, count), clip_score, cmmd.
-    items holds verdict and CLIP score of every prompt in order, for paired comparisons. What could not be measured is
-    null: verdicts without a judge, ceiling and CMMD without true pictures.
+    kinds → count, attributes (and ceiling, floor, zero_shot: attribute → value, low, high, count), clip_score, and what
+    compares the CLIP embeddings of all pictures with those of true ones: cmmd, fd, precision and recall. items holds
+    verdict and CLIP score of every prompt in order, for paired comparisons. What could not be measured is null:
+    verdicts without a judge, ceiling and what is compared without true pictures, precision and recall of a handful.
     """
     kinds: dict[str, Any] = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -56,9 +63,9 @@ def read(data: bytes, where: str = "scores.json") -> dict[str, Any]:
 
 def flat(scores: dict[str, Any]) -> dict[str, float]:
     """The main numbers under dotted names ("single.all", "single.all.low", "pair.ceiling.all", "cmmd"), as metrics."""
-    found = {name: scores[name] for name in ("clip_score", "cmmd")}
+    found = {name: scores.get(name) for name in SIMILARITIES}  # the first documents had two of them
     for kind, part in scores["kinds"].items():
-        found |= {f"{kind}.{name}": part[name] for name in ("clip_score", "cmmd")}
+        found |= {f"{kind}.{name}": part.get(name) for name in SIMILARITIES}
         for name, rate in (part["attributes"] or {}).items():
             found |= {f"{kind}.{name}": rate["value"], f"{kind}.{name}.low": rate["low"]}
         for group in ("ceiling", "floor", "zero_shot"):
@@ -114,8 +121,13 @@ def _rates(rows: Sequence[dict[str, Any]], column: str) -> dict[str, Any] | None
 
 
 def _similarity(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    drawn = [row["embedding"] for row in rows]
     true = [row["true_embedding"] for row in rows if row["true_embedding"] is not None]
+    overlap = coverage(drawn, true, NEIGHBOURS) if min(len(drawn), len(true)) > NEIGHBOURS else None
     return {
         "clip_score": sum(row["clip_score"] for row in rows) / len(rows),
-        "cmmd": cmmd([row["embedding"] for row in rows], true) if true else None,
+        "cmmd": cmmd(drawn, true) if true else None,
+        "fd": frechet(drawn, true) if min(len(drawn), len(true)) > 1 else None,
+        "precision": overlap and overlap.precision,
+        "recall": overlap and overlap.recall,
     }

@@ -10,7 +10,7 @@ import pytest
 
 from infra.manifest import object_name
 from infra.store import open_store
-from pipelines import releases
+from pipelines import releases, scores
 from pipelines.release import GateSpec
 from pipelines.report import parameters
 from tests.fixtures.line import STATES, Line
@@ -71,12 +71,15 @@ def test_every_row_is_in_one_final_state_and_the_table_adds_up(page: str) -> Non
     assert "does not add up" not in table
 
 
-def test_the_page_says_scores_with_intervals_beside_ceiling_and_floor(page: str) -> None:
+def test_the_page_says_scores_with_intervals_beside_ceiling_and_floor(line: Line, page: str) -> None:
     words = " ".join(Text(page).words)
     assert "single: all right at once 0.970 95 % interval 0.915–0.990" in words
     assert "all 0.970 0.915–0.990 1.000 0.050" in words
     assert "Zero-shot accuracy" in words
     assert "single.all 0.970 0.900 passed" in words
+    measured = scores.read(line.store.get(object_name(line.made["evaluate"].only.sha("scores.json"))))
+    assert f"CLIP-FD {measured['fd']:.3f} Fréchet distance" in words
+    assert f"precision · recall {measured['precision']:.3f} · {measured['recall']:.3f}" in words
     assert "+0.070" in words
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 
 from infra.errors import Refused
 from infra.manifest import canonical
 from pipelines.scores import compare, flat, read, score
-from unclip.metrics import cmmd, mcnemar, wilson
+from unclip.metrics import cmmd, coverage, frechet, mcnemar, wilson
 
 
 def row(number: int, kind: str = "single", right: bool = True, **changes):
@@ -27,6 +28,11 @@ def row(number: int, kind: str = "single", right: bool = True, **changes):
         "true_embedding": [0.0, 2.0],
         **changes,
     }
+
+
+def apart(number: int):
+    """Embeddings of length 1, all different."""
+    return {"embedding": [math.cos(number), math.sin(number)], "true_embedding": [math.cos(2 * number), 0.5]}
 
 
 ROWS = [row(0), row(1, right=False), row(2), row(3), row(4, "pair", right=False)]
@@ -59,9 +65,34 @@ def test_what_was_not_measured_is_null_and_no_metric():
     names = ("verdict", "floor_verdict", "true_verdict", "zero_shot", "true_embedding")
     scores = score([row(0, **dict.fromkeys(names))], "abc")
     part = scores["kinds"]["single"]
-    assert [part[name] for name in ("attributes", "ceiling", "floor", "zero_shot", "cmmd")] == [None] * 5
+    unmeasured = ("attributes", "ceiling", "floor", "zero_shot", "cmmd", "fd", "precision", "recall")
+    assert [part[name] for name in unmeasured] == [None] * 8
     assert scores["items"]["all"] == [None]
     assert flat(scores) == {"clip_score": 0.75, "single.clip_score": 0.75}
+
+
+def test_fd_and_recall_compare_the_embeddings_of_all_pictures_and_of_a_kind():
+    rows = [row(number, "single" if number < 6 else "pair", **apart(number)) for number in range(9)]
+    scores = score(rows, "abc")
+    drawn, true = [one["embedding"] for one in rows], [one["true_embedding"] for one in rows]
+    assert scores["fd"] == frechet(drawn, true)
+    assert (scores["precision"], scores["recall"]) == coverage(drawn, true, 3)
+    single, pair = scores["kinds"]["single"], scores["kinds"]["pair"]
+    assert single["fd"] == frechet(drawn[:6], true[:6])
+    assert single["recall"] == coverage(drawn[:6], true[:6], 3).recall
+    # Three pictures have a covariance, but no third neighbour.
+    assert (pair["fd"], pair["precision"], pair["recall"]) == (frechet(drawn[6:], true[6:]), None, None)
+    assert {"fd", "precision", "recall", "single.recall", "pair.fd"} < set(flat(scores))
+
+
+def test_the_first_documents_which_had_no_fd_are_still_read():
+    older = score(ROWS, "abc")
+    for part in (older, *older["kinds"].values()):
+        for name in ("fd", "precision", "recall"):
+            del part[name]
+    assert read(canonical(older)) == older
+    assert flat(older)["cmmd"] == older["cmmd"]
+    assert "fd" not in flat(older)
 
 
 def test_metrics_have_dotted_names():
