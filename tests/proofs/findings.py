@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from tests.proofs.findings_draw import DEMO, SINGLES, AnyCell, Bench, Bits, Cell, Enlarged, Words
+from tests.proofs.findings_draw import DEMO, SINGLES, AnyCell, Bench, Bits, Cell, Cost, Enlarged, Words
 from tests.proofs.findings_fits import VARIANTS, fitted
 
 FEW_STEPS = (4, 8, 16, 25, 50)
@@ -62,6 +62,7 @@ def cells() -> Iterator[AnyCell]:
     yield Words()
     for fed in FED.values():
         yield from (Cell(**fed), Cell(**fed, scenes="pair", count=PAIRS))
+    yield from (Cost(prior) for prior in PRIORS)
     yield from (Cell(embedding=prior) for prior in PRIORS)
     yield from (Cell(embedding=prior, scenes="pair", count=PAIRS) for prior in PRIORS)
     yield from (Enlarged(upsampler, condition) for condition in CONDITIONS for upsampler in UPSAMPLERS)

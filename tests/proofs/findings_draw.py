@@ -26,7 +26,7 @@ from pipelines.embed import base
 from pipelines.grids import pixels
 from pipelines.release import open_release, unfold
 from pipelines.shapes import oracle
-from tests.proofs.findings_fits import fitted
+from tests.proofs.findings_fits import VARIANTS, Variant, counted, fitted, planned, step_flops
 from tests.proofs.findings_scenes import Asked, asked, caption_swapped
 from unclip.cascade import UnCLIP, to_uint8
 from unclip.clip_text import Text
@@ -115,7 +115,19 @@ class Words:
     name: str = "words"
 
 
-AnyCell = Cell | Enlarged | Bits | Words
+@dataclass(frozen=True)
+class Cost:
+    """What a prior's training and one z_i of it cost, in floating-point operations."""
+
+    prior: str
+
+    @property
+    def name(self) -> str:
+        """As its line is called."""
+        return f"cost-{self.prior}"
+
+
+AnyCell = Cell | Enlarged | Bits | Words | Cost
 
 
 def _name(cell: Any, usual: Any) -> str:
@@ -137,7 +149,13 @@ class Bench:
     def run(self, cell: AnyCell) -> dict[str, Any]:
         """Does a cell, keeps its pictures and embeddings in a file, and returns its line."""
         started = time.perf_counter()
-        kinds: dict[type, Any] = {Cell: self._drawn, Enlarged: self._enlarged, Bits: self._bits, Words: self._words}
+        kinds: dict[type, Any] = {
+            Cell: self._drawn,
+            Enlarged: self._enlarged,
+            Bits: self._bits,
+            Words: self._words,
+            Cost: self._cost,
+        }
         found = kinds[type(cell)](cell)
         return {"name": cell.name, "cell": asdict(cell), "seconds": round(time.perf_counter() - started, 1), **found}
 
@@ -247,6 +265,19 @@ class Bench:
             what: likeness([caption_swapped(one, what) for one in asked_for]) for what in ("colours", "relation")
         }
         return {what: (own > other).tolist() for what, other in swapped.items()}
+
+    def _cost(self, cell: Cost) -> dict[str, Any]:
+        plan = planned(self.store, self.folder, VARIANTS.get(cell.prior, Variant("prior")))
+        rows = list(range(TILE))
+        text = self.clip.encode_text([one.prompt for one in asked("single", TILE)])
+        with counted() as counter:
+            self._z(Cell(embedding=cell.prior), text, rows)
+        steps = plan.train["steps"]
+        return {
+            "steps": steps,
+            "training": steps * step_flops(self.store, plan),
+            "drawing": counter.get_total_flops() / TILE,
+        }
 
     def _embeddings(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Raw CLIP image embeddings [n, d] of uint8 [n, h, w, 3]."""

@@ -7,6 +7,8 @@ a record is not trained again, and a fit that was stopped goes on from its check
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,26 +65,39 @@ VARIANTS = {
 """All that is trained beside the demo's release."""
 
 
-def fitted(store: LocalStore, release: Path, name: str) -> Record:
-    """The record of a variant's fit, trained in this process if there is none yet."""
-    variant = VARIANTS[name]
+@dataclass(frozen=True)
+class Plan:
+    """A fit as the trainer is asked for it."""
+
+    kind: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+    data: dict[str, str]
+
+
+def planned(store: LocalStore, release: Path, variant: Variant) -> Plan:
+    """What is asked of the trainer for a variant; for `Variant("prior")` and so on, what the demo asked."""
     said = json.loads((release / variant.of / "config.json").read_text())
-    data = dict(said["facts"]["data"])
+    kind, data = said["kind"], dict(said["facts"]["data"])
     if variant.of_text:
         data |= text_for_image(store, data)
-    kind = said["kind"]
-    train = said["train"] | variant.train
+    model, train = said["config"] | variant.model, said["train"] | variant.train
     train["steps"] *= variant.times
-    model = said["config"] | variant.model
     if variant.autoregressive:
         model, train = autoregressive(store, model, train, data)
         kind = "ar_prior"
-    config = CONFIGS[kind](**train)
-    fit = Fit(variant.of, kind, FitSpec(model, plain(config)), FitHow(), NEEDS)
-    (action,) = fit.actions(*(Manifest.load(store, data[ROLES[need]]) for need in NEEDS))
+    return Plan(kind, model, plain(CONFIGS[kind](**train)), data)
+
+
+def fitted(store: LocalStore, release: Path, name: str) -> Record:
+    """The record of a variant's fit, trained in this process if there is none yet."""
+    variant = VARIANTS[name]
+    plan = planned(store, release, variant)
+    fit = Fit(variant.of, plan.kind, FitSpec(plan.model, plan.train), FitHow(), NEEDS)
+    (action,) = fit.actions(*(Manifest.load(store, plan.data[ROLES[need]]) for need in NEEDS))
     if store.exists(action.record_name()):
         return Record.from_json(store.get(action.record_name()))
-    job = Job(name, action.key, kind, fit.spec.model, fit.spec.train, data)
+    job = Job(name, action.key, plan.kind, plan.model, plan.train, plan.data)
     with store.scratch() as out:
         facts = train_local(job, fit.how, store, out, NullMonitor())
         record = commit(store, action, Record.of(action, out, facts=facts), out)
@@ -99,20 +114,29 @@ def autoregressive(
     model = asdict(replace(DEMO.ar_prior, **widths))
     known = set(CONFIGS["ar_prior"].__dataclass_fields__)
     options = {name: value for name, value in train.items() if name in known}
-    cost = flops(store, "prior", prior, train, data) / flops(store, "ar_prior", model, options, data)
+    cost = step_flops(store, Plan("prior", prior, train, data)) / step_flops(
+        store, Plan("ar_prior", model, options, data)
+    )
     return model, options | {"steps": round(train["steps"] * cost)}
 
 
-def flops(store: Store, kind: str, model: dict[str, Any], train: dict[str, Any], data: dict[str, str]) -> int:
-    """Floating-point operations of one training step, forward and backward, as torch counts them."""
-    task = objective(Job(kind, "flops", kind, model, train, data), store, torch.device("cpu"))
+def step_flops(store: Store, plan: Plan) -> int:
+    """Floating-point operations of one training step, forward and backward."""
+    task = objective(Job(plan.kind, "flops", plan.kind, plan.model, plan.train, plan.data), store, torch.device("cpu"))
     network = task.build().train()
-    rows = Data(store, data["rows"], data["selection"], task.reads, read_text=task.read_text)
-    batch = first_batch(rows, train["batch"])
-    # Attention as plain products: torch counts nothing inside the fused one of a CPU.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    rows = Data(store, plan.data["rows"], plan.data["selection"], task.reads, read_text=task.read_text)
+    batch = first_batch(rows, plan.train["batch"])
+    with counted() as counter:
         task.loss(network, batch, Group()).loss.sum().backward()
     return counter.get_total_flops()
+
+
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Counts the floating-point operations inside, as torch does."""
+    # Attention as plain products: torch counts nothing inside the fused one of a CPU.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 def first_batch(data: Data, size: int) -> Batch:
