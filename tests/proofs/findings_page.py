@@ -11,7 +11,9 @@ import numpy as np
 
 from pipelines import grids
 from tests.proofs.findings import (
+    BOUND_STEPS,
     FED,
+    FED_SCALES,
     FEW_STEPS,
     FIXED,
     GUIDED,
@@ -29,7 +31,6 @@ from tests.proofs.findings_scenes import asked
 from unclip.metrics import Estimate, cmmd, cosine, frechet, paired_difference, wilson
 
 MARK = "<!-- Below: by hand. Everything above is written anew by make proof-findings. -->"
-FED_SCALES = (1.0, 2.0, 4.0)
 STRONG = 4.0
 """The guidance scale at which diversity is compared with that of no guidance."""
 PAPER_STEPS = 25
