@@ -6,12 +6,14 @@ Ray is imported inside the functions, after its environment is set: it reads tha
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
 import threading
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -29,8 +31,26 @@ _PATIENCE_S = 5.0
 _STOP_WAIT_S = 120  # what a stopped job has to save a checkpoint; Ray's own default is 3
 _NOT_SENT = (".git", ".venv", "venv", "store", "mlruns", "__pycache__", "*.tar", "*.parquet", "*.safetensors")
 
+_UNLIMITED = 1_000_000  # nodes of a group whose autoscaler names no bound
+
 _started_here = False
 _keeper: _Keeper | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has for Ray's work, and how many there are of it, or may be."""
+
+    cpus: float
+    gpus: float
+    count: float = 1
+
+    def holds(self, cpus: float, gpus: float) -> float:
+        """How many units of so many CPUs and GPUs they hold at once, each whole on one node."""
+        each = min(
+            has / wanted + 1e-9 if wanted else math.inf for has, wanted in ((self.cpus, cpus), (self.gpus, gpus))
+        )
+        return self.count * (each if math.isinf(each) else math.floor(each))
 
 
 @dataclass(frozen=True)
@@ -41,12 +61,26 @@ class ClusterInfo:
     """host:port of its head."""
     dashboard: str
     """URL of its dashboard; empty if it has none."""
-    cpus: float
-    """CPUs of all its nodes."""
-    gpus: float
-    """GPUs of all its nodes."""
+    nodes: tuple[Node, ...]
+    """The nodes that it has now, by size."""
+    growth: tuple[Node, ...]
+    """The nodes that its autoscaler may give it in all, those of now included; empty where Ray does not know."""
     local: bool
     """Whether it was started here, and ends with this process."""
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all its nodes."""
+        return sum(node.cpus * node.count for node in self.nodes)
+
+    @property
+    def most(self) -> tuple[float, float]:
+        """CPUs and GPUs of all its nodes, or of those that it may grow to."""
+        totals = [
+            [sum(getattr(node, what) * node.count for node in nodes) for what in ("cpus", "gpus")]
+            for nodes in (self.nodes, self.growth)
+        ]
+        return max(totals[0][0], totals[1][0]), max(totals[0][1], totals[1][1])
 
 
 def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
@@ -67,7 +101,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
                 _start(
                     ray,
                     address="local",
-                    num_cpus=cpus or _usable_cpus(),
+                    num_cpus=cpus or usable_cpus(),
                     object_store_memory=_OBJECT_STORE,
                     include_dashboard=True,  # without it, Ray Train's cleaner logs an error a second
                     dashboard_host="127.0.0.1",
@@ -81,13 +115,13 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
             raise Refused(_no_answer(address, str(error).strip().splitlines()[0])) from error
         _started_here = True
         _quieten()
-    context, total = ray.get_runtime_context(), ray.cluster_resources()
+    context = ray.get_runtime_context()
     dashboard = ray._private.worker.get_dashboard_url() or ""
     return ClusterInfo(
         address=context.gcs_address,
         dashboard=f"http://{dashboard}" if dashboard else "",
-        cpus=total.get("CPU", 0.0),
-        gpus=total.get("GPU", 0.0),
+        nodes=_nodes(ray),
+        growth=_growth(ray),
         local=address is None,
     )
 
@@ -240,7 +274,30 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _usable_cpus() -> int:
+def _nodes(ray: Any) -> tuple[Node, ...]:
+    """The living nodes, the largest first."""
+    resources = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    sizes = Counter((has.get("GPU", 0.0), has.get("CPU", 0.0)) for has in resources)
+    return tuple(Node(cpus, gpus, count) for (gpus, cpus), count in sorted(sizes.items(), reverse=True))
+
+
+def _growth(ray: Any) -> tuple[Node, ...]:
+    """The groups of nodes that an autoscaler has told Ray of; none through Ray's client, which cannot ask."""
+    if ray.util.client.ray.is_connected():
+        return ()
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    return tuple(
+        Node(
+            one.resources.get("CPU", 0), one.resources.get("GPU", 0), _UNLIMITED if one.max_count < 0 else one.max_count
+        )
+        for one in groups
+        if one.max_count
+    )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, which a local Ray gets unless it is told another number."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

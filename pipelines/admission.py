@@ -1,11 +1,58 @@
-"""Which fits may run at once: as many as the cluster's CPUs and GPUs hold, first come, first served."""
+"""What the cluster holds: which stages never, which fits at once (first come, first served), how many actors."""
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
+from pipelines.stage import Stage
+
+
+def check_room(stages: Iterable[Stage], nodes: Sequence[Node], growth: Sequence[Node] = ()) -> None:
+    """Raises Refused naming every stage of which no node holds a single task, process or (for a fit) worker, or which
+    wants more workers at once than all nodes hold: an error beats a wait without end.
+
+    nodes: what the cluster has now; growth: what its autoscaler may make of it, where Ray knows. Of a cluster that
+    grows and does not say how far, what it has now is the limit. Nothing is checked without nodes.
+    """
+    wants, changes = [], []
+    for stage in stages if nodes else ():
+        how = stage.how
+        cpus, gpus = getattr(how, "cpus", 1), getattr(how, "gpus", 0)
+        units = how.workers if stage.kind == "fit" else 1
+        if stage.kind == "driver" or any(_holds(cluster, cpus, gpus) >= units for cluster in (nodes, growth)):
+            continue
+        unit = {"fit": f"{units} worker{'s' * (units > 1)}", "task": "a task", "actor": "a process"}[stage.kind]
+        wants.append(f"{stage.name} wants {_amount(cpus, gpus)} for {unit}{' each' * (units > 1)}")
+        section = _section(stage)
+        changes += [f"{section}.{name}" for name in ("workers", "cpus", "gpus") if getattr(how, name, 0)]
+    if wants:
+        has = "; ".join(f"{node.count:g} with {_amount(node.cpus, node.gpus)}" for node in (*nodes, *growth))
+        raise Refused(
+            f"the cluster is too small: {', '.join(wants)}. Its nodes: {has}. Ask for less ({', '.join(changes)}; "
+            "--set KEY=VALUE), or connect to a larger cluster (--address)."
+        )
+
+
+def _holds(nodes: Iterable[Node], cpus: float, gpus: float) -> float:
+    """How many units of that size these nodes hold at once, each whole on one of them."""
+    return sum(node.holds(cpus, gpus) for node in nodes)
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    shown = f"{cpus:g} CPU{'s' * (cpus != 1)}"
+    return shown if not gpus or math.isinf(gpus) else f"{shown} and {gpus:g} GPU{'s' * (gpus != 1)}"
+
+
+def _section(stage: Any) -> str:
+    """Where the recipe says how a stage is run."""
+    if getattr(stage, "model", "") == "ar_prior":
+        return "ar_prior"
+    return stage.name.replace("upsampler-", "upsamplers.") if stage.kind == "fit" else stage.group
 
 
 class Admission:
@@ -17,16 +64,6 @@ class Admission:
         self.waiting: list[object] = []
         self.changed = threading.Condition()
         self.closed = False
-
-    def check(self, name: str, need: dict[str, float]) -> None:
-        """Raises Refused where the cluster could never hold it: an error beats a wait without end."""
-        for resource, amount in need.items():
-            if amount > self.total[resource] + 1e-9:
-                raise Refused(
-                    f"{name} wants {amount:g} {resource}, and the cluster has {self.total[resource]:g}. "
-                    f"Ask for less (--set {name.replace('-', 's.', 1) if 'upsampler' in name else name}.workers=…) "
-                    "or connect to a larger cluster (--address)."
-                )
 
     def enter(self, need: dict[str, float]) -> None:
         """Blocks until it is this one's turn and its resources are free, and takes them; Stopped once closed."""
@@ -65,8 +102,6 @@ def needs_of(stage: Any) -> dict[str, float]:
     return {"CPU": how.workers * how.cpus, "GPU": how.workers * how.gpus}
 
 
-def most_actors(info: Any, cpus: float, gpus: float) -> int:
-    """How many actors of so many CPUs and GPUs the cluster of that info holds at once; at least 1."""
-    by_cpus = info.cpus / max(cpus, 0.1)
-    by_gpus = info.gpus / gpus if gpus else by_cpus
-    return max(1, int(min(by_cpus, by_gpus) + 1e-9))
+def most_actors(info: ClusterInfo, cpus: float, gpus: float) -> int:
+    """How many actors of so many CPUs and GPUs the cluster's nodes hold at once; at least 1."""
+    return max(1, int(min(_holds(info.nodes, max(cpus, 0.1), gpus), 1e6)))

@@ -17,6 +17,7 @@ from email.message import Message
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 TAR, TABLE = "images.tar", "index.parquet"
 BLOCK_ROWS = 256
 AGENT = "unclip"
+SILENT = ("refused_address", "no_address", "connection", "timeout", "tls", "bad_answer")
+"""States that a row may end in without a word from its server."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,6 +69,10 @@ class DownloadHow:
     """Networks (CIDR) that may be reached though they are not public, for pictures on an intranet."""
     contact: str = ""
     """An address where the people whose servers are asked can reach you; it goes into the User-Agent."""
+    silent_rows: int = 8
+    """A shard is not recorded, and the stage fails, where at least so many rows were tried and no server answered a
+    single one: then the network or these settings are at fault, not the hosts, and a record would say for good that the
+    pictures are gone. 0: recorded all the same. A smaller shard of dead hosts, as at a list's end, holds nobody up."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
 
@@ -74,6 +81,8 @@ class DownloadHow:
             raise Refused(
                 "download: threads must be at least 1, timeout_s positive, and retries, backoff_s and cpus not negative"
             )
+        if self.silent_rows < 0:
+            raise Refused(f"download.silent_rows is {self.silent_rows}; it must not be negative (0: never refuse)")
         if not self.contact.isprintable() or not self.contact.isascii():
             raise Refused("download.contact goes into an HTTP header: write it in ASCII, on one line")
         networks(self.allow)
@@ -108,12 +117,14 @@ class Download:
         index: list[dict[str, Any]] = []
         early = {number: Outcome(state) for number, state in enumerate(states) if state}
         with tarfile.open(out / TAR, "w", format=tarfile.USTAR_FORMAT) as tar:
-            fetch = self._fetcher()
+            fetch, reached = self._fetcher(), Reached()
             for which, body in completed(lambda number: fetch(rows[number]["url"]), wanted, self.how.threads):
+                reached.add(rows[wanted[which]]["url"], body)
                 # In this one thread: decoding needs no more, and rows that came early wait for those before them.
                 early[wanted[which]] = outcome(body, self.spec)
                 _flush(early, rows, tar, index, self.spec.format)
             _flush(early, rows, tar, index, self.spec.format)
+        reached.check(self.how.silent_rows)
         if len(index) != len(rows):
             raise RuntimeError(f"{len(rows)} rows went in and {len(index)} came out")
         keep = table.drop_columns(SOURCE.names)
@@ -140,7 +151,7 @@ class Download:
                     guard.fetch, url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey
                 )
             except Fault as fault:
-                return Body(fault.state)
+                return Body(fault.state, answered=fault.answered, reason=str(fault))
             return Body(None, answer.body)
 
         return fetch
@@ -152,6 +163,42 @@ class Body:
 
     state: str | None
     data: bytes = b""
+    answered: bool = True
+    """Whether a server began an HTTP answer (in the last attempt), whatever it said."""
+    reason: str = ""
+    """The state in a few words more, for a person."""
+
+
+@dataclass
+class Reached:
+    """Whether any server answered for a shard, and what happened instead."""
+
+    answered: bool = False
+    silent: Counter[str] = field(default_factory=Counter)
+    """State → rows whose server said nothing."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """State → the first such row, as "host (what happened)"."""
+
+    def add(self, url: str, body: Body) -> None:
+        """Counts a row. A URL that is none (bad_url, refused_scheme) says nothing about the network."""
+        self.answered = self.answered or body.answered
+        if not body.answered and body.state in SILENT:
+            self.silent[body.state] += 1
+            self.examples.setdefault(body.state, f"{urlsplit(url.strip()).hostname} ({body.reason})")
+
+    def check(self, rows: int) -> None:
+        """Raises Refused, code 5, where so many rows (0: never) and more were tried and none was answered."""
+        if self.answered or not 0 < rows <= self.silent.total():
+            return
+        counts = ", ".join(
+            f"{count} {state}, such as {self.examples[state]}" for state, count in self.silent.most_common()
+        )
+        raise Refused(
+            f"no server answered for any of {self.silent.total()} rows: {counts}. So nothing was recorded. Does this "
+            "machine reach the network, and its DNS? Hosts of an intranet need download.allow, hosts that live "
+            "elsewhere download.resolve. If they are really gone, record that: --set download.silent_rows=0",
+            code=5,
+        )
 
 
 @dataclass(frozen=True)

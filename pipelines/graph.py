@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +75,24 @@ def _newest_records(store: Store, place: str) -> dict[tuple[str, int], Record]:
         (key, generation): Record.from_content(record.content, key, generation)
         for (key, generation), record in zip(head["records"], records, strict=True)
     }
+
+
+def unfinished(stages: Iterable[Stage], known: Mapping[str, Manifest], store: Store) -> list[Stage]:
+    """Of these ordered stages, those that have work, and those behind them, which will as a rule have some too.
+
+    known: manifests of stages that are done, those that are not among `stages` included.
+    """
+    done, out = dict(known), []
+    for stage in stages:
+        if stage.name in done:
+            continue
+        if all(need in done for need in stage.needs):
+            resolved = resolve(stage, [done[need] for need in stage.needs], store)
+            if not resolved.todo:
+                done[stage.name] = resolved.manifest()
+                continue
+        out.append(stage)
+    return out
 
 
 def order(stages: Iterable[Stage]) -> list[Stage]:

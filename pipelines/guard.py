@@ -15,7 +15,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.message import Message
 from functools import cached_property
@@ -34,11 +34,14 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class Fault(Exception):
-    """Why a URL gave nothing. `state` names the reason; `transient` says whether another attempt may do better."""
+    """Why a URL gave nothing. `state` names the reason; `transient` says whether another attempt may do better.
+
+    `answered`: whether any server, also one that redirected, had begun an HTTP answer by then; `fetch` sets it.
+    """
 
     def __init__(self, state: str, message: str = "", *, transient: bool = False) -> None:
         super().__init__(message or state)
-        self.state, self.transient = state, transient
+        self.state, self.transient, self.answered = state, transient, False
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ class Guard:
         seconds bounds the whole of it, redirects included, however slowly bytes trickle in (only the system's resolver
         keeps its own time). check sees the final answer's headers before the body is read, and may raise Fault.
         """
-        deadline = time.monotonic() + seconds
-        for _ in range(self._max_redirects + 1):
-            try:
-                with contextlib.closing(self._connect(url, deadline)) as connection:
+        deadline, answered = time.monotonic() + seconds, False
+        try:
+            for _ in range(self._max_redirects + 1):
+                with _faults(seconds), contextlib.closing(self._connect(url, deadline)) as connection:
                     connection.request("GET", _target(url), headers=self._headers)
                     with connection.getresponse() as response:
+                        answered = True
                         if response.status in REDIRECTS and response.headers["Location"]:
                             url = urljoin(url, _location(response.headers["Location"]))
                             continue
@@ -96,17 +100,10 @@ class Guard:
                             raise Fault(f"http_{response.status}", transient=response.status in PATIENCE)
                         check(response.headers)
                         return Answer(_body(response, max_bytes), response.headers, url)
-            except TimeoutError as error:
-                raise Fault("timeout", f"no answer within {seconds:g} s", transient=True) from error
-            except ssl.SSLError as error:
-                raise Fault("tls", str(error)) from error
-            except http.client.RemoteDisconnected as error:
-                raise Fault("connection", str(error), transient=True) from error
-            except http.client.HTTPException as error:
-                raise Fault("bad_answer", f"{type(error).__name__}: {error}") from error
-            except OSError as error:
-                raise Fault("connection", str(error), transient=True) from error
-        raise Fault("too_many_redirects", f"more than {self._max_redirects}")
+            raise Fault("too_many_redirects", f"more than {self._max_redirects}")
+        except Fault as fault:
+            fault.answered = answered
+            raise
 
     def _connect(self, url: str, deadline: float) -> http.client.HTTPConnection:
         scheme, host, port = _parts(url)
@@ -151,6 +148,23 @@ class Guard:
             if found := self._resolve.get(".".join(["*", *labels[first:]])):
                 return found
         return None
+
+
+@contextlib.contextmanager
+def _faults(seconds: float) -> Iterator[None]:
+    """Gives what goes wrong with a connection its name."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise Fault("timeout", f"no answer within {seconds:g} s", transient=True) from error
+    except ssl.SSLError as error:
+        raise Fault("tls", str(error)) from error
+    except http.client.RemoteDisconnected as error:
+        raise Fault("connection", str(error), transient=True) from error
+    except http.client.HTTPException as error:
+        raise Fault("bad_answer", f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise Fault("connection", str(error), transient=True) from error
 
 
 def public(address: Address) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import signal
@@ -70,7 +71,7 @@ def run_recipe(
     name: str, store: str, changes: Sequence[str], *, until: str | None, only: str | None, address: str | None
 ) -> dict[str, Manifest]:
     """Runs what is to do and tells the person at the terminal where it stands and what came of it."""
-    from infra.cluster import connect, disconnect
+    from infra.cluster import Node, connect, disconnect, usable_cpus
     from infra.monitor import Monitor
     from infra.tracking import check_server, default_uri
 
@@ -99,7 +100,9 @@ def run_recipe(
             }
             return dataclasses.replace(stage, how=dataclasses.replace(stage.how, resolve=resolve))  # type: ignore[type-var]
 
-        execution = Execution(job.store, job.stages, link, console, ready)
+        # Of a local Ray the CPUs are known before it starts; how many GPUs it finds is not.
+        foreseen = () if address else (Node(job.recipe.cluster.cpus or usable_cpus(), math.inf),)
+        execution = Execution(job.store, job.stages, link, console, ready, foreseen=foreseen)
         status = "FAILED"
         try:
             with console, _stoppable(execution, console):

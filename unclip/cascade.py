@@ -15,40 +15,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, write_tokens
+from unclip.ar_prior import AutoregressivePrior, write_tokens
 from unclip.clip import Clip
 from unclip.clip_text import Text
-from unclip.decoder import Decoder, DecoderConfig
+from unclip.decoder import Decoder
 from unclip.errors import Refused
+from unclip.fit import check_fit
 from unclip.guidance import Network, clipped, conditional
-from unclip.prior import DiffusionPrior, PriorConfig, PriorContext
+from unclip.prior import DiffusionPrior, PriorContext
+from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
 from unclip.schedule import Denoiser, Prediction, Schedule
-from unclip.upsampler import WORKSPACE, Upsampler, UpsamplerConfig, filled_up
+from unclip.upsampler import WORKSPACE, Upsampler, filled_up
 
 Prior = DiffusionPrior | AutoregressivePrior
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
-
-
-class Progress(NamedTuple):
-    """Where a generation stands; what a callback gets after every step of every model."""
-
-    component: str
-    """prior, decoder, upsampler-64, …"""
-    tile: int
-    """From 0."""
-    tiles: int
-    step: int
-    """From 1 to steps."""
-    steps: int
-    x0: Tensor
-    """The clean sample as the model now predicts it, [tile size, …]; the last tile's padding included."""
-
-
-Callback = Callable[[Progress], None]
 
 
 class UnCLIP:
@@ -131,7 +115,7 @@ class UnCLIP:
         pictures = []
         for tile, rows in enumerate(tiles):
             words, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
-            report = _Reporter(callback, tile, len(tiles))
+            report = Reporter(callback, tile, len(tiles))
             text = self.clip.encode_text(words)
             embedding = self.sample_prior(text, numbers, chosen["prior"], report)
             pictures.append(self._render(embedding, text, numbers, chosen, report)[: len(prompts) - rows[0]])
@@ -165,7 +149,7 @@ class UnCLIP:
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
-            report = _Reporter(callback, tile, len(tiles))
+            report = Reporter(callback, tile, len(tiles))
             text, numbers = self.clip.encode_text([texts[row] for row in rows]), [seeds[row] for row in rows]
             extra = _Extra(None if start is None else start[rows].to(self.device), depth, bind, rows)
             shown = self._render(embeddings[rows].to(self.device), text, numbers, chosen, report, extra)
@@ -346,21 +330,6 @@ class _Extra(NamedTuple):
     rows: Sequence[int]
 
 
-Report = Callable[[str, int, int, Tensor], None]
-"""(component, step, steps, predicted x0): what the samplers of a cascade tell."""
-
-
-class _Reporter:
-    """Adds to a sampler's report which tile it is about."""
-
-    def __init__(self, callback: Callback | None, tile: int, tiles: int) -> None:
-        self.callback, self.tile, self.tiles = callback, tile, tiles
-
-    def __call__(self, component: str, step: int, steps: int, x0: Tensor) -> None:
-        if self.callback is not None:
-            self.callback(Progress(component, self.tile, self.tiles, step, steps, x0))
-
-
 def _tiles(count: int, size: int) -> Iterator[list[int]]:
     """Row numbers, `size` at a time; the last tile is filled up with its own last row."""
     for first in range(0, count, size):
@@ -371,26 +340,3 @@ def _tiles(count: int, size: int) -> Iterator[list[int]]:
 def to_uint8(x: Tensor) -> Tensor:
     """[-1, 1] → uint8, rounded to the nearest."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def check_fit(
-    clip: Mapping[str, int],
-    prior: PriorConfig | AutoregressivePriorConfig,
-    decoder: DecoderConfig,
-    upsamplers: Sequence[UpsamplerConfig],
-) -> None:
-    """Raises Refused, naming both sides, where models do not fit together.
-
-    clip: its `embedding` and `text_width`, and its `context` in tokens.
-    """
-    configs: dict[str, PriorConfig | AutoregressivePriorConfig | DecoderConfig] = {"prior": prior, "decoder": decoder}
-    for name, config in configs.items():
-        for field, width in clip.items():
-            if getattr(config, field) != width:
-                raise Refused(f"this {name} was made for {field} {getattr(config, field)}, and CLIP's is {width}")
-    below, size = "decoder", decoder.size
-    for upsampler in upsamplers:
-        name = f"upsampler-{upsampler.size}"
-        if upsampler.low != size:
-            raise Refused(f"{name} takes pictures of {upsampler.low} px, and the {below} gives {size} px")
-        below, size = name, upsampler.size

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip import release
-from unclip.cascade import Sampling, UnCLIP, check_fit
+from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import Clip
 from unclip.decoder import IMAGE_TOKENS, Decoder
 from unclip.errors import Refused
+from unclip.fit import check_fit
 from unclip.folder import read_tensors, save_model
 from unclip.interop_clip import (
     processor_document,

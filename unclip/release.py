@@ -16,13 +16,38 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unclip.cascade import Sampling, UnCLIP, check_fit
+from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Refused
+from unclip.fit import check_fit
 from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one component of a release is."""
+
+    kinds: tuple[str, ...] = ()
+    """Kinds of model folder that can be it (unclip/folder.py); none for CLIP, whose folder is of its own form."""
+    required: bool = True
+    """Whether a release is none without it."""
+    sampled: bool = True
+    """Whether the release says how to sample it."""
+    sees_clip: bool = True
+    """Whether it was trained on CLIP's embeddings: then it belongs to one CLIP."""
+
+
+PARTS = {
+    "clip": Part(sampled=False, sees_clip=False),
+    "prior": Part(PRIORS),
+    "decoder": Part(("decoder",)),
+}
+"""The components that a release has one of, by name."""
+UPSAMPLERS = Part(("upsampler",), required=False, sees_clip=False)
+"""Those that it has any number of: each `upsampler-<side>`."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +118,9 @@ def read(folder: Path | str) -> Release:
         _check_name(component, str(path))
         if set(files) != set(_files(component)):
             raise Refused(f"{path}: {component} lists {sorted(files)}, and it consists of {sorted(_files(component))}")
-    if missing := [part for part in ("clip", "prior", "decoder") if part not in document["components"]]:
+    if missing := [name for name, part in PARTS.items() if part.required and name not in document["components"]]:
         raise Refused(f"{path} has no {' and no '.join(missing)}; a release has clip, prior, decoder and upsamplers")
-    sampled = set(document["components"]) - {"clip"}
+    sampled = {name for name in document["components"] if _part(name).sampled}
     if set(document["sampling"]) != sampled:
         raise Refused(f"{path} says how to sample {sorted(document['sampling'])}, and its models are {sorted(sampled)}")
     try:
@@ -124,15 +149,15 @@ def check(folder: Path | str) -> Release:
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
-    for component, kinds in (("prior", PRIORS), ("decoder", ("decoder",))):
-        configs[component], trained_on = read_model_config(folder / component, *kinds)
-        if trained_on != clip:
+    for component in sorted(set(release.components) - {"clip"}):
+        part = _part(component)
+        configs[component], trained_on = read_model_config(folder / component, *part.kinds)
+        if part.sees_clip and trained_on != clip:
             raise Refused(
                 f"the {component} in {folder} was trained on embeddings of the CLIP {str(trained_on)[:12]}…, "
                 f"and the release holds the CLIP {clip[:12]}…: their embeddings mean different things"
             )
     for name in release.upsamplers:
-        configs[name], _ = read_model_config(folder / name, "upsampler")
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
     widths = clip_widths(document["model"])
@@ -145,10 +170,11 @@ def load(folder: Path | str) -> UnCLIP:
     folder = Path(folder)
     release = check(folder)
     clip = Clip.load(folder / "clip")
-    prior: Any = load_model(folder / "prior", *PRIORS)
-    decoder: Any = load_model(folder / "decoder", "decoder")
-    upsamplers: list[Any] = [load_model(folder / name, "upsampler") for name in release.upsamplers]
-    return UnCLIP(clip, prior, decoder, upsamplers, release.sampling)
+    models: dict[str, Any] = {
+        name: load_model(folder / name, *_part(name).kinds) for name in release.components if name != "clip"
+    }
+    upsamplers = [models[name] for name in release.upsamplers]
+    return UnCLIP(clip, models["prior"], models["decoder"], upsamplers, release.sampling)
 
 
 def _files(component: str) -> tuple[str, ...]:
@@ -159,12 +185,18 @@ def _side(component: str) -> int:
     return int(component.removeprefix(UPSAMPLER))
 
 
+def _part(component: str) -> Part:
+    numbered = component.startswith(UPSAMPLER) and component.removeprefix(UPSAMPLER).isdecimal()
+    return UPSAMPLERS if numbered else PARTS[component]
+
+
 def _check_name(component: str, where: str) -> None:
     # A component names a folder, so nothing else may pass: no path out of the release.
-    if component in ("clip", "prior", "decoder"):
-        return
-    if not (component.startswith(UPSAMPLER) and component.removeprefix(UPSAMPLER).isdecimal()):
-        raise Refused(f"{where}: {component!r} is no part of a release; it has clip, prior, decoder, upsampler-<side>")
+    try:
+        _part(component)
+    except KeyError:
+        known = f"{', '.join(PARTS)}, {UPSAMPLER}<side>"
+        raise Refused(f"{where}: {component!r} is no part of a release; it has {known}") from None
 
 
 def _place(source: Path, target: Path) -> None:

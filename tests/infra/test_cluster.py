@@ -16,7 +16,7 @@ from infra.errors import Refused
 from infra.monitor import NullMonitor
 from infra.tracking import default_uri, open_client
 from pipelines import recipe, workflow
-from pipelines.execute import needs_of
+from pipelines.admission import needs_of
 from tests.fixtures.s3 import free_port
 
 RUN = """

@@ -123,7 +123,7 @@ def test_no_address_port_or_agent_is_in_a_shard(data: Data):
     for record in data.download.records:
         for name in record.files:
             content = data.store.local(object_name(record.sha(name))).read_bytes()
-            assert str(data.server.port).encode() not in content
+            assert f":{data.server.port}".encode() not in content
             assert b"127.0.0.1" not in content
         assert record.facts == {}
 
@@ -165,12 +165,48 @@ def test_kept_columns_are_carried_into_the_index(data: Data, tmp_path):
     assert index["source"].to_pylist() == pq.read_table(data.rows)["source"].to_pylist()
 
 
-def test_an_outage_is_a_state_and_no_failure(data: Data, tmp_path):
+def test_an_outage_is_told_and_nothing_of_it_recorded(data: Data, tmp_path):
     store = open_store(str(tmp_path / "store"))
     with serve() as server:
         port = server.port
-    manifest = make(store, download(port, retries=0), make(store, source(data.rows)))
-    assert manifest.states == {"connection": 240}
+    slices = make(store, source(data.rows))
+    with pytest.raises(
+        Refused, match=r"for any of \d+ rows: \d+ connection, such as \S+\.shapes\.test \(.*refused"
+    ) as caught:
+        make(store, download(port, retries=0), slices)
+    assert caught.value.code == 5
+    assert not list(store.list("records/download-1/"))
+    assert make(store, download(port, retries=0, silent_rows=0), slices).states == {"connection": 240}
+
+
+def test_hosts_that_may_not_be_reached_are_fetched_once_they_are_allowed(tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    with serve() as server:
+        path = "seed0-pairs30-clean/{:06d}.png"
+        urls = [f"http://127.0.0.1:{server.port}/{path.format(number)}" for number in range(8)]
+        slices = listed(store, pa.table({"url": urls, "caption": ["a"] * 8}))
+        with pytest.raises(Refused, match=r"8 refused_address, such as 127\.0\.0\.1 .*not public.*download\.allow"):
+            make(store, download(server.port), slices)
+        # The world answers to its own names alone (421), but it was asked.
+        assert make(store, download(server.port, allow=("127.0.0.0/8",)), slices).states == {"http_421": 8}
+
+
+def test_a_few_dead_hosts_hold_nobody_up(tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    rows = pa.table({"url": [f"http://127.0.0.1/{number}" for number in range(7)], "caption": ["a"] * 7})
+    assert make(store, download(1), listed(store, rows)).states == {"refused_address": 7}
+
+
+def test_one_answer_is_enough_whatever_it_says(tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    with serve() as server:
+        urls = [
+            *(f"http://127.0.0.1/{number}" for number in range(20)),
+            "http://a.shapes.test/nowhere",
+            "ftp://a.test/",
+        ]
+        manifest = make(store, download(server.port), listed(store, pa.table({"url": urls, "caption": ["a"] * 22})))
+    assert manifest.states == {"http_404": 1, "refused_address": 20, "refused_scheme": 1}
 
 
 def test_each_slice_is_an_action_of_its_own(data: Data):
@@ -221,7 +257,14 @@ def test_we_say_who_we_are():
 
 @pytest.mark.parametrize(
     "options",
-    [{"threads": 0}, {"retries": -1}, {"timeout_s": 0}, {"allow": ("10.0.0.0/99",)}, {"contact": "a\r\nX: b"}],
+    [
+        {"threads": 0},
+        {"retries": -1},
+        {"timeout_s": 0},
+        {"allow": ("10.0.0.0/99",)},
+        {"contact": "a\r\nX: b"},
+        {"silent_rows": -1},
+    ],
 )
 def test_impossible_hows_are_refused(options):
     with pytest.raises(Refused, match="download"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
 from infra.manifest import Action, Manifest, Record
 from infra.store import Store, open_store
@@ -52,7 +53,7 @@ def link() -> Iterator[Any]:
     import ray
 
     ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield lambda: (SimpleNamespace(cpus=2, gpus=0), SimpleNamespace(board=dict))
+    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), SimpleNamespace(board=dict))
     ray.shutdown()
 
 

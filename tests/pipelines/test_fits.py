@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
 from infra.manifest import Action, Manifest, Record, commit, object_name
 from infra.monitor import NullMonitor
@@ -72,7 +74,7 @@ def store(tmp_path: Path) -> Store:
 
 def execution(store: Store, *stages: Any, lease_s: float = 60) -> Execution:
     """A run on a cluster of two CPUs and no GPU."""
-    link = SimpleNamespace(cpus=2, gpus=0), NullMonitor()
+    link = ClusterInfo("", "", (Node(2, 0),), (), True), NullMonitor()
     return Execution(store, stages, lambda: link, Console([]), lease_s=lease_s)
 
 
@@ -101,12 +103,32 @@ def checkpoints(store: Store) -> list[str]:
     return [entry.name for entry in store.list("checkpoints/")]
 
 
-def test_every_fit_too_large_for_the_cluster_is_refused_and_the_others_are_made(store: Store) -> None:
-    work = execution(store, Toy("prior", cpus=8), Toy("decoder", cpus=9), Toy("clip"))
-    with pytest.raises(Refused, match="and the cluster has 2"):
+def test_all_that_is_too_large_for_the_cluster_is_told_once_before_anything_is_made(store: Store) -> None:
+    work = execution(store, Toy("clip"), Toy("prior", cpus=8, needs=("clip",)), Toy("decoder", cpus=9))
+    with pytest.raises(Refused) as caught:
         run(work)
-    assert set(work.failures) == {"prior", "decoder"}
-    assert [entry.name.split("/")[1] for entry in store.list("records/")] == ["clip-1"]
+    assert str(caught.value) == (
+        "the cluster is too small: prior wants 8 CPUs for 1 worker, decoder wants 9 CPUs for 1 worker. Its nodes: 1 "
+        "with 2 CPUs. Ask for less (prior.workers, prior.cpus, decoder.workers, decoder.cpus; --set KEY=VALUE), or "
+        "connect to a larger cluster (--address)."
+    )
+    assert caught.value.code == 2
+    assert not list(store.list("records/"))
+
+
+def test_what_is_done_may_have_been_too_large_for_this_cluster(store: Store) -> None:
+    run(execution(store, Toy("prior", cpus=2)))
+    made = run(execution(store, Toy("prior", cpus=64), Toy("decoder")))
+    assert set(made) == {"prior", "decoder"}
+
+
+def test_what_is_foreseen_to_find_no_room_does_not_start_ray(store: Store) -> None:
+    def connect() -> Any:
+        raise AssertionError("Ray was started")
+
+    work = Execution(store, [Toy("prior", cpus=3)], connect, Console([]), foreseen=[Node(2, math.inf)])
+    with pytest.raises(Refused, match=r"prior wants 3 CPUs .* Its nodes: 1 with 2 CPUs\."):
+        run(work)
 
 
 def test_a_fit_too_large_for_the_cluster_does_not_bar_a_run_that_leaves_it_out(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, commit
 from infra.store import Store, open_store
-from pipelines.admission import Admission, most_actors, needs_of
+from pipelines.admission import check_room, most_actors
 from pipelines.console import Console
 from pipelines.execute import Execution
 from pipelines.graph import chosen, differences, order, resolve, why
@@ -208,14 +210,36 @@ def test_differences_are_dotted_paths() -> None:
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c 2 → 3", "d null → 4"]
 
 
-def test_a_fit_larger_than_the_cluster_is_an_error_and_not_a_wait() -> None:
-    stage = SimpleNamespace(name="decoder", how=SimpleNamespace(workers=8, cpus=1, gpus=1))
-    with pytest.raises(Refused, match="decoder wants 8 CPU, and the cluster has 2"):
-        Admission(2, 0).check("decoder", needs_of(stage))
+def stage(kind: str, cpus: float, gpus: float = 0, workers: int = 1) -> Any:
+    return SimpleNamespace(name="it", group="it", kind=kind, how=SimpleNamespace(cpus=cpus, gpus=gpus, workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "growth", "room"),
+    [
+        (stage("task", 5), [Node(4, 0, 16)], [], False),  # 64 CPUs, and none of the nodes has five
+        (stage("task", 4), [Node(4, 0)], [], True),
+        (stage("task", 0.1), [Node(0, 0)], [], False),  # a head without work of its own
+        (stage("actor", 1, 1), [Node(64, 0), Node(0, 8)], [], False),  # the GPUs are not where the CPUs are
+        (stage("actor", 1, 0.5), [Node(1, 0.5)], [], True),
+        (stage("actor", 1, 1), [Node(2, 0)], [Node(2, 0, 4), Node(8, 1, 2)], True),
+        (stage("fit", 8, 1, workers=9), [Node(72, 8)], [], False),
+        (stage("fit", 8, 1, workers=16), [Node(72, 8, 2)], [], True),
+        (stage("fit", 3, workers=4), [Node(4, 0, 3)], [], False),  # 12 CPUs, in which four threes do not fit
+        (stage("fit", 8, 1, workers=128), [Node(72, 8)], [Node(72, 8, 16)], True),
+        (stage("driver", 99), [Node(1, 0)], [], True),
+        (stage("task", 99), [], [], True),  # nothing is known
+    ],
+)
+def test_what_no_node_can_hold_is_an_error_and_not_a_wait(
+    asked: Any, nodes: list[Node], growth: list[Node], room: bool
+) -> None:
+    with contextlib.nullcontext() if room else pytest.raises(Refused, match="too small: it wants"):
+        check_room([asked], nodes, growth)
 
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "actors"), [(1, 0, 16), (0.1, 0, 160), (1, 1, 2), (1, 0.25, 8), (8, 0.1, 2), (0, 1, 2), (99, 0, 1)]
 )
 def test_a_pool_has_as_many_actors_as_both_cpus_and_gpus_allow(cpus: float, gpus: float, actors: int) -> None:
-    assert most_actors(SimpleNamespace(cpus=16, gpus=2), cpus, gpus) == actors
+    assert most_actors(ClusterInfo("", "", (Node(16, 2),), (), True), cpus, gpus) == actors

@@ -281,6 +281,7 @@ def test_failures_have_names_and_say_whether_to_try_again(web):
     web.answers["/reset.png"] = reset
     web.answers["/busy.png"] = lambda asked: give(asked, 503)
     web.answers["/gone.png"] = lambda asked: give(asked, 410)
+    web.answers["/astray.png"] = lambda asked: give(asked, 302, Location="http://10.1.2.3/")
     web.answers["/nonsense.png"] = lambda asked: asked.wfile.write(b"SSH-2.0-server\r\n\r\n")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -289,6 +290,7 @@ def test_failures_have_names_and_say_whether_to_try_again(web):
             (guard(web), "http://a.web.test/reset.png"): ("connection", True),
             (guard(web), "http://a.web.test/busy.png"): ("http_503", True),
             (guard(web), "http://a.web.test/gone.png"): ("http_410", False),
+            (guard(web), "http://a.web.test/astray.png"): ("refused_address", False),
             (guard(web), "http://a.web.test/nonsense.png"): ("bad_answer", False),
             (guard(web), "http://no-such-host.invalid/"): ("no_address", None),
             (nobody, "http://nobody.test/"): ("connection", True),
@@ -298,6 +300,7 @@ def test_failures_have_names_and_say_whether_to_try_again(web):
                 by.fetch(url, max_bytes=1 << 20, seconds=5)
             assert fault.value.state == name, url
             assert transient is None or fault.value.transient is transient, url  # a resolver's silence may be either
+            assert fault.value.answered == any(word in url for word in ("busy", "gone", "astray")), url
 
 
 def reset(asked: Any) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from tests.fixtures.release import SAMPLING, write_release
 from unclip import UnCLIP
-from unclip.cascade import Progress, Sampling, to_uint8
+from unclip.cascade import Sampling, to_uint8
 from unclip.errors import Refused
+from unclip.progress import Progress
 
 PROMPTS = ["a red circle", "a small blue square on a white background", "two green stars", "", "a purple ring"]
 

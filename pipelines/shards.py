@@ -1,0 +1,124 @@
+"""Stages of many shards on Ray: a task a shard, or a pool of actors under Ray Data. Each commits its own record."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from infra.cluster import ClusterInfo
+from infra.errors import Refused
+from infra.manifest import Action, Record, canonical, commit
+from infra.store import Store
+from pipelines.admission import most_actors
+from pipelines.graph import Resolved
+from pipelines.stage import Stage
+from unclip.errors import Refused as Impossible
+
+_ready: set[str] = set()
+
+
+def perform(stage: Stage, action: Action, store: Store) -> Record:
+    """Does one action in this process and commits it; the stage is set up once a process."""
+    name = repr(stage)
+    if name not in _ready:
+        stage.setup()
+        _ready.add(name)
+    with store.scratch() as scratch:
+        return commit(store, action, stage.run(action, store, scratch), scratch)
+
+
+class ShardWorker:
+    """What an actor of a pool holds: the stage, set up once; its rows are actions."""
+
+    def __init__(self, stage: Stage, store: Store) -> None:
+        self.stage, self.store = stage, store
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of one action (JSON) → the record that was committed (JSON), or what was refused, in its own words.
+
+        A refusal travels as data, since Ray Data would wrap it into an error of its own.
+        """
+        import numpy as np
+
+        document = json.loads(str(batch["action"][0]))
+        action = Action(document["stage"], document["spec"], tuple(document["inputs"]))
+        record, refused, code = "", "", 0
+        try:
+            record = perform(self.stage, action, self.store).to_json(action).decode()
+        except (Refused, Impossible) as error:
+            refused, code = str(error), getattr(error, "code", 2)
+        return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
+
+
+def run_tasks(
+    resolved: Resolved, store: Store, info: ClusterInfo, told: Callable[[int], None], go_on: Callable[[], None]
+) -> list[Record]:
+    """One Ray task a shard, a bounded number in flight. Ray is connected.
+
+    told hears how many shards are done; go_on raises to give up what is in flight.
+    """
+    import ray
+
+    stage = resolved.stage
+    cpus = getattr(stage.how, "cpus", 1)
+    work = ray.remote(num_cpus=cpus, max_retries=3)(perform)
+    shared = ray.put(stage)
+    todo, made = list(resolved.todo), list[Record]()
+    flying: dict[Any, Action] = {}
+    try:
+        while todo or flying:
+            while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
+                action = todo.pop(0)
+                flying[work.remote(shared, action, store)] = action
+            ready, _ = ray.wait(list(flying), timeout=1.0)
+            for reference in ready:
+                del flying[reference]
+                made.append(ray.get(reference))
+                told(len(made))
+            if todo or flying:
+                go_on()
+    finally:  # what is left after a stop or a failure must not go on by itself: a web server may end with this run
+        for reference in flying:
+            ray.cancel(reference, force=True)
+        if flying:
+            ray.wait(list(flying), num_returns=len(flying), timeout=10.0)
+    return made
+
+
+def run_actors(
+    resolved: Resolved, store: Store, info: ClusterInfo, told: Callable[[int], None], go_on: Callable[[], None]
+) -> list[Record]:
+    """A Ray Data job over actions, as `run_tasks`: one row is one shard, and the actor that did it has committed it."""
+    import ray.data
+
+    stage, todo = resolved.stage, resolved.todo
+    cpus, gpus = getattr(stage.how, "cpus", 1), getattr(stage.how, "gpus", 0)
+    most = getattr(stage.how, "actors", 0) or most_actors(info, cpus, gpus)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"action": canonical(action.document).decode()} for action in todo]
+    done = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(
+            ShardWorker,
+            fn_constructor_args=(stage, store),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(most, len(todo))),
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+        )
+        .iter_rows()
+    )
+    made = []
+    for row in done:
+        if row["refused"]:
+            raise Refused(row["refused"], code=int(row["code"]))
+        made.append(Record.from_json(row["record"].encode()))
+        told(len(made))
+        if len(made) < len(todo):
+            go_on()
+    return made
