@@ -20,7 +20,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from tests.proofs.findings_draw import DEMO, SINGLES, AnyCell, Bench, Bits, Cell, Cost, Enlarged, Words
+from tests.proofs.findings_cells import DEMO, SINGLES, AnyCell, Bits, Cell, Cost, Enlarged, Words
+from tests.proofs.findings_draw import Bench
 from tests.proofs.findings_fits import VARIANTS, fitted
 
 FEW_STEPS = (4, 8, 16, 25)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from infra.manifest import Manifest, object_name
 from infra.store import LocalStore
 from pipelines.embed import base
 from pipelines.grids import pixels
 from pipelines.release import open_release, unfold
 from pipelines.shapes import oracle
+from tests.proofs.findings_cells import DEMO, AnyCell, Bits, Cell, Cost, Enlarged, Words
 from tests.proofs.findings_fits import VARIANTS, Variant, counted, fitted, planned, step_flops
 from tests.proofs.findings_scenes import Asked, asked, caption_swapped
 from unclip.cascade import UnCLIP, to_uint8
 from unclip.clip_text import Text
 from unclip.corrupt import gaussian_blur
 from unclip.decoder import Context, Decoder
-from unclip.folder import load_model
+from unclip.folder import load_model, read_json, read_tensors
 from unclip.guidance import conditional
 from unclip.losses import bits_per_dim
 from unclip.metrics import cosine
@@ -41,98 +43,11 @@ from unclip.sampling import Sampling, guided, in_range
 from unclip.upsampler import Upsampler
 
 TILE = 64
-SINGLES = 256
-"""Prompts of one object: the 32 held-out combinations, eight times each."""
-DEMO = "demo"
-"""The release's own model, among the names of variants."""
 REFERENCE, SOURCE, SECOND = 0, 1, 2
 """Seeds of true pictures: to compare with, to take a true z_i from, and to see how near true pictures come."""
 BLUR = 0.6
 """σ of a blurred condition, in its pixels: the strongest that the demo's upsamplers were trained on."""
 BOUND_PICTURES = 64
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Pictures drawn by a decoder."""
-
-    scenes: str = "single"
-    """single, pair or triple."""
-    decoder: str = DEMO
-    embedding: str = DEMO
-    """What stands for z_i: a prior's name; `text`, `text-length` (z_t as long as a z_i is) or `text-moved` (z_t with
-    the mean and deviations of z_i); `true` (of a true picture); `none` (dropped)."""
-    caption: bool = True
-    against: str = "nothing"
-    """What guidance leads away from: `nothing` (neither z_i nor caption) or `image` (z_i without the caption)."""
-    guidance: float = 2.0
-    prior_guidance: float = 1.0
-    sampler: str = "dpm_solver_pp"
-    steps: int = 12
-    variance: str | None = None
-    count: int = SINGLES
-
-    @property
-    def name(self) -> str:
-        """As its line and its file are called: what differs from the default."""
-        return _name(self, Cell())
-
-
-@dataclass(frozen=True)
-class Enlarged:
-    """Pictures drawn by the first upsampler."""
-
-    upsampler: str = DEMO
-    condition: str = "drawn"
-    """The low-resolution pictures: `drawn` by the demo's decoder, `clean` (true ones made small) or `blurred`."""
-    count: int = SINGLES
-
-    @property
-    def name(self) -> str:
-        """As its line and its file are called."""
-        return "enlarged-" + _name(self, Enlarged())
-
-
-@dataclass(frozen=True)
-class Bits:
-    """The variational bound of a decoder on true pictures, in bits per dimension."""
-
-    decoder: str
-    variance: str
-    steps: int
-
-    @property
-    def name(self) -> str:
-        """As its line is called."""
-        return f"bits-{self.decoder}-{self.variance}-{self.steps}"
-
-
-@dataclass(frozen=True)
-class Words:
-    """Does CLIP prefer a pair's caption to one with something exchanged, given the true picture?"""
-
-    count: int = 240
-    name: str = "words"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a prior's training and one z_i of it cost, in floating-point operations."""
-
-    prior: str
-
-    @property
-    def name(self) -> str:
-        """As its line is called."""
-        return f"cost-{self.prior}"
-
-
-AnyCell = Cell | Enlarged | Bits | Words | Cost
-
-
-def _name(cell: Any, usual: Any) -> str:
-    given = {key: value for key, value in asdict(cell).items() if value != getattr(usual, key)}
-    return ",".join(f"{key}={value}" for key, value in given.items()) or "usual"
 
 
 class Bench:
@@ -160,12 +75,13 @@ class Bench:
         return {"name": cell.name, "cell": asdict(cell), "seconds": round(time.perf_counter() - started, 1), **found}
 
     def truth(self, scenes: str, count: int, seed: int) -> None:
-        """Keeps true pictures of the decoder's size, their embeddings, and z_i as the priors learned it."""
+        """Keeps true pictures of the decoder's size, their embeddings, z_i as the priors learned it, and z_t."""
         name = f"true,scenes={scenes},seed={seed}"
         if not (self.out / f"{name}.npz").exists():
             full = self._true(scenes, count, seed, 128)
             small = resized(full, self.demo.decoder.config.size)
-            self._save(name, small, z=self._embeddings(full))
+            text = self.clip.encode_text([one.prompt for one in asked(scenes, count)]).embedding.numpy()
+            self._save(name, small, z=self._embeddings(full), text=text)
 
     # Drawing --------------------------------------------------------------------------------------------------------
 
@@ -229,9 +145,7 @@ class Bench:
             if cell.condition == "blurred":
                 low = gaussian_blur(low, torch.full((cell.count,), BLUR))
         sampling = self.demo.sampling[f"upsampler-{side}"]
-        parts = [
-            shown(self.demo.sample_upsampler(upsampler, low[rows], rows, sampling)) for rows in _tiles(cell.count)
-        ]
+        parts = [shown(self.demo.sample_upsampler(upsampler, low[rows], rows, sampling)) for rows in _tiles(cell.count)]
         pictures = np.concatenate(parts)
         self._save(cell.name, pictures)
         found = read_back(pictures, asked_for)
@@ -287,9 +201,6 @@ class Bench:
     @cached_property
     def _statistics(self) -> dict[str, Tensor]:
         """Of the training data: the text embeddings' mean and deviation, and the length of an image embedding."""
-        from infra.manifest import Manifest, object_name
-        from unclip.folder import read_json, read_tensors
-
         data = read_json(self.folder / "decoder" / "config.json", "decoder")["facts"]["data"]
         record = Manifest.load(self.store, data["statistics"]).only
         tensors = read_tensors(self.store.local(object_name(record.sha("statistics.safetensors"))))
@@ -328,9 +239,11 @@ class Bench:
 def read_back(pictures: NDArray[np.uint8], asked_for: list[Asked]) -> dict[str, Any]:
     """What the oracle sees: verdicts (attribute → a yes or no a picture) and every picture's objects."""
     readings = [oracle.read(picture) for picture in pictures]
-    verdicts = [one.judge(picture, reading) for one, picture, reading in zip(asked_for, pictures, readings, strict=True)]
+    verdicts = [
+        one.judge(picture, reading) for one, picture, reading in zip(asked_for, pictures, readings, strict=True)
+    ]
     objects = [
-        [[seen.shape, seen.colour, seen.size, *(round(place, 4) for place in seen.centre)] for seen in reading.objects]
+        [[one.shape, one.colour, one.size, *(round(place, 4) for place in one.centre)] for one in reading.objects]
         for reading in readings
     ]
     return {"verdicts": {name: [int(one[name]) for one in verdicts] for name in verdicts[0]}, "objects": objects}

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.proofs.findings import lines
-from tests.proofs.findings_draw import AnyCell, Cell
+from tests.proofs.findings_cells import AnyCell, Cell
+from tests.proofs.findings_scenes import asked
 from unclip.metrics import Z_95, Estimate, coverage, frechet, paired_difference, wilson
 
 HALVES = 60
@@ -40,7 +41,7 @@ class Numbers:
 
     def __init__(self, out: Path) -> None:
         self.out, self.lines = out, lines(out)
-        self.file = cache(self._file)
+        self.file, self._combined = cache(self._file), cache(self._jackknifed)
 
     def line(self, cell: AnyCell) -> dict[str, Any]:
         """A cell's line."""
@@ -77,6 +78,9 @@ class Numbers:
 
     def combined(self, terms: Sequence[tuple[int, Any]], measure: Measure, key: str = "embeddings") -> Estimate:
         """A sum of measures, some taken away, with its interval."""
+        return self._combined(tuple(terms), measure, key)
+
+    def _jackknifed(self, terms: tuple[tuple[int, Any], ...], measure: Measure, key: str) -> Estimate:
         sets = [(sign, self.file(cell.name)[key], self.true(cell)[key]) for sign, cell in terms]
         count = len(sets[0][1])
 
@@ -91,8 +95,6 @@ class Numbers:
     def spread(self, cell: Any) -> float:
         """Deviation of the single object's place within a prompt, as a share of the side: its root mean square."""
         places: dict[str, list[Any]] = {}
-        from tests.proofs.findings_scenes import asked
-
         for one, seen in zip(asked("single", cell.count), self.line(cell)["objects"], strict=True):
             if seen:
                 places.setdefault(one.prompt, []).append(seen[0][3:])

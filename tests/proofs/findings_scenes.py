@@ -103,9 +103,7 @@ def draw_triple(
     for shape, colour, (x, y) in zip(shapes, colours, PLACES, strict=True):
         # The world draws a single object about the middle; its jitter there is part of the place.
         one = render(Scene((Object(shape, colour, "small"),), background), rng, side)
-        across, down = (
-            round((place - 0.5 + (2 * rng.random() - 1) * JITTER) * side) for place in (x, y)
-        )
+        across, down = (round((place - 0.5 + (2 * rng.random() - 1) * JITTER) * side) for place in (x, y))
         one = np.roll(one, (down, across), (0, 1))
         is_object = (one != np.array(BACKGROUNDS[background], np.uint8)).any(2)
         picture[is_object] = one[is_object]
