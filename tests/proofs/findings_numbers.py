@@ -47,6 +47,10 @@ class Numbers:
         """A cell's line."""
         return self.lines[cell.name]
 
+    def done(self, *cells: AnyCell) -> bool:
+        """Whether all of these are drawn."""
+        return all(cell.name in self.lines for cell in cells)
+
     def _file(self, name: str) -> dict[str, Any]:
         with np.load(self.out / f"{name}.npz") as file:
             return dict(file)

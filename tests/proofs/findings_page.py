@@ -25,6 +25,7 @@ from tests.proofs.findings import (
     TRIPLES,
     UPSAMPLERS,
     ancestral,
+    missing,
 )
 from tests.proofs.findings_cells import DEMO, SINGLES, Bits, Cell, Cost, Enlarged
 from tests.proofs.findings_draw import BOUND_PICTURES, SECOND, read_back
@@ -55,7 +56,7 @@ models on the same data (`tests/proofs/findings_fits.py`), draws {singles} held-
   The CLIP is the demo's, which also conditions the decoder: the oracle is the only judge here that is independent.
 - **Spread** is the deviation of the object's place among pictures of one prompt, in thousandths of the side.
 - *Yes* and *no* say on which side of 0 the difference's interval lies, *undecided* that 0 is in it. Each fit was made
-  once, the upsamplers twice: intervals are over prompts and sampling noise, not over trainings.
+  once (upsamplers twice, where two figures stand): intervals are over prompts and sampling noise, not over trainings.
 
 Pictures: [what the decoder is fed](findings-fed.png), [guidance](findings-guidance.png),
 [two and three objects](findings-binding.png).
@@ -68,7 +69,7 @@ def write_page(out: Path, docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     page = docs / "findings.md"
     kept = page.read_text(encoding="utf-8").partition(MARK)[2] if page.exists() else "\n"
-    text = "\n".join([_opening(numbers), *_findings(numbers), *_details(numbers), MARK])
+    text = "\n".join([_opening(numbers), *_left(out), *_findings(numbers), *_details(numbers), MARK])
     page.write_text(text + kept, encoding="utf-8")
     _pictures(numbers, docs)
 
@@ -95,6 +96,13 @@ def _opening(numbers: Numbers) -> str:
     )
 
 
+def _left(out: Path) -> Iterator[str]:
+    if left := missing(out):
+        fits = [name for name in left if name.startswith("fit ")]
+        yield f"**Not run yet:** {', '.join(fits) or 'no training'}, and {len(left) - len(fits)} cells"
+        yield "(their rows are left out; the same command goes on).\n"
+
+
 def _findings(numbers: Numbers) -> Iterator[str]:
     yield "## The findings\n"
     yield from _table(
@@ -107,16 +115,23 @@ def _details(numbers: Numbers) -> Iterator[str]:
     yield "## What the decoder is fed\n"
     fed = [(name, scale, Cell(**how, guidance=scale)) for name, how in FED.items() for scale in FED_SCALES]
     yield from _table(
-        ("fed", "guidance", *QUALITY), ([name, f"{scale:.0f}", *_quality(numbers, cell)] for name, scale, cell in fed)
+        ("fed", "guidance", *QUALITY),
+        ([name, f"{scale:.0f}", *_quality(numbers, cell)] for name, scale, cell in fed if numbers.done(cell)),
     )
     yield "\nPairs, at guidance 2:\n"
     pairs = [(name, Cell(**how, scenes="pair", count=PAIRS)) for name, how in FED.items()]
     pairs += [(f"z_i of {prior}", Cell("pair", embedding=prior, count=PAIRS)) for prior in PRIORS[1:]]
+    pairs = [(name, cell) for name, cell in pairs if numbers.done(cell)]
     yield from _table(
         ("fed", *PAIR_COLUMNS),
-        ([name, *(brief(numbers.rate(cell, what)) for what in PAIR_COLUMNS)] for name, cell in pairs),
+        (
+            [name, *(brief(numbers.rate(cell, what)) for what in PAIR_COLUMNS)]
+            for name, cell in pairs
+            if numbers.done(cell)
+        ),
     )
     yield "\n## Priors\n"
+    priors = [Cell(embedding=prior, prior_guidance=scale) for prior in PRIORS for scale in (1.0, 2.0)]
     yield from _table(
         (
             "prior",
@@ -129,7 +144,7 @@ def _details(numbers: Numbers) -> Iterator[str]:
             "cos",
             *QUALITY,
         ),
-        (_prior(numbers, Cell(embedding=prior, prior_guidance=scale)) for prior in PRIORS for scale in (1.0, 2.0)),
+        (_prior(numbers, cell) for cell in priors if numbers.done(cell, Cost(cell.embedding))),
     )
     yield "\nTFLOPs: of the training; MFLOPs: of drawing one z_i; cos: mean cosine of z_i and z_t.\n\n## Guidance\n"
     guided = [(name, scale, Cell(**how, guidance=scale)) for name, how in GUIDED.items() for scale in SCALES]
@@ -144,6 +159,7 @@ def _details(numbers: Numbers) -> Iterator[str]:
                 f"{1000 * numbers.spread(cell):.1f}",
             ]
             for name, scale, cell in guided
+            if numbers.done(cell)
         ),
     )
     yield "\n## Variances\n"
@@ -160,8 +176,10 @@ def _details(numbers: Numbers) -> Iterator[str]:
     )
     yield "\n## The first upsampler\n"
     enlarged = [Enlarged(name, condition) for condition in CONDITIONS for name in UPSAMPLERS]
+    enlarged = [cell for cell in enlarged if numbers.done(cell)]
     yield from _table(
-        ("upsampler", "condition", "right", "FD", "PSNR, dB"), (_enlarged(numbers, cell) for cell in enlarged)
+        ("upsampler", "condition", "right", "FD", "PSNR, dB"),
+        (_enlarged(numbers, cell) for cell in enlarged),
     )
     yield ""
 
@@ -193,8 +211,9 @@ def _prior(numbers: Numbers, cell: Cell) -> list[str]:
 def _variance(numbers: Numbers, network: str, variance: str) -> list[str]:
     cells = [ancestral(network, variance, steps) for steps in FEW_STEPS]
     quality = [f"{numbers.rate(cell).value:.3f} / {numbers.distance(cell).value:.0f}" for cell in cells]
-    bits = [numbers.line(Bits(network, variance, steps))["bits"] for steps in BOUND_STEPS]
-    return [network, variance.replace("_", "-"), *quality, *(f"{np.mean(some):.3f}" for some in bits)]
+    bounds = [Bits(network, variance, steps) for steps in BOUND_STEPS]
+    bits = [f"{np.mean(numbers.line(cell)['bits']):.3f}" if numbers.done(cell) else "" for cell in bounds]
+    return [network, variance.replace("_", "-"), *quality, *bits]
 
 
 def _enlarged(numbers: Numbers, cell: Enlarged) -> list[str]:
@@ -221,7 +240,7 @@ def _pictures(numbers: Numbers, docs: Path) -> None:
 
     first = range(COMPARED)
     fed = {"true pictures": numbers.true(Cell())["pictures"][list(first)]}
-    fed |= {name: drawn(Cell(**how), first) for name, how in FED.items()}
+    fed |= {name: drawn(Cell(**how), first) for name, how in FED.items() if numbers.done(Cell(**how))}
     prompts = [one.prompt for one in asked("single", SINGLES)]
     same = [place for place, prompt in enumerate(prompts) if prompt == prompts[0]][:COMPARED]
     guided = {f"true pictures: {prompts[0]}": numbers.true(Cell())["pictures"][same]}
@@ -229,6 +248,7 @@ def _pictures(numbers: Numbers, docs: Path) -> None:
         f"{name}, guidance {scale:.0f}": drawn(Cell(**how, guidance=scale), same)
         for name, how in GUIDED.items()
         for scale in (SCALES[0], SCALES[-1])
+        if numbers.done(Cell(**how, guidance=scale))
     }
     binding = {}
     for scenes, count in (("pair", PAIRS), ("triple", TRIPLES)):

@@ -55,6 +55,8 @@ def _fed(numbers: Numbers) -> Iterator[Row]:
         "caption alone, decoder trained so": "diversity and fidelity beside a decoder of captions alone (GLIDE)",
     }
     for name, finding in said.items():
+        if not numbers.done(*(Cell(**FED[name], guidance=scale) for scale in FED_SCALES)):
+            continue
         other = _best(numbers, FED[name])
         fd, pair = numbers.nearer(prior, other), _more_of_pairs(numbers, FED["z_i of the prior"], FED[name])
         figures = (
@@ -86,6 +88,8 @@ def _priors(numbers: Numbers) -> Iterator[Row]:
         ("prior-long", "ar-prior-long", "twice"),
     ):
         new, old = Cell(embedding=diffusion), Cell(embedding=autoregressive)
+        if not numbers.done(new, old):
+            continue
         z, fd = numbers.nearer(new, old, key="z"), numbers.nearer(new, old)
         pair = _more_of_pairs(numbers, {"embedding": diffusion}, {"embedding": autoregressive})
         yield Row(
@@ -159,7 +163,8 @@ def _variances(numbers: Numbers) -> Iterator[Row]:
 
 
 def _upsampled(numbers: Numbers) -> Iterator[Row]:
-    both = ((DEMO, "upsampler-plain"), ("upsampler-again", "upsampler-plain-again"))
+    trained = ((DEMO, "upsampler-plain"), ("upsampler-again", "upsampler-plain-again"))
+    both = [names for names in trained if numbers.done(*(Enlarged(name) for name in names))]
     drawn = [tuple(Enlarged(name) for name in names) for names in both]
     fds = [numbers.nearer(*cells) for cells in drawn]
     yield Row(
