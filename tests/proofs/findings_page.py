@@ -41,10 +41,10 @@ PAIR_COLUMNS = ("colours", "relation", "objects")
 
 OPENING = """# The paper's findings on the shapes world
 
-`make proof-findings`, commit {commit}; {hours:.1f} hours of one-thread processes, two at a time, on two cores of a
-shared machine without a GPU. It takes a store with the demo's release, trains what is compared beside the demo's own
-models on the same data (`tests/proofs/findings_fits.py`), draws {singles} held-out prompts of one object ({times} times
-32 combinations), {pairs} of two and {triples} of three with the same seeds on all sides, and writes this page.
+`make proof-findings`, commit {commit}, on two cores of a shared machine without a GPU. It takes a store with the demo's
+release, trains what is compared beside the demo's own models on the same data (`tests/proofs/findings_fits.py`), draws
+{singles} held-out prompts of one object ({times} times 32 combinations), {pairs} of two and {triples} of three with the
+same seeds on all sides, and writes this page.
 
 - **Right** is the oracle's verdict on the decoder's own 32 px pictures (no upsampler): everything right at once. True
   pictures of that size: {ceilings}.
@@ -84,7 +84,6 @@ def _opening(numbers: Numbers) -> str:
         ceilings.append(f"{scenes} {sum(right) / len(right):.3f}")
     return OPENING.format(
         commit=commit.stdout.strip() or "unknown",
-        hours=sum(line["seconds"] for line in numbers.lines.values()) / 3600,
         singles=SINGLES,
         times=SINGLES // 32,
         pairs=PAIRS,
