@@ -50,6 +50,10 @@ FED: dict[str, dict[str, Any]] = {
     "true z_i": {"embedding": "true"},
 }
 """What the decoder may be fed."""
+ZERO_SHOT = ("z_t, as it is", "z_t, as long as a z_i", "z_t, standardised as z_i")
+"""Ways to feed a z_t to a decoder that was trained on z_i; the paper does not say how it scales it."""
+ALONE: dict[str, dict[str, Any]] = {name: FED[name] | {"caption": False} for name in ZERO_SHOT}
+"""The same without the caption: where that is there too, it may be all that is needed."""
 PRIORS = (DEMO, "ar-prior", "prior-long", "ar-prior-long")
 UPSAMPLERS = (DEMO, "upsampler-plain", "upsampler-again", "upsampler-plain-again")
 CONDITIONS = ("drawn", "clean", "blurred")
@@ -68,6 +72,7 @@ def tasks() -> Iterator[str | AnyCell]:
     yield from ("decoder-learned", "decoder-caption", "ar-prior", "upsampler-plain", Words())
     for fed in FED.values():
         yield from (Cell(**fed), Cell(**fed, scenes="pair", count=PAIRS))
+    yield from (Cell(**alone) for alone in ALONE.values())
     for prior in PRIORS:
         yield from (Cell(embedding=prior), Cell(embedding=prior, scenes="pair", count=PAIRS), Cost(prior))
     yield from (Enlarged(upsampler, condition) for condition in CONDITIONS for upsampler in UPSAMPLERS)

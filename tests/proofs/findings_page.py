@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines import grids
 from tests.proofs.findings import (
+    ALONE,
     BOUND_STEPS,
     CONDITIONS,
     FED,
@@ -113,6 +114,7 @@ def _findings(numbers: Numbers) -> Iterator[str]:
 def _details(numbers: Numbers) -> Iterator[str]:
     yield "## What the decoder is fed\n"
     fed = [(name, scale, Cell(**how, guidance=scale)) for name, how in FED.items() for scale in FED_SCALES]
+    fed += [(f"{name}, no caption", 2.0, Cell(**how)) for name, how in ALONE.items()]
     yield from _table(
         ("fed", "guidance", *QUALITY),
         ([name, f"{scale:.0f}", *_quality(numbers, cell)] for name, scale, cell in fed if numbers.done(cell)),
