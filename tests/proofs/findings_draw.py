@@ -8,6 +8,7 @@ upsampler, which sees neither caption nor z_i.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -218,7 +219,8 @@ class Bench:
         """A variant by name, or None for the demo's own."""
         if name not in self._models:
             record = fitted(self.store, self.folder, name)
-            self._models[name] = load_model(unfold(self.store, record, self.out / "models" / name), *kinds)
+            with tempfile.TemporaryDirectory(prefix="findings-") as folder:
+                self._models[name] = load_model(unfold(self.store, record, Path(folder) / name), *kinds)
         return self._models[name]
 
     def _true(self, scenes: str, count: int, seed: int, side: int) -> NDArray[np.uint8]:
