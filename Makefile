@@ -53,8 +53,11 @@ proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result
 proof-parallel: $(STAMP)  ## trainers in parallel against one after another, three repeats
 	$(BIN)/python -m tests.proofs.parallel --store $(STORE)-proof-parallel
 
-proof-findings: $(STAMP)  ## the paper's findings on the demo's world, measured (after make demo; an hour)
-	nice -n 10 $(BIN)/python -m tests.proofs.findings --store $(STORE) --out $(STORE)-findings --docs docs
+proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
+	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs
+
+proof-findings: $(STAMP)  ## the paper's findings on the demo's world (make demo first); under an hour
+	$(BIN)/python -m tests.proofs.findings --store $(STORE) --out $(STORE)-proof-findings --docs docs
 
 lock: $(STAMP)  ## compile requirements.lock anew: exact versions, for every platform, no addresses
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \

@@ -147,7 +147,8 @@ class _Keeper(threading.Thread):
         try:
             self._start_ray()
         except BaseException as error:  # noqa: BLE001  raised in the thread that waits for it
-            self._started_ray.set_exception(error)
+            ended = isinstance(error, SystemExit)  # Ray's way to say that a process of it did not start
+            self._started_ray.set_exception(RuntimeError("a process of Ray ended at once") if ended else error)
             return
         self._started_ray.set_result(None)
         self.ended.wait()

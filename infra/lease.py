@@ -12,7 +12,6 @@ writes does harm, a lease's number goes into what its holder commits.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -24,7 +23,7 @@ from datetime import datetime, timedelta
 from time import monotonic
 
 from infra.errors import Refused
-from infra.manifest import SCHEMA_VERSION, canonical, check_schema
+from infra.manifest import SCHEMA_VERSION, canonical, document
 from infra.process import Process
 from infra.store import Store
 
@@ -122,10 +121,10 @@ def _newest(store: Store, key: str) -> tuple[int, bool]:
     if number in ended:
         return number, False
     name = f"leases/{key}/{number:08d}.json"
-    document = check_schema(json.loads(store.get(name)), name)
-    if Process(**document["holder"]).dead():
+    holder = document(store, name)
+    if Process(**holder["holder"]).dead():
         return number, False
-    return number, _now(store, key) - signs[number] <= timedelta(seconds=document["ttl_s"])
+    return number, _now(store, key) - signs[number] <= timedelta(seconds=holder["ttl_s"])
 
 
 def _now(store: Store, key: str) -> datetime:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from infra.damage import reading
 from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION, canonical, check_schema, digest
 from infra.store import Store
@@ -58,9 +59,11 @@ class Entry:
 
     @classmethod
     def from_json(cls, data: bytes, where: str = "ledger entry") -> Entry:
-        """Reads `to_json`'s bytes; Refused for an unknown schema version."""
-        fields = check_schema(json.loads(data), where)
-        return cls(**{name: value for name, value in fields.items() if name != "schema_version"}, digest=digest(data))
+        """Reads `to_json`'s bytes; Refused for an unknown schema version, and where they are damaged."""
+        with reading(where):
+            fields = check_schema(json.loads(data), where)
+            known = {name: value for name, value in fields.items() if name != "schema_version"}
+            return cls(**known, digest=digest(data))
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Ledger:
     name: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise Refused(f"release.name {self.name!r}: use letters, digits, dots, hyphens and underscores")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise Refused(f"release.name {self.name!r}: use up to 100 letters, digits, dots, hyphens and underscores")
 
     @staticmethod
     def names(store: Store) -> list[str]:

@@ -15,12 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.damage import damaged, reading
 from infra.errors import Refused
+from infra.store import NotFound
 
 if TYPE_CHECKING:
     from infra.store import Store
@@ -53,6 +56,12 @@ def check_schema(document: dict[str, Any], where: str) -> dict[str, Any]:
             "Use the unclip that wrote it, or a new store."
         )
     return document
+
+
+def document(store: Store, name: str) -> dict[str, Any]:
+    """The JSON document of that name; Refused where it is missing, damaged, or of an unknown schema version."""
+    with reading(name):
+        return check_schema(json.loads(store.get(name)), name)
 
 
 @dataclass(frozen=True)
@@ -178,9 +187,12 @@ class Record:
 
     @classmethod
     def from_json(cls, data: bytes, where: str = "record") -> Record:
-        """Reads `to_json`'s bytes; raises Refused for an unknown schema version."""
-        document = check_schema(json.loads(data), where)
-        return cls.from_content(document, document["key"], document["generation"])
+        """Reads `to_json`'s bytes; raises Refused for an unknown schema version, and where they are damaged."""
+        with reading(where):
+            document = check_schema(json.loads(data), where)
+            if digest(canonical(document["action"])) != document["key"]:
+                raise ValueError("its key is not its action's")
+            return cls.from_content(document, document["key"], document["generation"]).check()
 
     def sha(self, name: str) -> str:
         """SHA-256 of one of its files; KeyError names the files that there are."""
@@ -250,15 +262,49 @@ class Manifest:
 
     @classmethod
     def load(cls, store: Store, version: str, stage: str = "") -> Manifest:
-        """The manifest of that version, from its body alone (keys are empty)."""
-        lines = store.get(object_name(version)).splitlines()
-        records = tuple(Record.from_content(json.loads(line)) for line in lines)
+        """The manifest of that version, from its body alone (keys are empty); Refused if that is missing or damaged."""
+        name, anew = object_name(version), "Put it back from a backup, or delete what is there and run again."
+        try:
+            body = store.get(name)
+        except NotFound as error:
+            raise damaged(name, f"is missing: it lists version {version[:12]} of the data", anew) from error
+        if digest(body) != version:
+            raise damaged(name, "is damaged: its SHA-256 is another", anew)
+        with reading(name):
+            records = tuple(Record.from_content(json.loads(line)) for line in body.splitlines())
         return cls(Action(stage, {}, ()), records)
 
 
 def object_name(sha256: str) -> str:
     """Where the object of that SHA-256 lies."""
     return f"objects/{sha256[:2]}/{sha256}"
+
+
+def read_object(store: Store, sha256: str) -> bytes:
+    """The bytes of that SHA-256, for what is small; Refused, code 5, where they are missing or others."""
+    name = object_name(sha256)
+    with reading(name):
+        data = store.get(name)
+    if digest(data) != sha256:
+        raise damaged(name, "is damaged: its SHA-256 is another")
+    return data
+
+
+def check_inputs(store: Store, action: Action) -> None:
+    """Refused, code 5, naming the first input of an action that is missing or damaged, or the first file of a manifest
+    among them: for whoever could not read them, and wants to know whether that is why."""
+    for sha256 in action.inputs:
+        files = [sha256]
+        while files:
+            one = files.pop(0)
+            name = object_name(one)
+            with reading(name):
+                if digest_file(store.local(name)) != one:
+                    raise damaged(name, "is damaged: its SHA-256 is another")
+            if one == sha256:
+                with suppress(Refused):  # no manifest
+                    records = Manifest.load(store, one).records
+                    files += [file.sha256 for record in records for file in record.files.values()]
 
 
 def put_object(store: Store, sha256: str, data: bytes | Path) -> None:

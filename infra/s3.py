@@ -2,13 +2,15 @@
 
 `put_new` is a PUT with `If-None-Match: *`. Credentials, region and proxies come from the environment, as for every AWS
 tool, and never travel with the store. What is read through `local` is kept in a folder of this machine: names are
-written once, so a copy never goes stale.
+written once, so a copy never goes stale. The folder is kept below $UNCLIP_CACHE_GB, by what was used longest ago.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from infra.store import Entry, NotFound, check_name, same_bytes, scratch_folder,
 _SINGLE = 4 << 30
 _PART = 256 << 20
 _CHUNK = 1 << 20
+_IN_USE_S = 3600
+_fetched: Counter[Path] = Counter()  # bytes that this process fetched into a cache since it last looked at its size
 _MARKER = "store.json"
 _CONFLICT = "ConditionalRequestConflict"
 _BROKEN = (boto.ReadTimeoutError, boto.ResponseStreamingError, boto.IncompleteReadError, boto.ConnectionClosedError)
@@ -141,7 +145,8 @@ class S3Store:
 
     def local(self, name: str) -> Path:
         path = self._copies / check_name(name)
-        if path.exists():
+        with suppress(FileNotFoundError):
+            os.utime(path)  # used just now, which `_trim` goes by
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -158,6 +163,10 @@ class S3Store:
 
         with self._speaking(name):
             fetch()
+        _fetched[self._copies] += path.stat().st_size
+        if _fetched[self._copies] > _bound() // 16:
+            _fetched[self._copies] = 0
+            _trim(self._copies, _bound())
         return path
 
     def exists(self, name: str) -> bool:
@@ -268,7 +277,7 @@ class S3Store:
             raise Refused(f"{where}: {error}. Check the bucket's name, AWS_ENDPOINT_URL and AWS_REGION.") from error
         except boto.ClientError as error:
             match _code(error):
-                case "NoSuchKey" | "404" | "NotFound":
+                case "NoSuchKey" | "404" | "NotFound" if name:
                     raise NotFound(name, self.uri) from error
                 case "NoSuchBucket":
                     raise Refused(f"{where}: there is no such bucket. Create it, or name another.") from error
@@ -281,7 +290,48 @@ class S3Store:
                     raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
                 case "MethodNotAllowed" | "NotImplemented":
                     raise Refused(f"{where}: its server cannot do this ({error}).") from error
-            raise Refused(f"{where}: {error}", code=5) from error
+            hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
+            raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error
+        except boto.BotoCoreError as error:  # such as an answer that is no XML
+            raise Refused(
+                f"{where} answers, and not as an S3 server does ({type(error).__name__}). Is AWS_ENDPOINT_URL right?",
+                code=5 if name else 2,
+            ) from error
+
+
+def _bound() -> int:
+    """Bytes that the copies of one store may take: $UNCLIP_CACHE_GB (10^9 bytes), 100 if it is not set."""
+    text = os.environ.get("UNCLIP_CACHE_GB", "100")
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = -1
+    if not bound >= 0:
+        raise Refused(f"UNCLIP_CACHE_GB is {text!r}; it is the size of the local cache of S3 objects, such as 50")
+    return int(bound * 1e9) if bound < 1e9 else 1 << 62
+
+
+def _trim(copies: Path, bound: int) -> None:
+    """Removes the copies used longest ago until the others take at most `bound` bytes.
+
+    Other processes use the cache too: what was asked for within `_IN_USE_S` stays, even above the bound. A file that is
+    open outlives its name, and whoever asks for it again gets a new copy.
+    """
+    found = []
+    for folder, below, names in os.walk(copies):
+        if folder == str(copies):
+            below[:] = [name for name in below if name != "tmp"]
+        for name in names:
+            with suppress(FileNotFoundError):
+                status = os.stat(os.path.join(folder, name))
+                found.append((status.st_mtime, status.st_size, os.path.join(folder, name)))
+    over = sum(size for _, size, _ in found) - bound
+    for used, size, path in sorted(found):
+        if over <= 0 or time.time() - used < _IN_USE_S:
+            return
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        over -= size
 
 
 @cache

@@ -175,7 +175,7 @@ class LocalStore:
         except OSError as error:
             if isinstance(data, Path) and error.filename == str(data):
                 raise  # the caller's file, not the store, is the trouble
-            raise Refused(f"store {self.root}: {name} could not be written: {_advice(error)}", code=5) from error
+            raise Refused(f"store {self.root}: {name} could not be written: {advice(error)}", code=5) from error
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
@@ -295,7 +295,12 @@ def same_bytes(there: Path, data: bytes | Path) -> bool:
     return True
 
 
-def _advice(error: OSError) -> str:
+EXPECTED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
+"""What goes wrong with files through no fault of the program's."""
+
+
+def advice(error: OSError) -> str:
+    """What the system said, and what a person can do about it."""
     said = error.strerror or str(error)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pipelines.cli_edit import edit
-from pipelines.options import ReleaseOption, SeedOption, StoreOption
+from pipelines.options import GRID, NameOption, NumberOption, OutOption, ReleaseOption, SeedOption, StoreOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +33,9 @@ data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store."
 app.add_typer(edit, name="edit")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
+
+WIDE = 10_000
+"""Columns of a table that no person reads."""
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
@@ -92,20 +98,35 @@ def submit(
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
     release: ReleaseOption = "champion",
-    number: Annotated[int, typer.Option("-n", help="Pictures a prompt.")] = 4,
+    number: NumberOption = 4,
     seed: SeedOption = 0,
-    guidance: Annotated[str | None, typer.Option(help="Decoder's guidance scale; 1 is unguided.")] = None,
-    prior_guidance: Annotated[str | None, typer.Option(help="Prior's guidance scale; 1 is unguided.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the picture grid goes.")] = Path("grid.png"),
+    guidance: Annotated[
+        str | None, typer.Option(help="Decoder's ω: ε̂ = (1 − ω)·ε(nothing) + ω·ε(prompt); 1 is unguided.")
+    ] = None,
+    prior_guidance: Annotated[str | None, typer.Option(help="Prior's ω, likewise; 1 is unguided.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=CLASS", help="Guide towards a class, by the release's classifier."),
+    ] = None,
+    label_guidance: Annotated[str | None, typer.Option(help="Scale of that guidance; 0 is unguided.")] = None,
+    clip_guidance: Annotated[
+        str | None, typer.Option(help="Scale of guidance by the release's noised CLIP; 0 is unguided.")
+    ] = None,
+    out: OutOption = GRID,
     store: StoreOption = "./store",
 ) -> None:
-    """Draws pictures with a release; what is not said comes from the release."""
+    """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
     from infra.store import open_store
     from pipelines.generate import generate as draw
 
     scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
+    guides: dict[str, Any] = {
+        "labels": _labels(label or ()) or None,
+        "label_guidance": _number("--label-guidance", label_guidance),
+        "clip_guidance": _number("--clip-guidance", clip_guidance),
+    }
     opened = open_store(store, create=False)
-    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out)}")
+    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out, **guides)}")
 
 
 @app.command()
@@ -121,6 +142,7 @@ def ui(
     if uri.startswith(("http://", "https://")):
         _say(f"MLflow's pages are at {uri}")
         return
+    _check_free(port)
     command = [
         sys.executable,
         "-m",
@@ -138,14 +160,12 @@ def ui(
 
 
 @releases.command("list")
-def releases_list(
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip", store: StoreOption = "./store"
-) -> None:
+def releases_list(name: NameOption = None, store: StoreOption = "./store") -> None:
     """Every promotion and rollback of a model line, oldest first."""
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _print(release.table(opened, name))
+        _print(release.table(opened, _line(opened, name)))
 
 
 @releases.command("show")
@@ -163,7 +183,7 @@ def releases_show(
 @releases.command("promote")
 def releases_promote(
     version: Annotated[str, typer.Argument(help="Version of a bundle.")],
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip",
+    name: NameOption = None,
     reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "promoted by hand",
     store: StoreOption = "./store",
 ) -> None:
@@ -171,12 +191,12 @@ def releases_promote(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.promote(opened, name, version, reason))
+        _say(release.promote(opened, _line(opened, name), version, reason))
 
 
 @releases.command("rollback")
 def releases_rollback(
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip",
+    name: NameOption = None,
     reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "rolled back by hand",
     store: StoreOption = "./store",
 ) -> None:
@@ -184,18 +204,16 @@ def releases_rollback(
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.rollback(opened, name, reason))
+        _say(release.rollback(opened, _line(opened, name), reason))
 
 
 @releases.command("verify")
-def releases_verify(
-    name: Annotated[str, typer.Option(help="Model line.")] = "unclip", store: StoreOption = "./store"
-) -> None:
+def releases_verify(name: NameOption = None, store: StoreOption = "./store") -> None:
     """Recomputes the ledger's chain and every digest of its releases."""
     from pipelines import releases as release
 
     with _opened(store) as opened:
-        _say(release.verify(opened, name))
+        _say(release.verify(opened, _line(opened, name)))
 
 
 @releases.command("export")
@@ -269,31 +287,94 @@ def _number(option: str, text: str | None) -> float | None:
         raise Refused(f"{option} {text!r} is no number; give a guidance scale such as 2 (1 is unguided)") from None
 
 
+def _labels(said: Sequence[str]) -> dict[str, str]:
+    from infra.errors import Refused
+
+    pairs = [text.partition("=") for text in said]
+    for text, (label, equals, _) in zip(said, pairs, strict=True):
+        if not label or not equals:
+            raise Refused(f"--label {text!r}: write it as LABEL=CLASS, for instance --label shape=circle")
+    return {label: value for label, _, value in pairs}
+
+
+def _check_free(port: int) -> None:
+    """Refused unless a server can listen there; MLflow itself would say so in thirty lines."""
+    from infra.errors import Refused
+
+    if not 0 < port < 65536:
+        raise Refused(f"--port {port} is no port; give one from 1 to 65535")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise Refused(f"port {port} cannot be had ({error.strerror}); give another with --port") from None
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
 def _print(renderable: Any) -> None:
+    """A table: as wide as the terminal; whole lines, nothing cut, where a program reads it."""
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(renderable)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable, markup=False)
+        return
+    wide = Console(file=io.StringIO(), width=WIDE, highlight=False, color_system=None)
+    wide.print(renderable, markup=False, soft_wrap=True)
+    _say("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
+def _line(store: Any, name: str | None) -> str:
+    from pipelines.release import only_line
+
+    return only_line(store) if name is None else name
 
 
 def main() -> None:
     """Entry point: a user's mistake is one paragraph and an exit code; anything else is our defect."""
     import warnings
 
+    from infra.damage import damaged
     from infra.errors import Refused
+    from infra.store import NotFound
     from unclip.errors import Refused as Impossible
 
+    interrupted = _Interrupted()
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    # What a prompt loses is for the person who wrote it, whatever else is quiet.
+    logging.getLogger("unclip").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     try:
         app(standalone_mode=True)
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes a Ctrl-C an exit without a word
+        if interrupted.seen and (isinstance(end, KeyboardInterrupt) or end.code):
+            _end("stopped by Ctrl-C. What finished is kept; the same command goes on from there.", 5)
+        raise
     except (Refused, Impossible) as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"unclip: {error}\n")
-        sys.exit(getattr(error, "code", 2))
+        _end(str(error), getattr(error, "code", 2))
+    except NotFound as error:
+        _end(str(damaged(error.name, "is missing")), 5)
+
+
+class _Interrupted:
+    """Notes that Ctrl-C was pressed, and lets it take its course. A run has a handler of its own while it works."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.default_int_handler(number, frame)
+
+
+def _end(said: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.write(f"unclip: {said}\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from rich.text import Text
 QUIET_SECONDS = 60.0
 """Where nobody watches a terminal, a running stage says so at most this often."""
 
+WIDE = 110
+"""Columns of a terminal that has room for bars."""
+
 _STYLES = {"done": "green", "present": "dim", "running": "bold cyan", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -103,25 +106,29 @@ class Console:
 
     def _say(self, name: str, row: _Row) -> None:
         row.told = time.monotonic()
-        line = f"{self._clock()} {name:16} {row.state:10} {_count(row)} {_rate(row)} {_left(row)}".rstrip()
-        self.terminal.print(line, markup=False, soft_wrap=True)
+        line = f"{self._clock()} {name:16} {row.state:10} {_count(row)} {_rate(row)}"
+        loss, left = _loss(row), _left(row)
+        line += f"{loss and f' loss {loss}'}{left and f' {left} left'}"
+        self.terminal.print(line.rstrip(), markup=False, soft_wrap=True)
 
     def _clock(self) -> str:
         return f"{_time(time.monotonic() - self.began):>7}"
 
     def _table(self) -> Table:
         with self._lock:
-            table = Table(box=None, pad_edge=False, header_style="dim")
-            for title, justify in (("stage", "left"), ("", "left"), ("", "left"), ("done", "right"), ("rate", "right"),
-                                   ("left", "right"), ("took", "right")):  # fmt: skip
-                table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            wide = self.terminal.width >= WIDE
+            table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2 if wide else 1, 0, 0))
+            for title in ("stage", "", *[""] * wide):
+                table.add_column(title, no_wrap=True)
+            for title in ("done", "rate", "loss", "left", "took"):
+                table.add_column(title, justify="right", no_wrap=True)
             for name, row in self.rows.items():
                 share = row.done / row.total if row.total else 0.0
                 bar = Text("━" * round(16 * share), style="cyan") + Text("━" * (16 - round(16 * share)), style="grey30")
                 shown = row.state == "running" and row.total
                 took = _time(row.seconds) if row.seconds is not None else ""
-                table.add_row(name, Text(row.state, style=_STYLES.get(row.state, "")), bar if shown else "",
-                              _count(row), _rate(row), _left(row), took)  # fmt: skip
+                table.add_row(name, Text(row.state, style=_STYLES.get(row.state, "")), *[bar if shown else ""] * wide,
+                              _count(row), _rate(row), _loss(row), _left(row), took)  # fmt: skip
             table.caption = f"{self._clock().strip()} {self._note}"
             table.caption_justify = "left"
             return table
@@ -132,14 +139,16 @@ def _count(row: _Row) -> str:
 
 
 def _rate(row: _Row) -> str:
-    parts = [f"{row.rate:,.0f}/s"] if row.rate and row.state == "running" else []
-    parts += [f"loss {row.loss:.4f}"] if row.loss is not None and row.state == "running" else []
-    return " ".join(parts)
+    return f"{row.rate:,.0f}/s" if row.rate and row.state == "running" else ""
+
+
+def _loss(row: _Row) -> str:
+    return f"{row.loss:.4f}" if row.loss is not None and row.state == "running" else ""
 
 
 def _left(row: _Row) -> str:
     eta = row.eta()
-    return "" if eta is None else f"{_time(eta)} left"
+    return "" if eta is None else _time(eta)
 
 
 def _time(seconds: float) -> str:

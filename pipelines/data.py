@@ -5,13 +5,13 @@ Each row of the list is in exactly one final state; `reconcile` adds them up ove
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from infra.damage import reading
 from infra.errors import Refused
-from infra.manifest import Manifest, check_schema
+from infra.manifest import Manifest, document
 from infra.rows import KEPT
 from infra.store import Store
 from pipelines.source import LISTED
@@ -41,13 +41,14 @@ def versions(store: Store) -> list[Version]:
     """Every version in the store, by stage, the newest of each first."""
     found: dict[tuple[str, str], Version] = {}
     for entry in store.list("manifests/"):
-        head = check_schema(json.loads(store.get(entry.name)), entry.name)
-        stage, version = head["action"]["stage"], head["version"]
-        known = found.get((stage, version))
-        if known is None or known.made < entry.modified:
-            found[stage, version] = Version(
-                stage, version, len(head["records"]), head["rows"], head["states"], entry.modified, entry.name
-            )
+        with reading(entry.name):
+            head = document(store, entry.name)
+            stage, version = head["action"]["stage"], head["version"]
+            known = found.get((stage, version))
+            if known is None or known.made < entry.modified:
+                found[stage, version] = Version(
+                    stage, version, len(head["records"]), head["rows"], head["states"], entry.modified, entry.name
+                )
     return sorted(found.values(), key=lambda one: (one.stage, -one.made.timestamp()))
 
 
@@ -55,7 +56,10 @@ def table(store: Store) -> Table:
     """`versions` for a terminal."""
     from rich.table import Table
 
-    out = Table("stage", "version", "shards", "rows", "states", "made", box=None, pad_edge=False)
+    out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("stage", "version", "shards", "rows", "made"):
+        out.add_column(title, no_wrap=True)
+    out.add_column("states", overflow="fold")
     for one in versions(store):
         states = ", ".join(f"{state} {count}" for state, count in one.states.items())
         out.add_row(
@@ -63,8 +67,8 @@ def table(store: Store) -> Table:
             one.version[:12],
             str(one.shards),
             str(one.rows),
-            states,
             f"{one.made:%Y-%m-%d %H:%M}",
+            states,
         )
     return out
 
@@ -77,7 +81,7 @@ def show(store: Store, version: str) -> dict[str, Any]:
     if len({one.version for one in matching}) > 1:
         raise Refused(f"{version!r} begins {len(matching)} versions in {store.uri}; give more digits")
     one = matching[0]
-    head = check_schema(json.loads(store.get(one.head)), one.head)
+    head = document(store, one.head)
     shards = [
         {
             "rows": record.rows,

@@ -29,6 +29,7 @@ from infra.store import Store
 from pipelines.guard import Answer, Fault, Guard, networks
 from pipelines.pictures import Picture, PictureSpec, prepare, resizer
 from pipelines.stage import plain
+from unclip.config import AMOUNT, COUNT, POSITIVE, WHOLE, Range, outside
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -77,12 +78,9 @@ class DownloadHow:
     """CPUs that Ray reserves a task."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.retries < 0 or self.timeout_s <= 0 or self.backoff_s < 0 or self.cpus < 0:
-            raise Refused(
-                "download: threads must be at least 1, timeout_s positive, and retries, backoff_s and cpus not negative"
-            )
-        if self.silent_rows < 0:
-            raise Refused(f"download.silent_rows is {self.silent_rows}; it must not be negative (0: never refuse)")
+        ranges = {"threads": COUNT, "timeout_s": POSITIVE, "retries": Range(0, 100), "backoff_s": AMOUNT}
+        if wrong := outside(self, **ranges, cpus=AMOUNT, silent_rows=WHOLE):
+            raise Refused(f"download.{wrong}")
         if not self.contact.isprintable() or not self.contact.isascii():
             raise Refused("download.contact goes into an HTTP header: write it in ASCII, on one line")
         networks(self.allow)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
 from infra.store import Store
+from pipelines.drawing import check_order
+from pipelines.pictures import FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,24 +25,29 @@ def vary(store: Store, release: str, picture: Path, n: int, eta: float, seed: in
     """n variations of a picture, beside it."""
     from unclip import manipulate
 
-    if n < 1:
-        raise Refused(f"there is nothing to draw: {n} variations")
+    check_order(n, seed=seed, out=out)
     model, (shown,) = _ready(store, release, [picture])
     drawn = manipulate.variations(model, shown[None], n=n, eta=eta, seeds=[seed + k for k in range(n)])
     return _saved(model, [shown], drawn, picture.name, out)
 
 
-def interpolate(store: Store, release: str, first: str, second: str, steps: int, seed: int, out: Path) -> Path:
-    """`steps` pictures between two pictures (both files that exist), or between two prompts."""
+def interpolate(
+    store: Store, release: str, first: str, second: str, steps: int, fixed: bool, seed: int, out: Path
+) -> Path:
+    """`steps` pictures between two pictures (both files that exist), or between two prompts.
+
+    fixed: one noise for all of them, as prompts always have, instead of the way between the two pictures' own.
+    """
     from unclip import manipulate
 
+    check_order(steps, seed=seed, out=out)
     files = [Path(first), Path(second)]
     if [file.is_file() for file in files].count(True) == 1:
         missing = first if not files[0].is_file() else second
         raise Refused(f"there is no file {missing!r}; give two pictures, or two prompts")
     if files[0].is_file():
         model, (one, other) = _ready(store, release, files)
-        drawn = manipulate.interpolate(model, one, other, steps=steps, seed=seed)
+        drawn = manipulate.interpolate(model, one, other, steps=steps, fixed=fixed, seed=seed)
         return _saved(model, [], drawn, f"{files[0].name} to {files[1].name}", out)
     model, _ = _ready(store, release, [])
     drawn = manipulate.interpolate_prompts(model, first, second, steps=steps, seed=seed)
@@ -53,6 +60,7 @@ def diff(
     """A picture led from one description toward another, in `steps` pictures."""
     from unclip import manipulate
 
+    check_order(steps, out=out)
     model, (shown,) = _ready(store, release, [picture])
     drawn = manipulate.text_diff(model, shown, before, after, theta=theta, steps=steps)
     return _saved(model, [shown], drawn, f"{before} to {after}", out)
@@ -64,20 +72,31 @@ def redraw(
     """n times a picture drawn over under a prompt, beside it."""
     from unclip import manipulate
 
-    if n < 1:
-        raise Refused(f"there is nothing to draw: {n} pictures")
+    check_order(n, seed=seed, out=out)
     model, (shown,) = _ready(store, release, [picture])
     seeds = [seed + k for k in range(n)]
     drawn = manipulate.redraw(model, shown.expand(n, -1, -1, -1), [prompt] * n, strength=strength, seeds=seeds)
     return _saved(model, [shown], drawn, prompt, out)
 
 
-def inpaint(store: Store, release: str, picture: Path, mask: Path, prompt: str, n: int, seed: int, out: Path) -> Path:
-    """n times a picture with what is white in the mask drawn anew under a prompt, beside it."""
+def inpaint(
+    store: Store,
+    release: str,
+    picture: Path,
+    mask: Path,
+    prompt: str,
+    n: int,
+    seed: int,
+    out: Path,
+    trained: bool | None = None,
+) -> Path:
+    """n times a picture with what is white in the mask drawn anew under a prompt, beside it.
+
+    trained: by the release's inpainter (True), by its decoder (False), or by the inpainter where there is one (None).
+    """
     from unclip import manipulate
 
-    if n < 1:
-        raise Refused(f"there is nothing to draw: {n} pictures")
+    check_order(n, seed=seed, out=out)
     model, (shown, where) = _ready(store, release, [picture, mask])
     if shown.shape != where.shape:
         sides = [f"{tensor.shape[2]}×{tensor.shape[1]}" for tensor in (where, shown)]
@@ -87,28 +106,41 @@ def inpaint(store: Store, release: str, picture: Path, mask: Path, prompt: str, 
         raise Refused(f"the mask {mask} has no white in it: there is nothing to draw")
     seeds = [seed + k for k in range(n)]
     pictures, masks = shown.expand(n, -1, -1, -1), free.expand(n, -1, -1)
-    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * n, seeds=seeds)
+    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * n, seeds=seeds, trained=trained)
     return _saved(model, [shown], drawn, prompt, out)
 
 
 def read_picture(path: Path) -> Tensor:
-    """A file as uint8 [3, h, w], RGB, upright, transparent parts on white; raises Refused for what is no picture."""
+    """A file as uint8 [3, h, w], RGB, upright, transparent parts on white; 16 bits a channel are rounded down to 8.
+
+    Of a moving picture the first frame. Raises Refused for what is no picture of `FORMATS` or AVIF, for one that is
+    broken, cut short or of more than `MOST_PIXELS`, and for 32 bits a channel, whose white is anybody's guess.
+    """
+    import warnings
+
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS decides
+            opened = Image.open(path, formats=(*FORMATS, "AVIF"))
+        with opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise Refused(
                     f"{path} has {opened.width}×{opened.height} px, more than {MOST_PIXELS:,}; make it smaller"
                 )
+            if opened.mode in ("I", "F"):
+                raise Refused(f"{path} has 32 bits a channel; save it with 8 or 16")
             upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I;16"):  # Pillow would clamp to 255 instead of scaling: all white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             on_white = Image.new("RGBA", upright.size, "white")
             on_white.alpha_composite(upright.convert("RGBA"))
     except Refused:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise
         raise Refused(f"{path} cannot be read as a picture ({error})") from None
     return torch.from_numpy(np.array(on_white.convert("RGB"))).permute(2, 0, 1)
 

@@ -24,6 +24,7 @@ from infra.rows import KEPT, embedded
 from infra.store import Store
 from pipelines.select import selected
 from pipelines.stage import PoolHow, plain
+from unclip.config import SIDE, outside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,8 +47,8 @@ class EmbedSpec:
     """Pairs that CLIP sees at a time. It is in the key, since sums in CLIP may depend on it."""
 
     def __post_init__(self) -> None:
-        if self.base < 1:
-            raise Refused(f"embed.base is {self.base}; it must be at least 1 pixel")
+        if wrong := outside(self, base=SIDE):
+            raise Refused(f"embed.{wrong}")
         if not 1 <= self.batch <= BLOCK_ROWS:
             raise Refused(
                 f"embed.batch is {self.batch}; it must lie between 1 and {BLOCK_ROWS}, the rows of a row group"
@@ -157,7 +158,7 @@ def chosen_rows(store: Store, index: str, selection: str) -> pa.Table:
     if table.num_rows != len(uids):
         raise Refused(
             f"the selection {selection[:12]} names {len(uids)} rows, of which the index {index[:12]} has "
-            f"{table.num_rows}: it is of another version of the data",
+            f"{table.num_rows}: it is of another version of the data. Run again from the filter on: unclip run RECIPE",
             code=5,
         )
     return table

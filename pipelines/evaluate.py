@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from infra.manifest import Action, Manifest, Record, canonical, digest_file, obj
 from infra.store import Store
 from pipelines.prompts import Chunk, Prompt, alternatives, chunks
 from pipelines.stage import PoolHow, plain
+from unclip.config import AMOUNT, COUNT, SEED, outside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,15 +58,10 @@ class EvaluateSpec:
     def __post_init__(self) -> None:
         for name in ("judge", "reference"):
             value = getattr(self, name)
-            if value is not None and value.count(":") != 1:
+            if value is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
                 raise Refused(f"evaluate.{name} is {value!r}; name a function as module:function")
-        for name in ("chunk", "tile"):
-            if getattr(self, name) < 1:
-                raise Refused(f"evaluate.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("guidance", "prior_guidance"):
-            value = getattr(self, name)
-            if value is not None and (not math.isfinite(value) or value < 0):
-                raise Refused(f"evaluate.{name} is {value}; it must be a finite number, at least 0")
+        if wrong := outside(self, chunk=COUNT, tile=COUNT, seed=SEED, guidance=AMOUNT, prior_guidance=AMOUNT):
+            raise Refused(f"evaluate.{wrong}")
 
 
 def function(name: str | None, what: str) -> Callable[..., Any] | None:

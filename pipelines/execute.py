@@ -17,10 +17,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from infra.cluster import Node
+from infra.damage import damaged
 from infra.errors import Refused, Stopped
 from infra.lease import TTL_S
 from infra.manifest import Manifest, Record
-from infra.store import Store
+from infra.store import NotFound, Store
 from pipelines.admission import Admission, check_room
 from pipelines.console import Console
 from pipelines.fitting import Fits, settle
@@ -167,10 +168,16 @@ class Execution:
                 if str(cause) not in lines:  # it met every stage that wanted Ray, and is told once
                     lines.append(str(cause))
                     codes.append(self._unlinked.code)
+            elif isinstance(cause, NotFound):
+                lines.append(f"{name}: {damaged(cause.name, 'is missing')}")
+                codes.append(5)
             elif isinstance(cause, Refused | Impossible):
                 if not (stopping and isinstance(cause, Stopped)):
                     lines.append(f"{name}: {cause}")
                     codes.append(getattr(cause, "code", 2))
+            elif type(cause).__module__ == "ray.exceptions":  # a process, a node or the head is gone
+                lines.append(f"{name}: Ray lost what it was running ({type(cause).__name__}: {first_line(cause)})")
+                codes.append(5)
             else:
                 log.error("stage %s failed", name, exc_info=error)
                 lines.append(f"{name} failed: {type(cause).__name__}: {last_line(cause)}")
@@ -226,6 +233,11 @@ class Execution:
 
     def _shards(self, resolved: Resolved, made: int) -> None:
         self.console.state(resolved.stage.name, "running", len(resolved.present) + made, len(resolved.actions))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: of Ray's, what happened; the rest is about its log files."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
 
 
 def last_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The stages that train: CLIP, prior, decoder, upsamplers; and the one that loads a CLIP instead of training it."""
+"""The stages that train: CLIP, prior, decoder, upsamplers, guides; and the one that loads a CLIP instead."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ROLES = {
     "curate": "selection",
     "statistics": "statistics",
     "clip": "clip",
+    "decoder": "start",
 }
 """What a manifest is to a trainer, by the stage that made it."""
 
@@ -38,7 +39,7 @@ class Fit:
 
     name: str
     model: str
-    """clip, prior, ar_prior, decoder or upsampler."""
+    """A kind of `training.job.KINDS`."""
     spec: FitSpec
     how: FitHow
     needs: tuple[str, ...]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from infra.errors import Refused
 from infra.store import Store
-
-log = logging.getLogger(__name__)
-log.setLevel(logging.WARNING)  # what a prompt loses is for the person who wrote it, whatever else is quiet
+from pipelines.drawing import check_guidance, check_order
 
 
 def generate(
@@ -24,17 +20,20 @@ def generate(
     guidance: float | None,
     prior_guidance: float | None,
     out: Path | str,
+    *,
+    labels: Mapping[str, str] | None = None,
+    label_guidance: float | None = None,
+    clip_guidance: float | None = None,
 ) -> Path:
     """Draws n pictures a prompt and writes them as one PNG, a row a prompt; returns where.
 
     release: a reference that `open_release` knows. Pictures of a prompt have the seeds seed, seed + 1, …; guidance None
-    means the release's own. Raises Refused for impossible settings, and where there is no such release.
+    means the release's own, as it does of the guides, for whose labels and scales see `unclip.sampling.Sampling`.
+    Raises Refused for impossible settings, and where there is no such release or guide.
     """
-    for name, scale in (("guidance", guidance), ("prior guidance", prior_guidance)):
-        if scale is not None and (not math.isfinite(scale) or scale < 0):
-            raise Refused(f"{name} must be a finite number, at least 0 (1 is unguided), not {scale}")
-    if n < 1 or not prompts:
-        raise Refused(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
+    check_guidance(guidance=guidance, prior_guidance=prior_guidance)
+    check_guidance(unguided=0, label_guidance=label_guidance, clip_guidance=clip_guidance)
+    check_order(n, rows=len(prompts), seed=seed, out=out)
     # Beside other busy processes, threads that spin while they wait make sampling up to thirty times slower (measured
     # on two cores: 67 s against 3 s); on an idle machine waiting asleep costs a second. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -45,12 +44,10 @@ def generate(
     from unclip.cascade import UnCLIP
 
     model = UnCLIP.load(folder)
-    for prompt, cut in zip(prompts, model.clip.truncated(prompts), strict=True):
-        if cut:
-            log.warning("the prompt %r is too long for this release; %r at its end is not seen", prompt, cut)
     words = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + k for _ in prompts for k in range(n)]
-    pictures = model.generate(words, seeds=seeds, guidance=guidance, prior_guidance=prior_guidance)
+    guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
+    pictures = model.generate(words, seeds=seeds, guidance=guidance, prior_guidance=prior_guidance, **guides)
     table = pictures.permute(0, 2, 3, 1).reshape(len(prompts), n, model.size, model.size, 3).numpy()
     grids.save(grids.rows(table, prompts), Path(out))
     return Path(out)

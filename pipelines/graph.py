@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from infra.damage import reading
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, check_schema
+from infra.manifest import Action, Manifest, Record, document, object_name
 from infra.store import Store
 from pipelines.stage import Stage, plain
 
@@ -69,12 +70,15 @@ def _newest_records(store: Store, place: str) -> dict[tuple[str, int], Record]:
     if not heads:
         return {}
     name = max(heads, key=lambda entry: (entry.modified, entry.name)).name
-    head = check_schema(json.loads(store.get(name)), name)
-    records = Manifest.load(store, head["version"]).records
-    return {
-        (key, generation): Record.from_content(record.content, key, generation)
-        for (key, generation), record in zip(head["records"], records, strict=True)
-    }
+    head = document(store, name)
+    with reading(name):
+        if not store.exists(object_name(head["version"])):
+            return {}  # the records say it too, and the next run writes it anew
+        records = Manifest.load(store, head["version"]).records
+        return {
+            (key, generation): Record.from_content(record.content, key, generation)
+            for (key, generation), record in zip(head["records"], records, strict=True)
+        }
 
 
 def unfinished(stages: Iterable[Stage], known: Mapping[str, Manifest], store: Store) -> list[Stage]:
@@ -110,10 +114,10 @@ def order(stages: Iterable[Stage]) -> list[Stage]:
 
 def chosen(stages: Sequence[Stage], until: str | None = None, only: str | None = None) -> set[str]:
     """Names of the stages to run: all; with `until` that group and all that it needs; with `only` that group alone."""
-    if until and only:
+    if until is not None and only is not None:
         raise Refused("--until and --only exclude each other: give one of them.")
     names = {stage.name: stage for stage in stages}
-    target = until or only
+    target = only if until is None else until
     if target is None:
         return set(names)
     groups = list(dict.fromkeys(stage.group for stage in stages))
@@ -122,7 +126,7 @@ def chosen(stages: Sequence[Stage], until: str | None = None, only: str | None =
         near = difflib.get_close_matches(target, groups, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise Refused(f"There is no stage {target!r} in this recipe.{hint} Its stages: {', '.join(groups)}.")
-    if only:
+    if only is not None:
         return picked
     queue = list(picked)
     while queue:
@@ -140,7 +144,7 @@ def why(stage: Stage, whole: Action, store: Store) -> str:
     if not heads:
         return "not made yet"
     name = max(heads, key=lambda entry: (entry.modified, entry.name)).name
-    before = check_schema(json.loads(store.get(name)), name)["action"]
+    before = document(store, name)["action"]
     reasons = []
     if before["stage"] != whole.stage:
         reasons.append(f"stage version {before['stage'].split('/')[-1]} → {whole.stage.split('/')[-1]}")

@@ -22,7 +22,7 @@ def export(store: Store, ref: str, folder: Path, form: str) -> str:
     done = export_diffusers(release, folder)
     said = f"wrote {folder} for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline, pictures of {done.size} px"
     if done.left_out:
-        said += f"; left out, since a pipeline has one upsampler: {', '.join(done.left_out)}"
+        said += f"; left out, since a pipeline has one upsampler and no guide: {', '.join(done.left_out)}"
     return said
 
 

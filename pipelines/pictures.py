@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
+from unclip.config import SEED, SIDE, Range, outside
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow and OpenCV both read
 RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop", "border": "border"}
+LARGE = Range(1, SEED.most)
 QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
 
 # img2dataset's resizer points the process's standard streams elsewhere while it works: one at a time.
@@ -56,9 +58,8 @@ class PictureSpec:
         least, most, _ = QUALITIES[self.format]
         if self.quality is not None and not least <= self.quality <= most:
             raise Refused(f"download.quality is {self.quality}; for {self.format} it lies between {least} and {most}")
-        for name in ("size", "min_side", "max_pixels", "max_bytes"):
-            if getattr(self, name) < 1:
-                raise Refused(f"download.{name} is {getattr(self, name)}; it must be at least 1")
+        if wrong := outside(self, size=SIDE, min_side=SIDE, max_pixels=LARGE, min_bytes=SEED, max_bytes=LARGE):
+            raise Refused(f"download.{wrong}")
         if self.min_bytes > self.max_bytes:
             raise Refused(f"download.min_bytes is {self.min_bytes}, more than max_bytes ({self.max_bytes})")
 

@@ -108,8 +108,10 @@ def _prompt(line: str, where: str) -> Prompt:
         raise Refused(f'{where} has no "prompt"; a line is {{"prompt": "a red circle", "kind": "single"}}')
     unknown = sorted(set(document) - {"prompt", "kind", "expected"})
     kind, expected = document.get("kind", "all"), document.get("expected")
-    if unknown or not isinstance(kind, str) or not re.fullmatch(r"[a-z0-9-]+", kind):
-        raise Refused(f"{where}: kind is a lower-case word, expected a mapping; there is nothing else ({unknown})")
+    if unknown:
+        raise Refused(f"{where} has {', '.join(unknown)}; a line has prompt, kind and expected, and nothing else")
+    if not isinstance(kind, str) or not re.fullmatch(r"[a-z0-9-]+", kind):
+        raise Refused(f"{where}: kind is {json.dumps(kind)}; write a word of lower-case letters, digits and hyphens")
     if expected is not None and not isinstance(expected, dict):
         raise Refused(f"{where}: expected must be a mapping that the judge understands")
     return Prompt(document["prompt"], kind, expected)

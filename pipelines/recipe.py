@@ -11,20 +11,20 @@ import dataclasses
 import difflib
 import json
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_type_hints
 
 import pydantic
-import yaml
 
 from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION
+from pipelines import document
 from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.embed import EmbedSpec
 from pipelines.evaluate import EvaluateSpec
+from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
@@ -33,21 +33,35 @@ from pipelines.stage import PoolHow
 from training.job import CONFIGS, FitHow
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling
+from unclip.clip_config import ClipConfig
+from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.decoder import DecoderConfig
+from unclip.half_unet import HalfUNetConfig
+from unclip.presets import PRESETS
 from unclip.prior import PriorConfig
 from unclip.upsampler import UpsamplerConfig
 
 FOLDER = Path(__file__).parent / "recipes"
-DERIVED = {"low", "size", "embedding", "text_width", "context"}
-"""Fields of model configurations that follow from other numbers of the recipe."""
+DERIVED = {"low", "size", "embedding", "text_width", "context", "vocabulary", "inpaint"}
+"""Fields of model configurations that follow from other numbers of the recipe, or from the section they stand in."""
+
+
+def part(section: Any, cls: type) -> Any:
+    """The fields of `section` that belong to `cls`, as an instance of it."""
+    return cls(
+        **{item.name: getattr(section, item.name) for item in dataclasses.fields(cls) if hasattr(section, item.name)}
+    )
 
 
 def _section(name: str, *parts: Any, drop: set[str] = frozenset(), partial: bool = False, **more: Any) -> Any:  # type: ignore[assignment]
-    """A frozen dataclass of all fields of `parts` and `more`; `partial` makes each optional (None: not said)."""
+    """A frozen dataclass of all fields of `parts` and `more`; `partial` makes each optional (None: not said).
+
+    It refuses what its parts refuse, so that pydantic says where; a partial one waits for the preset it changes.
+    """
     fields: list[Any] = []
-    for part in parts:
-        hints = get_type_hints(part)
-        for item in dataclasses.fields(part):
+    for each in parts:
+        hints = get_type_hints(each)
+        for item in dataclasses.fields(each):
             if item.name in drop:
                 continue
             if partial:
@@ -60,7 +74,12 @@ def _section(name: str, *parts: Any, drop: set[str] = frozenset(), partial: bool
             item[2].default is not dataclasses.MISSING or item[2].default_factory is not dataclasses.MISSING
         )
     )
-    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+    def check(section: Any) -> None:
+        for each in () if partial else parts:
+            part(section, each)
+
+    return dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__post_init__": check})
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
@@ -75,10 +94,28 @@ def _optional(hint: Any) -> tuple[Any, Any]:
     return hint | None, field(default=None)
 
 
+def _as_written(value: Any) -> Any:
+    pydantic.TypeAdapter(ClipConfig).validate_json(json.dumps(value), strict=True)
+    return value
+
+
+OpenClip = Annotated[ClipConfig, pydantic.PlainValidator(_as_written)]
+"""open_clip's configuration: checked as a ClipConfig, and kept as the dict that was written, which is in CLIP's key."""
+
 Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
 
-CLIP_TRAIN, PRIOR_TRAIN, AR_PRIOR_TRAIN, DECODER_TRAIN, UPSAMPLER_TRAIN = (
-    _section(f"{kind} train", CONFIGS[kind]) for kind in ("clip", "prior", "ar_prior", "decoder", "upsampler")
+(
+    CLIP_TRAIN,
+    PRIOR_TRAIN,
+    AR_PRIOR_TRAIN,
+    DECODER_TRAIN,
+    INPAINTER_TRAIN,
+    UPSAMPLER_TRAIN,
+    CLASSIFIER_TRAIN,
+    NOISED_CLIP_TRAIN,
+) = (
+    _section(f"{kind} train", CONFIGS[kind])
+    for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 )
 
 PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
@@ -100,6 +137,17 @@ class World:
     """Held-out prompts with one object, for the evaluation."""
     pair_prompts: int = 300
     """Held-out prompts with two objects."""
+    labels: bool = False
+    """Whether its list has columns that say what is to be seen (shape, colour, …), for a classifier to learn."""
+
+    def __post_init__(self) -> None:
+        counts = {"pictures": COUNT, "single_prompts": WHOLE, "pair_prompts": WHOLE}
+        if wrong := outside(self, **counts, pairs=FRACTION, seed=SEED):
+            raise Refused(wrong)
+        if not re.fullmatch(r"\w+(\.\w+)*", self.module):
+            raise Refused(f"module is {self.module!r}; name a Python module, such as pipelines.shapes")
+        if not self.single_prompts + self.pair_prompts:
+            raise Refused("single_prompts and pair_prompts are 0; an evaluation needs prompts")
 
 
 @dataclass(frozen=True)
@@ -127,6 +175,11 @@ class Tracking:
     required: bool = True
     """Whether a server that does not answer at the start is an error."""
 
+    def __post_init__(self) -> None:
+        for name in ("uri", "experiment"):
+            if getattr(self, name) == "":
+                raise Refused(f"{name} is empty; name one, or leave it out")
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -135,19 +188,24 @@ class Cluster:
     cpus: int | None = None
     """CPUs that a local Ray may use; default all."""
 
+    def __post_init__(self) -> None:
+        if wrong := outside(self, cpus=COUNT):
+            raise Refused(wrong)
+
 
 @dataclass(frozen=True)
 class Sampler:
     """How the released models are sampled unless the caller says otherwise."""
 
-    prior: Sampling
     decoder: Sampling
     upsamplers: dict[int, Sampling]
+    prior: Sampling | None = None
+    """Said if and only if there is a prior."""
 
 
-def _model(config: type) -> Any:
+def _model(config: type, *derived: str) -> Any:
     """What a recipe may change of a preset's model: every field that is not derived, none of them required."""
-    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED, partial=True))
+    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED | {*derived}, partial=True))
 
 
 if typing.TYPE_CHECKING:  # sections are made at import, which no type checker can follow
@@ -158,19 +216,29 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     Prior: typing.TypeAlias = Any
     ArPrior: typing.TypeAlias = Any
     Decoder: typing.TypeAlias = Any
+    Inpainter: typing.TypeAlias = Any
     Upsampler: typing.TypeAlias = Any
+    Classifier: typing.TypeAlias = Any
+    NoisedClip: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
 else:
     Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
     Download = _section("download", DownloadSpec, DownloadHow)
     Embed = _section("embed", EmbedSpec, PoolHow)
     Clip = _section(
-        "clip", FitHow, model=_optional(dict[str, Any]), train=_optional(CLIP_TRAIN), pretrained=_optional(PRETRAINED)
+        "clip", FitHow, model=_optional(OpenClip), train=_optional(CLIP_TRAIN), pretrained=_optional(PRETRAINED)
     )
     Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
     ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
     Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
+    Inpainter = _section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()))
     Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
+    # Both read what their decoder draws, under its noise.
+    ENCODER = _model(HalfUNetConfig, "schedule", "timesteps")
+    Classifier = _section(
+        "classifier", FitHow, labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field())
+    )
+    NoisedClip = _section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
     Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
 
 
@@ -191,6 +259,12 @@ class Recipe:
     """The diffusion prior."""
     ar_prior: ArPrior | None = None
     """The autoregressive prior, in the diffusion prior's place."""
+    inpainter: Inpainter | None = None
+    """Trains the finished decoder on, to fill in: an optional part of the release, which `edit inpaint` then uses."""
+    classifier: Classifier | None = None
+    """A noised classifier of label columns (each in `source.columns.keep`), for classifier guidance."""
+    noised_clip: NoisedClip | None = None
+    """A noised CLIP, for CLIP guidance."""
     download: Download = field(default_factory=Download)
     source: Source = field(default_factory=Source)
     filter: Select = field(default_factory=Select)
@@ -209,22 +283,47 @@ class Recipe:
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
         if self.clip.model is not None and self.clip.train is None:
             raise Refused("clip: `model` is given without `train`")
-        if (self.prior is None) == (self.ar_prior is None):
+        priors = 2 - [self.prior, self.ar_prior].count(None)
+        if self.prompts_only and (priors or self.sampling.prior is not None):
+            raise Refused(
+                "this decoder draws from prompts alone (its image is false): leave out `prior`, `ar_prior` and "
+                "`sampling.prior`"
+            )
+        if not self.prompts_only and priors != 1:
             raise Refused("give either `prior` (a diffusion prior) or `ar_prior` (an autoregressive one)")
+        if not self.prompts_only and self.sampling.prior is None:
+            raise Refused("sampling.prior is missing")
         if set(self.sampling.upsamplers) != set(self.upsamplers):
             raise Refused(
                 f"sampling.upsamplers names {sorted(self.sampling.upsamplers)} px, "
                 f"upsamplers {sorted(self.upsamplers)} px"
             )
-        if self.source.urls is None and self.world is None:
+        if self.classifier is not None:
+            if not self.classifier.labels:
+                raise Refused("classifier.labels is empty: name a column that says what a picture shows")
+            if missing := sorted({*self.classifier.labels} - {*self.source.columns.keep}):
+                raise Refused(
+                    f"classifier.labels names {', '.join(missing)}: name it in source.columns.keep as well, so that it "
+                    "travels with the rows"
+                )
+        learned = () if self.classifier is None else self.classifier.labels
+        if missing := sorted({*self.sampling.decoder.labels} - {*learned}):
+            raise Refused(f"sampling.decoder.labels has {missing[0]}, which `classifier.labels` does not name")
+        if self.sampling.decoder.clip_guidance and self.noised_clip is None:
+            raise Refused("sampling.decoder.clip_guidance needs a noised CLIP: add a section `noised_clip`")
+        for side in self.upsamplers:
+            if wanted := SIDE.refuses(side):
+                raise Refused(f"upsamplers names {side} px; a side must be {wanted}")
+        if not self.source.urls and (self.world is None or self.source.urls == ""):
             raise Refused("source.urls is missing: name a Parquet, CSV or JSON-lines list of URLs and captions")
 
-
-def part(section: Any, cls: type) -> Any:
-    """The fields of `section` that belong to `cls`, as an instance of it."""
-    return cls(
-        **{item.name: getattr(section, item.name) for item in dataclasses.fields(cls) if hasattr(section, item.name)}
-    )
+    @property
+    def prompts_only(self) -> bool:
+        """Whether the decoder draws from prompts alone, so that there is no prior."""
+        changed = None if self.decoder.model is None else self.decoder.model.image
+        if changed is None and self.models in PRESETS:
+            changed = PRESETS[self.models].decoder.image
+        return changed is False
 
 
 def said(section: Any) -> dict[str, Any]:
@@ -236,15 +335,6 @@ def said(section: Any) -> dict[str, Any]:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that also reads 2e-4 as a number, as everybody means it; YAML 1.1 wants 2.0e-4."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def names() -> list[str]:
     """The recipes that come with unclip."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -253,110 +343,31 @@ def names() -> list[str]:
 def load(name: str, changes: typing.Sequence[str] = ()) -> Recipe:
     """A recipe by name or file, with `key=value` changes; raises Refused with the dotted path of what is wrong."""
     path = Path(name)
-    if not path.suffix and not path.is_file():
-        path = FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        if name and path.is_dir():
+            raise Refused(f"{name!r} is a folder; a recipe is a YAML file, or one of: {', '.join(names())}.")
+        if not path.suffix and not path.is_file():
+            path = FOLDER / f"{name}.yaml"
+        found = path.is_file()
+    except OSError as error:
+        raise Refused(f"There is no recipe {name[:40]!r}…: {error.strerror}.") from None
+    if not found:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise Refused(f"There is no recipe {name!r}.{hint} Give a YAML file or one of: {', '.join(names())}.")
-    try:
-        document = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise Refused(f"{path} holds no mapping of sections; see the recipes in {FOLDER.name}/ for the form.")
+    read = document.read(path)
     for change in changes:
-        _change(document, change)
-    return parse(document, str(name))
+        document.change(read, change)
+    return parse(read, name)
 
 
-def parse(document: dict[str, Any], where: str) -> Recipe:
+def parse(read: dict[str, Any], where: str) -> Recipe:
     """A recipe from a plain document."""
+    document.check(read, f"Recipe {where}")
     try:
-        text = json.dumps(document, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"Recipe {where}: {error}. Values are numbers, texts, lists and mappings.") from None
-    try:
-        return _ADAPTER.validate_json(text, strict=True)
+        return _ADAPTER.validate_json(json.dumps(read), strict=True)
     except pydantic.ValidationError as error:
-        raise Refused(_explain(error, where)) from None
-
-
-def _change(document: dict[str, Any], change: str) -> None:
-    """Applies one `--set dotted.key=value` (the value in YAML) in place."""
-    path, equals, text = change.partition("=")
-    if not equals or not path.strip():
-        raise Refused(f"--set {change!r}: write it as key=value, for instance --set prior.train.steps=500")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise Refused(f"--set {change!r}: {text!r} is no YAML value") from None
-    *parents, last = [int(step) if step.isdigit() else step for step in path.strip().split(".")]
-    place: Any = document
-    nowhere = Refused(f"--set {change!r}: {path.strip()!r} leads nowhere in this recipe")
-    for step in parents:
-        if isinstance(place, dict):
-            if place.get(step) is None:
-                place[step] = {}
-            place = place[step]
-        elif isinstance(place, list) and isinstance(step, int) and step < len(place):
-            place = place[step]
-        else:
-            raise nowhere
-    if isinstance(place, dict) or (isinstance(place, list) and isinstance(last, int) and last < len(place)):
-        place[last] = value  # type: ignore[index]
-    else:
-        raise nowhere
-
-
-def _explain(error: pydantic.ValidationError, where: str) -> str:
-    """One paragraph with the path of each thing that is wrong, and the nearest known key for an unknown one."""
-    lines = []
-    for item in error.errors()[:5]:
-        steps = [str(step) for step in item["loc"] if step not in ("[key]",)]
-        path = ".".join(steps)
-        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = _keys(steps[:-1])
-            near = difflib.get_close_matches(steps[-1], known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{path} is no known key; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{path} is missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            value = json.dumps(item["input"], default=str)
-            shown = f" (got {value})" if len(value) < 60 and item["type"] != "value_error" else ""
-            lines.append(f"{path}: {message}{shown}" if path else f"{message}{shown}")
-    more = f" … and {error.error_count() - 5} more" if error.error_count() > 5 else ""
-    return f"Recipe {where}: " + "; ".join(lines) + more + "."
-
-
-def _keys(steps: list[str]) -> list[str]:
-    """The known keys at a path."""
-    hint: Any = Recipe
-    for step in steps:
-        hint = _strip(hint)
-        if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint, include_extras=False).get(step, dict)
-        elif get_origin(hint) in (tuple, dict):
-            hint = get_args(hint)[1 if get_origin(hint) is dict else 0]
-    hint = _strip(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next((choice for choice in get_args(hint) if steps and _tag(choice) == steps[-1]), hint)
-    return [item.name for item in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
-
-
-def _strip(hint: Any) -> Any:
-    """The hint without None and Annotated."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    choices = [choice for choice in get_args(hint) if choice is not type(None)]
-    return choices[0] if get_origin(hint) in (Union, types.UnionType) and len(choices) == 1 else hint
-
-
-def _tag(cls: Any) -> str:
-    hint = get_type_hints(cls).get("rule")
-    return get_args(hint)[0] if get_origin(hint) is Literal else ""
+        raise Refused(explain(error.errors(), Recipe, where)) from None
 
 
 def _forbid(hint: Any, seen: set[Any]) -> None:

@@ -6,7 +6,6 @@ Beside infra/tracking.py the only file that imports mlflow.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import SCHEMA_VERSION, canonical, check_schema, digest, object_name
+from infra.manifest import SCHEMA_VERSION, canonical, digest, document, object_name
 from infra.store import Store
 from infra.tracking import check_server, database_folder, default_uri, open_client
 
@@ -33,7 +32,7 @@ def tracking_uri(store: Store, name: str = "") -> str:
         return uri
     notes = store.list(f"mirrors/{name}/" if name else "mirrors/")
     newest = max(notes, key=lambda note: (note.modified, note.name), default=None)
-    noted = check_schema(json.loads(store.get(newest.name)), newest.name)["tracking"] if newest else None
+    noted = document(store, newest.name)["tracking"] if newest else None
     return noted or default_uri(store.uri)
 
 

@@ -7,6 +7,7 @@ champion; what a person does with it by hand is in releases.py, its mirror in ML
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -18,10 +19,11 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file, object_name
-from infra.store import NotFound, Store
+from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file, object_name, read_object
+from infra.store import Store
 from pipelines import scores
 from pipelines.stage import plain
+from unclip.config import FRACTION, outside
 
 CHAMPION = "champion"
 DATA = ("source", "download", "filter", "embed", "curate", "statistics")
@@ -46,7 +48,9 @@ class Bundle:
 
     spec: BundleSpec
     models: tuple[str, ...]
-    """prior, decoder, upsampler-64, …: the stages that train them."""
+    """prior, decoder, upsampler-64, inpainter, …: the stages that train them."""
+    measured: bool = False
+    """Whether stage `gamma` measures what Analytic-DPM needs to know of the prior."""
     name: str = "bundle"
     group: str = "bundle"
     version: int = 1
@@ -55,8 +59,8 @@ class Bundle:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """CLIP, the models, and the data that they come from."""
-        return ("clip", *self.models, *DATA)
+        """CLIP, the models, and the data that they come from; then what was measured of them."""
+        return ("clip", *self.models, *DATA, *(("gamma",) if self.measured else ()))
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all, on the versions of its inputs."""
@@ -78,6 +82,8 @@ class Bundle:
         with store.scratch() as parts:
             for name in components:
                 unfold(store, Manifest.load(store, versions[name], name).only, parts / name)
+            if self.measured:
+                unfold(store, Manifest.load(store, versions["gamma"], "gamma").only, parts / "prior")
             release.save(
                 out,
                 self.spec.name,
@@ -99,8 +105,11 @@ class GateSpec:
     fall beyond it counts if it is more than chance: if the paired difference's 95 % interval lies below 0."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tolerance <= 1:
-            raise Refused(f"gate.tolerance is {self.tolerance}; it is a difference of two shares, between 0 and 1")
+        if wrong := outside(self, tolerance=FRACTION):
+            raise Refused(f"gate.{wrong}, for it is a difference of two shares")
+        for name, least in self.minimum.items():
+            if not math.isfinite(least):
+                raise Refused(f"gate.minimum.{name} is {least}; it must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -256,7 +265,7 @@ def find(store: Store, ref: str) -> str:
     """The version that `ref` names; Refused where there is none, or several."""
     name, at, word = ref.rpartition("@")
     if word == CHAMPION:
-        line = name if at else _only_line(store)
+        line = name if at else only_line(store)
         head = Ledger(store, line).head()
         if head is None:
             raise Refused(
@@ -339,24 +348,31 @@ def _compared(store: Store, mine: dict[str, Any], champion: dict[str, Any] | Non
         return {}, "there was no champion to compare with"
     if not champion["evaluate"]:
         return {}, "the champion was never evaluated"
+    if not store.exists(object_name(champion["evaluate"])):
+        return {}, "not compared with the champion: its scores are no longer in the store"
     try:
         return scores.compare(mine, _scores(store, champion["evaluate"])), ""
-    except (Refused, NotFound) as error:
+    except Refused as error:
+        if error.code == 5:  # damaged: no reason to judge it less strictly
+            raise
         return {}, f"not compared with the champion: {error}"
 
 
 def _scores(store: Store, evaluate: str) -> dict[str, Any]:
     sha256 = Manifest.load(store, evaluate).only.sha("scores.json")
-    return scores.read(store.get(object_name(sha256)))
+    return scores.read(read_object(store, sha256))
 
 
-def _only_line(store: Store) -> str:
-    """The line that plain "champion" means: unclip, or the only one that there is."""
+def only_line(store: Store) -> str:
+    """The line that is meant by none: unclip, or the only one that there is; Refused where there are several."""
     lines = Ledger.names(store)
     if "unclip" in lines or not lines:
         return "unclip"
     if len(lines) > 1:
-        raise Refused(f"the store {store.uri} has several model lines; say which: {', '.join(lines)} (NAME@{CHAMPION})")
+        raise Refused(
+            f"the store {store.uri} has several model lines; say which (NAME@{CHAMPION}, or --name NAME): "
+            f"{', '.join(lines)}"
+        )
     return lines[0]
 
 

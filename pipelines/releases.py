@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Manifest, Record, check_schema, digest_file, object_name
+from infra.manifest import Manifest, Record, digest_file, document, object_name, read_object
 from infra.store import NotFound, Store
 from pipelines.release import CHAMPION, after, cache, find, judged_against
 from pipelines.stage import plain
@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def table(store: Store, name: str) -> Table:
-    """The ledger for a terminal, the oldest entry first."""
+def table(store: Store, name: str) -> Table | str:
+    """The ledger for a terminal, the oldest entry first; a sentence where there is none."""
     from rich.table import Table
 
     entries = list(Ledger(store, name).entries())
-    out = Table("", "when (UTC)", "what", "release", "gate", "scores", "why", box=None, pad_edge=False)
+    out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("", "when (UTC)", "what", "release", "gate"):
+        out.add_column(title, no_wrap=True)
+    for title in ("scores", "why"):
+        out.add_column(title, overflow="fold")
     for entry in entries:
         known = entry.facts.get("scores", {})
         shown = "  ".join(f"{key} {known[key]:.3f}" for key in sorted(known) if re.fullmatch(r"[^.]+\.all|cmmd", key))
@@ -35,7 +39,7 @@ def table(store: Store, name: str) -> Table:
         gate = entry.gate[:12] if entry.gate else "by hand"
         out.add_row(f"{entry.number}{mark}", entry.time[:16], entry.kind, entry.release[:12], gate, shown, entry.reason)
     if not entries:
-        out.caption = f"no release of {name!r} was promoted in {store.uri}; its lines: {_lines(store)}"
+        return f"no release of {name!r} was promoted in {store.uri}; its lines: {_lines(store)}"
     return out
 
 
@@ -43,7 +47,7 @@ def show(store: Store, ref: str) -> dict[str, Any]:
     """What a release consists of, what it was made from, its scores and its entries in the ledgers."""
     version = find(store, ref)
     record = Manifest.load(store, version, "bundle").only
-    document = json.loads(store.get(object_name(record.sha("release.json"))))
+    release = json.loads(read_object(store, record.sha("release.json")))
     evaluate = _evaluation(store, version)
     entries = [
         {"ledger": name, "champion": entry == last, **{k: v for k, v in plain(entry).items() if k != "facts"}}
@@ -54,7 +58,7 @@ def show(store: Store, ref: str) -> dict[str, Any]:
     ]
     return {
         "version": version,
-        **{key: document[key] for key in ("name", "components", "sampling", "data", "clip")},
+        **{key: release[key] for key in ("name", "components", "sampling", "data", "clip")},
         "bytes": sum(file.bytes for file in record.files.values()),
         "evaluate": evaluate,
         "scores": Manifest.load(store, evaluate).only.facts.get("scores", {}) if evaluate else {},
@@ -179,17 +183,14 @@ def _evaluation(store: Store, bundle: str) -> str | None:
     newest: dict[Any, str] = {}
     for entry in store.list("manifests/evaluate-"):
         if re.match(r"manifests/evaluate-\d+/", entry.name):
-            head = check_schema(json.loads(store.get(entry.name)), entry.name)
+            head = document(store, entry.name)
             if bundle in head["action"]["inputs"]:
                 newest[entry.modified, entry.name] = head["version"]
     return newest[max(newest)] if newest else None
 
 
 def _files(store: Store, version: str) -> list[Any]:
-    try:
-        return list(Manifest.load(store, version, "bundle").only.files.values())
-    except NotFound as error:
-        raise Refused(f"{error}: the manifest of a release is missing", code=5) from error
+    return list(Manifest.load(store, version, "bundle").only.files.values())
 
 
 def _lines(store: Store) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.manifest import Action, Manifest, Record, digest_file, object_name
+from infra.manifest import Action, Manifest, Record, digest_file, object_name, read_object
 from infra.store import Store
 from pipelines import scores
 from pipelines.data import reconcile
@@ -224,7 +224,7 @@ def _stage(name: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def _json(store: Store, record: Record, name: str) -> dict[str, Any]:
-    return json.loads(store.get(object_name(record.sha(name))))
+    return json.loads(read_object(store, record.sha(name)))
 
 
 def _count(number: float) -> str:

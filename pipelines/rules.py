@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import Refused
+from unclip.config import SIDE, WHOLE, Range, outside
 
 
 class Rule(Protocol):
@@ -47,8 +48,8 @@ class Size:
     columns: ClassVar[tuple[str, ...]] = ("width", "height")
 
     def __post_init__(self) -> None:
-        if self.min_side < 1:
-            raise Refused(f"rule size: min_side is {self.min_side}; it must be at least 1")
+        if wrong := outside(self, min_side=SIDE):
+            raise Refused(f"rule size: {wrong}")
 
     def look(self, rows: pa.Table) -> pa.Table:
         return pa.table({"side": pc.min_element_wise(rows["width"], rows["height"])})
@@ -68,8 +69,8 @@ class Aspect:
     columns: ClassVar[tuple[str, ...]] = ("width", "height")
 
     def __post_init__(self) -> None:
-        if not self.max_ratio >= 1:
-            raise Refused(f"rule aspect: max_ratio is {self.max_ratio}; it must be at least 1")
+        if wrong := outside(self, max_ratio=Range(1)):
+            raise Refused(f"rule aspect: {wrong}")
 
     def look(self, rows: pa.Table) -> pa.Table:
         longer = pc.max_element_wise(rows["width"], rows["height"]).cast(pa.float64())
@@ -96,9 +97,12 @@ class Caption:
     columns: ClassVar[tuple[str, ...]] = ("caption",)
 
     def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("min_characters", "max_characters", "min_words", "max_words"), WHOLE)
+        if wrong := outside(self, **bounds):
+            raise Refused(f"rule caption: {wrong}")
         for what in ("characters", "words"):
             least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
-            if least < 0 or (most is not None and most < least):
+            if most is not None and most < least:
                 raise Refused(f"rule caption: min_{what} {least} and max_{what} {most} let no caption stay")
 
     def look(self, rows: pa.Table) -> pa.Table:

@@ -24,7 +24,10 @@ from pipelines import recipe as recipes
 from pipelines import workflow
 from pipelines.console import Console
 from pipelines.execute import Execution
+from pipelines.explain import blaming
 from pipelines.graph import chosen
+from pipelines.prompts import read_prompts
+from pipelines.scores import check_name
 from pipelines.source import check_columns, list_digests
 from pipelines.stage import Stage
 from pipelines.world import Server, write_list, write_prompts
@@ -49,22 +52,33 @@ def prepared(name: str, store: str, changes: Sequence[str], *, create: bool) -> 
     recipe = recipes.load(name, changes)
     opened = open_store(store, create=create)
     with tempfile.TemporaryDirectory(prefix="unclip-inputs-") as folder:
-        urls, prompts = recipe.source.urls, recipe.evaluate.prompts
-        if recipe.world:
-            urls = urls or str(write_list(recipe.world, Path(folder)))
-            prompts = prompts or str(write_prompts(recipe.world, Path(folder)))
-        if prompts is None:
-            raise Refused(
-                'evaluate.prompts is missing: name a file with a line {"prompt": …, "kind": …} for each prompt'
-            )
-        if not Path(prompts).is_file() and (recipes.FOLDER / prompts).is_file():
-            prompts = str(recipes.FOLDER / prompts)
-        if not Path(prompts).is_file():
-            raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
-        check_columns(urls, recipe.source.columns)
-        head = Ledger(opened, recipe.release.name).head()
-        inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
-        yield Prepared(recipe, opened, inputs, workflow.stages(recipe, inputs))
+        with blaming(f"Recipe {name}"):
+            inputs, stages = _joined(recipe, opened, Path(folder))
+        yield Prepared(recipe, opened, inputs, stages)
+
+
+def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflow.Inputs, list[Stage]]:
+    """What the recipe reads from outside itself, and its stages; a world's list and prompts are written to `folder`."""
+    urls, prompts = recipe.source.urls, recipe.evaluate.prompts
+    if recipe.world:
+        urls = urls or str(write_list(recipe.world, folder))
+        prompts = prompts or str(write_prompts(recipe.world, folder))
+    if prompts is None:
+        raise Refused('evaluate.prompts is missing: name a file with a line {"prompt": …, "kind": …} for each prompt')
+    if not os.path.isfile(prompts) and os.path.isfile(recipes.FOLDER / prompts):
+        prompts = str(recipes.FOLDER / prompts)
+    if not os.path.isfile(prompts):  # unlike Path's, it takes a name of any length
+        raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
+    check_columns(urls, recipe.source.columns)
+    head = Ledger(store, recipe.release.name).head()
+    inputs = workflow.Inputs(urls, list_digests(urls), prompts, head)
+    stages = workflow.stages(recipe, inputs)
+    kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
+    for score in recipe.gate.minimum:
+        judge, reference = recipe.evaluate.judge is not None, recipe.evaluate.reference is not None
+        with blaming("gate.minimum"):
+            check_name(score, kinds, judge=judge, reference=reference)
+    return inputs, stages
 
 
 def run_recipe(
@@ -157,12 +171,14 @@ def submit_recipe(
     from infra.cluster import submit
 
     if "://" not in store:
-        if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        if urlsplit(address if "://" in address else f"//{address}").hostname not in ("127.0.0.1", "localhost", "::1"):
             raise Refused(
                 f"A job on {address} cannot reach the folder {store!r} of this machine: give --store s3://bucket/prefix"
             )
         store = str(Path(store).resolve())
-    recipes.load(name, changes)
+    recipe = recipes.load(name, changes)
+    with blaming(f"Recipe {name}"):
+        workflow.models(recipe)
     command = ["python", "-m", "pipelines.cli", "run", name, "--store", store, "--address", "auto"]
     for change in changes:
         command += ["--set", change]

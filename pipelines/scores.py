@@ -12,10 +12,9 @@ from unclip.metrics import cmmd, coverage, frechet, mcnemar, paired_difference, 
 
 ALL = "all"
 """The verdict that everything at once is right."""
-
-
 SIMILARITIES = ("clip_score", "cmmd", "fd", "precision", "recall")
-"""What CLIP's embeddings say of a set of pictures: see unclip/metrics.py. FD is of raw embeddings."""
+"""What CLIP's embeddings say of a set of pictures: see unclip/metrics.py; all but the first beside true ones. FD is of
+raw embeddings."""
 NEIGHBOURS = 3
 """Of precision and recall, as Kynkäänniemi et al. 2019 chose."""
 
@@ -71,6 +70,26 @@ def flat(scores: dict[str, Any]) -> dict[str, float]:
         for group in ("ceiling", "floor", "zero_shot"):
             found |= {f"{kind}.{group}.{name}": rate["value"] for name, rate in (part[group] or {}).items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def check_name(name: str, kinds: Sequence[str], *, judge: bool, reference: bool) -> None:
+    """Raises Refused for a name that `flat` cannot give for prompts of these kinds, with or without judge and truth.
+
+    What a judge calls its attributes is its own affair, so any name behind a kind may be one.
+    """
+    kind = max((kind for kind in kinds if name.startswith(f"{kind}.")), key=len, default="")
+    measure = name.removeprefix(f"{kind}.") if kind else name
+    if measure in SIMILARITIES[1:] and not reference:
+        raise Refused(f"{name} compares with true pictures, and evaluate.reference names none")
+    if measure in SIMILARITIES:
+        return
+    if not kind:
+        raise Refused(
+            f"no evaluation gives a score {name!r}; there are {', '.join(SIMILARITIES)}, and for each kind of prompt "
+            f"({', '.join(kinds)}) its own and what the judge says, such as {kinds[0]}.all"
+        )
+    if not judge:
+        raise Refused(f"{name} is a judge's verdict, and evaluate.judge names none")
 
 
 def compare(new: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, float]]:

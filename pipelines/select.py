@@ -158,15 +158,27 @@ class Select(_Selecting):
             pq.write_table(selection, out / f"{shard}.parquet", compression="zstd")
             states.update(rule or KEPT for rule in rules)
         if not states[KEPT]:
-            counted = (
-                ", ".join(f"{rule} {count}" for rule, count in sorted(states.items()) if count) or "there were none"
-            )
-            raise Refused(
-                f"{self.group}: of the {states.total()} rows of {self.over.stage} none stays ({counted}). "
-                f"Loosen {self.group}.rules, or see what became of the rows before.",
-                code=5,
-            )
+            raise Refused(self._nothing(states, [store.local(object_name(shard)) for shard in shards]), code=5)
         return Record.of(action, out, states=dict(states))
+
+    def _nothing(self, states: Counter[str], shards: Sequence[Path]) -> str:
+        """Why no row is left: what the rules rejected, or what became of the rows before they came here."""
+        if states.total():
+            counted = ", ".join(f"{rule} {count}" for rule, count in sorted(states.items()) if count)
+            return (
+                f"{self.group}: of the {states.total()} rows of {self.over.stage} none stays ({counted}). "
+                f"Loosen {self.group}.rules."
+            )
+        before: Counter[str] = Counter()
+        for shard in shards:
+            with pq.ParquetFile(shard) as file:
+                if "state" in file.schema_arrow.names:
+                    before.update(file.read(["state"])["state"].to_pylist())
+        counted = ", ".join(f"{state} {count}" for state, count in before.most_common()) or "it was given none"
+        return (
+            f"{self.group}: {self.over.stage} kept no row ({counted}). Look at the list, and at the settings of "
+            f"{self.over.stage} in the recipe."
+        )
 
 
 Judged = tuple[pa.Table, np.ndarray]

@@ -9,8 +9,8 @@ from typing import Any
 
 from infra.cluster import ClusterInfo
 from infra.errors import Refused
-from infra.manifest import Action, Record, canonical, commit
-from infra.store import Store
+from infra.manifest import Action, Record, canonical, check_inputs, commit
+from infra.store import EXPECTED, Store, advice
 from pipelines.admission import most_actors
 from pipelines.graph import Resolved
 from pipelines.stage import Stage
@@ -26,7 +26,17 @@ def perform(stage: Stage, action: Action, store: Store) -> Record:
         stage.setup()
         _ready.add(name)
     with store.scratch() as scratch:
-        return commit(store, action, stage.run(action, store, scratch), scratch)
+        try:
+            made = stage.run(action, store, scratch)
+        except (Refused, Impossible):
+            raise
+        except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in EXPECTED:
+                where = error.filename or f"files of {stage.name} in {scratch}"
+                raise Refused(f"{where}: {advice(error)}", code=5) from error
+            check_inputs(store, action)  # which tells what is damaged, if that is why
+            raise
+        return commit(store, action, made, scratch)
 
 
 class ShardWorker:

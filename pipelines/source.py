@@ -23,6 +23,7 @@ from infra.manifest import Action, Manifest, Record, digest_file
 from infra.rows import INDEX, SOURCE, uid
 from infra.store import NotFound, Store, open_store
 from pipelines.stage import plain
+from unclip.config import COUNT, outside
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -47,8 +48,10 @@ class Columns:
     def __post_init__(self) -> None:
         taken = sorted({*INDEX.names} & {*self.keep})
         if taken:
-            raise Refused(f"source.columns.keep names {', '.join(taken)}, which unclip's own columns are called")
+            raise Refused(f"source.columns.keep names {', '.join(taken)}, unclip's own columns; leave out or rename")
         named = [self.url, self.caption, *self.keep]
+        if not all(named):
+            raise Refused("source.columns names a column without a name: write what the list calls it")
         if len({*named}) != len(named):
             raise Refused(f"source.columns names a column twice: {', '.join(named)}")
 
@@ -63,8 +66,8 @@ class SourceSpec:
     """Rows of a shard on average; a shard has between a quarter and four times as many."""
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise Refused(f"source.rows_per_shard is {self.rows_per_shard}; it must be at least 1")
+        if wrong := outside(self, rows_per_shard=COUNT):
+            raise Refused(f"source.{wrong}")
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,7 @@ def _open(path: Path, columns: Columns) -> ds.Dataset:
     for key, name in (("url", columns.url), ("caption", columns.caption)):
         kind = _plain(found.schema.field(name)).type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text")
+            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text; name another")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record
 from infra.store import Store
+from unclip.config import AMOUNT, COUNT, WHOLE, outside
 
 
 class Stage(Protocol):
@@ -59,11 +60,8 @@ class PoolHow:
     """GPUs that Ray reserves for each; with any, the models live on the first."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise Refused(f"threads is {self.threads}; it must be at least 1")
-        for name in ("actors", "cpus", "gpus"):
-            if getattr(self, name) < 0:
-                raise Refused(f"{name} is {getattr(self, name)}; it must not be negative")
+        if wrong := outside(self, actors=WHOLE, threads=COUNT, cpus=AMOUNT, gpus=AMOUNT):
+            raise Refused(wrong)
 
 
 def plain(spec: Any) -> Any:

@@ -90,7 +90,10 @@ class Statistics:
             image.add(images)
             text.add(texts)
         if image.count < 2:
-            raise Refused(f"statistics: {image.count} rows are left of the data; models need at least 2", code=5)
+            raise Refused(
+                f"statistics: {image.count} rows are left, and models need at least 2. Loosen curate.rules.",
+                code=5,
+            )
         eigenvalues, components = principal(image.variance)
         tensors = {
             "image_mean": image.mean,

@@ -14,9 +14,11 @@ from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
+from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
+from pipelines.gamma import Gamma, wants_gamma
 from pipelines.prompts import read_prompts
-from pipelines.recipe import Recipe, part, said
+from pipelines.recipe import Recipe, Sampler, part, said
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
 from pipelines.select import Look, Select
@@ -24,6 +26,7 @@ from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
 from training.job import CONFIGS, FitHow
+from unclip.sampling import check_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +50,17 @@ def sizes(recipe: Recipe) -> list[int]:
 
 
 def clip_widths(recipe: Recipe) -> dict[str, int]:
-    """embedding, text_width and context of the recipe's CLIP, from its configuration alone."""
+    """embedding, text_width, context and vocabulary of the recipe's CLIP, from its configuration alone."""
     config = recipe.clip.model or open_clip_config(recipe.clip.pretrained.name)
     text = config.get("text_cfg", {})
     if "embed_dim" not in config or "width" not in text:
         raise Refused(
-            "clip.model needs open_clip's fields: embed_dim, vision_cfg {…} and text_cfg {width, heads, layers, …}"
+            f"clip.pretrained.name: open_clip's {recipe.clip.pretrained.name} has a text tower of another kind; take a "
+            "CLIP with CLIP's own, such as ViT-L-14"
         )
-    return {"embedding": config["embed_dim"], "text_width": text["width"], "context": text.get("context_length", 77)}
+    from unclip.clip import clip_widths
+
+    return clip_widths(config)
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
@@ -71,29 +77,84 @@ def models(recipe: Recipe) -> dict[str, Any]:
     """Stage name → model configuration, with all that is derived filled in."""
     from unclip.presets import preset
 
-    row, chain = preset(recipe.models), sizes(recipe)
+    with blaming("models"):
+        row = preset(recipe.models)
+    chain = sizes(recipe)
     clip: dict[str, Any] = dict(clip_widths(recipe))
+    vocabulary = clip.pop("vocabulary")
     if len(row.upsamplers) < len(recipe.upsamplers):
         raise Refused(
-            f"preset {recipe.models} has {len(row.upsamplers)} upsamplers, the recipe {len(recipe.upsamplers)}"
+            f"upsamplers names {len(recipe.upsamplers)}, and the preset {recipe.models!r} of `models` has "
+            f"{len(row.upsamplers)}; leave some out, or choose another preset"
         )
-    kind, section = _prior(recipe)
-    prior = getattr(row, kind)
-    if prior is None:
-        raise Refused(f"preset {recipe.models} has no autoregressive prior; give `prior` in place of `ar_prior`")
-    out: dict[str, Any] = {
-        "decoder": dataclasses.replace(row.decoder, size=chain[0], **clip, **said(recipe.decoder.model)),
-        "prior": dataclasses.replace(prior, **clip, **said(section.model)),
-    }
+    out: dict[str, Any] = {}
+    with blaming("decoder.model"):
+        told = {"text": row.decoder.text, **said(recipe.decoder.model)}
+        told["vocabulary"] = vocabulary if told["text"] == "own" else 0
+        out["decoder"] = dataclasses.replace(row.decoder, size=chain[0], **clip, **told)
+    if recipe.inpainter is not None:
+        out["inpainter"] = dataclasses.replace(out["decoder"], inpaint=True)
+    for kind, section in _priors(recipe):
+        prior = getattr(row, kind)
+        if prior is None:
+            other = "give `prior` in its place" if kind == "ar_prior" else "choose another preset"
+            named = "autoregressive" if kind == "ar_prior" else "diffusion"
+            raise Refused(f"{kind}: the preset {recipe.models!r} of `models` has no {named} prior; {other}")
+        with blaming(f"{kind}.model"):
+            out["prior"] = dataclasses.replace(prior, **clip, **said(section.model))
     for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
         changes = said(recipe.upsamplers[size].model)
-        out[f"upsampler-{size}"] = dataclasses.replace(template, low=low, size=size, **changes)
+        with blaming(f"upsamplers.{size}.model"):
+            made = dataclasses.replace(template, low=low, size=size, **changes)
+        with blaming(f"upsamplers.{size}"):
+            made.check_crop(recipe.upsamplers[size].train.crop)
+        out[f"upsampler-{size}"] = made
+    _check_sampling(recipe.sampling, out)
+    return out | _guides(recipe, row.encoder, out["decoder"])
+
+
+def _guides(recipe: Recipe, row: Any, decoder: Any) -> dict[str, Any]:
+    """Stage name → configuration of the classifier and the noised CLIP that the recipe asks for."""
+    from unclip.classifier import ClassifierConfig
+    from unclip.noised_clip import NoisedClipConfig
+
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
+    if recipe.classifier is not None:
+        kinds["classifier"] = ClassifierConfig, recipe.classifier, {"labels": recipe.classifier.labels}
+    if recipe.noised_clip is not None:
+        kinds["noised-clip"] = NoisedClipConfig, recipe.noised_clip, {"embedding": decoder.embedding}
+    if kinds and row is None:
+        raise Refused(
+            f"{next(iter(kinds)).replace('-', '_')}: the preset {recipe.models!r} of `models` has no encoder of noised "
+            "pictures; choose another"
+        )
+    process = {name: getattr(decoder, name) for name in ("size", "schedule", "timesteps")}
+    out = {}
+    for name, (config, section, more) in kinds.items():
+        with blaming(f"{name.replace('-', '_')}.model"):
+            out[name] = config(**{**vars(row), **process, **said(section.model), **more})
     return out
 
 
-def _prior(recipe: Recipe) -> tuple[str, Any]:
-    """(kind, section) of the prior that the recipe asks for."""
-    return ("prior", recipe.prior) if recipe.ar_prior is None else ("ar_prior", recipe.ar_prior)
+def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
+    """Raises Refused for settings that a model has no use for: at the start of a run, not after its training."""
+    settings = {"decoder": sampling.decoder} | ({} if sampling.prior is None else {"prior": sampling.prior})
+    paths = {name: name for name in settings}
+    for size, one in sampling.upsamplers.items():
+        settings[f"upsampler-{size}"], paths[f"upsampler-{size}"] = one, f"upsamplers.{size}"
+    for name, one in settings.items():
+        timesteps = getattr(models[name], "timesteps", None)  # an autoregressive prior has none
+        with blaming(f"sampling.{paths[name]}"):
+            # γ is measured on the way where the prior needs it, and of no other model.
+            check_sampling(name, one, written=timesteps is None, gamma=name == "prior")
+            if timesteps is not None and one.steps > timesteps:
+                raise Refused(f"steps is {one.steps}, and the model has {timesteps} timesteps; take at most as many")
+
+
+def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
+    """(kind, section) of the prior that the recipe asks for; none where the decoder draws from prompts alone."""
+    given = [("prior", recipe.prior), ("ar_prior", recipe.ar_prior)]
+    return [(kind, section) for kind, section in given if section is not None]
 
 
 def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
@@ -110,20 +171,34 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     else:
         clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
-    kind, section = _prior(recipe)
     fits: list[Any] = [
         _fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
-        _fit("prior", kind, section, plain(made["prior"]), rows),
+        *(_fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
         *(
             _fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
             for size in sorted(recipe.upsamplers)
         ),
     ]
+    if recipe.inpainter is not None:
+        fits.append(
+            _fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), (*rows, "decoder")),
+        )
+    if recipe.classifier is not None:
+        guide = plain(made["classifier"])
+        fits.append(_fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
+    if recipe.noised_clip is not None:
+        guide = plain(made["noised-clip"])
+        fits.append(_fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
     chosen = recipe.sampling
-    sampling = {"prior": chosen.prior.document(), "decoder": chosen.decoder.document()}
+    sampling: dict[str, Any] = {"decoder": chosen.decoder.document()}
+    if chosen.prior is not None:
+        sampling["prior"] = chosen.prior.document()
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
-    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits))
-    prompts = read_prompts(inputs.prompts)
+    asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
+    measured = [Gamma.beside(recipe.prior)] if asked else []
+    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
+    with blaming("evaluate.prompts"):
+        prompts = read_prompts(inputs.prompts)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
@@ -135,6 +210,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Select("curate", recipe.curate.rules),
         Statistics(),
         *fits,
+        *measured,
         bundle,
         EvaluateSample(part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow), prompts),
         Evaluate(),

@@ -30,7 +30,7 @@ def _module(world: World, name: str) -> Any:
 def write_list(world: World, folder: Path) -> Path:
     """The world's URL list as Parquet, the same bytes for the same settings."""
     path = folder / "list.parquet"
-    _module(world, "lists").write_list(path, world.pictures, world.seed, world.pairs)
+    _module(world, "lists").write_list(path, world.pictures, world.seed, world.pairs, labels=world.labels)
     return path
 
 

@@ -1,9 +1,11 @@
-"""What CLIP learns: to tell each picture's caption from those of all other pictures of the batch (arXiv 2103.00020)."""
+"""What CLIP and a noised CLIP learn: to tell each picture's caption from those of all other pictures of the batch
+(arXiv 2103.00020)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,16 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.data import Batch, Reads, decode
+from infra.errors import Refused
+from infra.manifest import Manifest, object_name
+from infra.store import Store
+from training.data import Batch, Reads, decode, picture
 from training.job import ClipTrain, Job
-from training.objectives import Losses
+from training.objectives import Losses, Noised, to_unit
 from training.parallel import Group
-from unclip.clip import Clip, Preprocess, build, check
+from unclip.clip import Clip, Preprocess, build, check, clip_widths
+from unclip.folder import CONFIG, read_json
+from unclip.noised_clip import NoisedClip
+from unclip.schedule import Schedule
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
+
+SCHEDULE = Schedule.named("cosine")
+"""Of `clip.train.noised`: CLIP comes before the decoder, whose schedule it cannot know."""
+
+
+def contrastive(images: Tensor, texts: Tensor, scale: Tensor, group: Group) -> Tensor:
+    """The symmetric contrastive loss [b] of unit vectors [b, d] over the whole batch, gathered from all workers.
+
+    scale: the inverse temperature. Each rank answers for its own rows and columns of the batch's table of similarities,
+    so that sums over ranks are the loss and the gradient of the whole batch.
+    """
+    right = torch.arange(len(images), device=images.device) + group.rank * len(images)
+    by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
+    by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
+    return (by_image + by_text) / 2
 
 
 class ClipObjective:
-    """The symmetric contrastive loss over the whole batch, gathered from all workers."""
+    """Both towers of a CLIP, from the pictures of the tars and their captions."""
 
     whole_batch = True
 
@@ -43,16 +66,26 @@ class ClipObjective:
         return {"tokens": self.tokenizer(captions)}
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
-        """Each rank answers for its own rows and columns of the batch's table of similarities, so that sums over ranks
-        are the loss and the gradient of the whole batch."""
         network = cast(Any, model)
-        images = network.encode_image(self.preprocess(batch.tensors["image"]), normalize=True)
+        pictures = self._noised(batch) if self.options.noised else batch.tensors["image"]
+        images = network.encode_image(self.preprocess(pictures), normalize=True)
         texts = network.encode_text(batch.tensors["tokens"], normalize=True)
         scale = network.logit_scale.clamp(max=math.log(self.options.max_scale)).exp()
-        right = torch.arange(len(images), device=images.device) + group.rank * len(images)
-        by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
-        by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
-        return Losses((by_image + by_text) / 2)
+        return Losses(contrastive(images, texts, scale, group))
+
+    def _noised(self, batch: Batch) -> Tensor:
+        """The batch's pictures, float in the scale of [0, 1], a share of them noised to a timestep of their own."""
+        x0 = to_unit(batch.tensors["image"])
+        drawn = [
+            (
+                torch.rand(count, generator=generator) < self.options.noised,
+                torch.randint(len(SCHEDULE), (count,), generator=generator),
+                torch.randn((count, *x0.shape[1:]), generator=generator),
+            )
+            for generator, count in batch.generators
+        ]
+        chosen, t, noise = (torch.cat(column).to(x0.device) for column in zip(*drawn, strict=True))
+        return (torch.where(chosen[:, None, None, None], SCHEDULE.q_sample(x0, noise, t), x0) + 1) / 2
 
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
         clip = Clip(self.job.model, {name: tensor.cpu() for name, tensor in state.items()}, self.preprocess)
@@ -63,3 +96,31 @@ class ClipObjective:
         """A picture resized as the finished CLIP will resize it, in 8 bits."""
         plain = Preprocess(self.preprocess.size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         return (plain(torch.from_numpy(decode(data))[None])[0] * 255).round().to(torch.uint8).numpy()
+
+
+class NoisedClipObjective(Noised):
+    """An image encoder of noised base pictures against the text embeddings that CLIP has given (GLIDE, section 2.3)."""
+
+    whole_batch = True
+
+    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
+        super().__init__(job)
+        self.reads = Reads(image=partial(picture, size=self.config.size), text_embeddings=True)
+        clip = store.local(object_name(Manifest.load(store, job.data["clip"]).only.sha(CONFIG)))
+        document = read_json(clip, "CLIP")
+        if (width := clip_widths(document["model"])["embedding"]) != self.config.embedding:
+            raise Refused(
+                f"{job.stage} is made for embeddings of {self.config.embedding}, and this CLIP's have {width}"
+            )
+        self.facts = {"clip": document["fingerprint"]}
+
+    def build(self) -> nn.Module:
+        return NoisedClip(self.config)
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        clip = cast(NoisedClip, model)
+        x0 = to_unit(batch.tensors["image"])
+        t, noise = self._noise(clip.schedule, x0, batch)
+        images = F.normalize(clip(clip.schedule.q_sample(x0, noise, t), t), dim=1)
+        texts = F.normalize(batch.tensors["text_embedding"], dim=1)
+        return Losses(contrastive(images, texts, clip.scale, group), t / len(clip.schedule))

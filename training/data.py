@@ -1,4 +1,4 @@
-"""Blocks → batches: finds the rows that a selection keeps, reads and decodes them, and has micro-batches ready.
+"""Blocks → batches: finds the rows that a selection keeps, reads and decodes them.
 
 A block is read and decoded whole, and CLIP reads its captions whole, whichever of its rows are wanted first: so the
 values of a row depend on nothing but its block, neither on the cache nor on the number of workers. Everything is
@@ -8,14 +8,10 @@ joined by uid, never by position.
 from __future__ import annotations
 
 import io
-import queue
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +23,7 @@ from torch import Tensor
 from infra.errors import Refused
 from infra.manifest import Manifest, Record, object_name
 from infra.store import Store
-from training.order import Order, derived
+from training.labels import Labels, Reader, labelled
 
 Decode = Callable[[bytes, bytes], np.ndarray]
 """(encoded picture, uid) → uint8 [3, s, s], of one size for all rows."""
@@ -38,14 +34,17 @@ ReadText = Callable[[Sequence[str]], dict[str, Tensor]]
 @dataclass
 class Batch:
     """A micro-batch. `tensors`, each [b, ...]: image uint8 [b, 3, s, s], image_embedding and text_embedding [b, d] raw,
-    text_states [b, L, w], text_mask [b, L], as far as the objective reads them."""
+    text_states [b, L, w], text_mask [b, L], or tokens int64 [b, L], labels int64 [b, labels], as far as the objective
+    reads them."""
 
     seed: int
     """Seed of this micro-batch's noise, timesteps, drops and crops."""
     uids: list[bytes]
     captions: list[str]
     tensors: dict[str, Tensor]
-    _generator: torch.Generator | None = field(default=None, repr=False)
+    parts: tuple[tuple[int, int], ...] = ()
+    """(seed, samples) of each micro-batch that was joined to this one, if it was made so."""
+    _generators: list[torch.Generator] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -53,16 +52,23 @@ class Batch:
     @property
     def generator(self) -> torch.Generator:
         """The source of this micro-batch's randomness, on the CPU so that every device draws the same."""
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(self.seed)
-        return self._generator
+        return self.generators[0][0]
+
+    @property
+    def generators(self) -> list[tuple[torch.Generator, int]]:
+        """The generator of each micro-batch in here, and its samples: what a sample draws of its own one does not
+        depend on which others a worker joined it with."""
+        parts = self.parts or ((self.seed, len(self)),)
+        if self._generators is None:
+            self._generators = [torch.Generator().manual_seed(seed) for seed, _ in parts]
+        return [(generator, count) for generator, (_, count) in zip(self._generators, parts, strict=True)]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
         if device.type == "cpu":
             return self
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        return Batch(self.seed, self.uids, self.captions, moved)
+        return Batch(self.seed, self.uids, self.captions, moved, self.parts)
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
@@ -75,6 +81,7 @@ class Batch:
             [uid for batch in batches for uid in batch.uids],
             [caption for batch in batches for caption in batch.captions],
             {name: torch.cat([batch.tensors[name] for batch in batches]) for name in names},
+            tuple((batch.seed, len(batch)) for batch in batches),
         )
 
 
@@ -102,6 +109,10 @@ class Reads:
     """Pictures of the tars (any size), in place of the base pictures beside the embeddings."""
     embeddings: bool = False
     """CLIP's image embeddings."""
+    text_embeddings: bool = False
+    """CLIP's text embeddings, as embed stored them."""
+    labels: Labels | None = None
+    """Label columns; rows that have none of them are left out."""
     text: bool = False
     """CLIP's view of the captions: needs `read_text`."""
 
@@ -143,12 +154,15 @@ class Data:
             for name, file in record.files.items()
         }
         self.places = [
-            place for record in Manifest.load(store, rows).records for place in _places(store, record, selections)
+            place
+            for record in Manifest.load(store, rows).records
+            for place in _places(store, record, selections, reads.labels)
         ]
         self._limit = cache
         self._cached: OrderedDict[int, Rows] = OrderedDict()
         self._held = 0
         self._index = lru_cache(maxsize=8)(self._read_index)
+        self._labels = lru_cache(maxsize=8)(lambda index: Reader(store, index, reads.labels or Labels(())))
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -189,6 +203,8 @@ class Data:
         columns = ["uid", "caption"]
         if self.reads.embeddings:
             columns.append("image_embedding")
+        if self.reads.text_embeddings:
+            columns.append("text_embedding")
         if self.reads.image and not self.reads.originals:
             columns.append("image")
         table = read_rows(self.store, place.parquet, place.first, place.rows, columns).take(pa.array(place.keep))
@@ -200,6 +216,10 @@ class Data:
             tensors["image"] = torch.from_numpy(np.stack(decoded))
         if self.reads.embeddings:
             tensors["image_embedding"] = torch.from_numpy(matrix(table["image_embedding"]))
+        if self.reads.text_embeddings:
+            tensors["text_embedding"] = torch.from_numpy(matrix(table["text_embedding"]))
+        if self.reads.labels is not None:
+            tensors["labels"] = self._labels(place.index)(uids)
         if self.reads.text and self.read_text is not None:
             # Equal captions are read once; the rest of a block's row then depends on the block alone.
             distinct = list(dict.fromkeys(captions))
@@ -226,8 +246,8 @@ class Data:
         return {uid: (offset, length) for uid, offset, length in rows if offset is not None}
 
 
-def _places(store: Store, record: Record, selections: dict[str, str]) -> Iterator[Place]:
-    """The blocks of a shard, with the rows that its selection keeps."""
+def _places(store: Store, record: Record, selections: dict[str, str], labels: Labels | None) -> Iterator[Place]:
+    """The blocks of a shard, with the rows that its selection keeps and, where labels are wanted, that have one."""
     name = "rows.parquet" if "rows.parquet" in record.files else "index.parquet"
     sha = record.sha(name)
     if f"{sha}.parquet" not in selections:
@@ -244,6 +264,9 @@ def _places(store: Store, record: Record, selections: dict[str, str]) -> Iterato
         )
     tar = record.facts.get("tar") or (record.sha("images.tar") if "images.tar" in record.files else "")
     index = record.facts.get("index") or sha
+    if labels is not None:
+        having = labelled(store, index, labels.columns)
+        mask &= pc.is_in(uids, value_set=having).to_numpy(zero_copy_only=False)
     for block in record.blocks:
         keep = np.flatnonzero(mask[block.first : block.first + block.rows])
         yield Place(sha, block.first, block.rows, keep, tar, index)
@@ -298,56 +321,3 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size float lists as float32 [rows, width]."""
     array = column.combine_chunks()
     return array.flatten().to_numpy().reshape(len(array), -1).astype(np.float32)
-
-
-class Feed:
-    """Micro-batches of some lanes, prepared ahead by a thread: `with Feed(...) as feed: feed.next()`.
-
-    They come in the order (step, lane of `lanes`) from `first_step` on; the seed of each is (seed, step, lane)'s.
-    """
-
-    def __init__(
-        self, data: Data, order: Order, lanes: Sequence[int], first_step: int, steps: int, ahead: int, threads: int
-    ):
-        self._data, self._order, self._lanes = data, order, lanes
-        self._steps = range(first_step, steps)
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(threads,), name="feed", daemon=True)
-
-    def __enter__(self) -> Feed:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def next(self) -> Batch:
-        """The next micro-batch; whatever went wrong while preparing it is raised here."""
-        made = self._queue.get()
-        if isinstance(made, BaseException):
-            raise made
-        return made
-
-    def _fill(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # the number is a thread's own, and sums depend on it
-        try:
-            for step in self._steps:
-                for lane in self._lanes:
-                    rows = self._order.rows(step, lane)
-                    if not self._put(self._data.batch(rows, derived("noise", self._order.seed, step, lane))):
-                        return
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
-            self._put(error)
-
-    def _put(self, made: Batch | BaseException) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(made, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False

@@ -6,16 +6,16 @@ Nothing heavy is imported here: the command line and the driver read these.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from infra.errors import Refused
-from unclip.config import LATER
+from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE, SIDE, WEIGHTINGS, WHOLE, Range, outside
 
-KINDS = ("clip", "prior", "ar_prior", "decoder", "upsampler")
+KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 DECAYS = ("cosine", "constant")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
+LOGIT = Range(-100, 100)
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,15 @@ class TrainConfig:
     """Seed of the weights, the order and all noise."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "window"):
-            if getattr(self, name) < 1:
-                raise Refused(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.micro is not None and (self.micro < 1 or self.batch % self.micro):
+        counts = dict.fromkeys(("steps", "batch", "micro", "window"), COUNT)
+        decays = dict.fromkeys(("beta1", "beta2", "ema"), SHARE) | {"ema_ramp": Range(0, 1, above=True)}
+        positive = dict.fromkeys(("lr", "eps"), POSITIVE)
+        amounts = dict.fromkeys(("muon", "weight_decay", "clip_norm"), AMOUNT)
+        _check(self, **counts, **decays, **positive, **amounts, warmup=WHOLE, seed=SEED)
+        if self.micro is not None and self.batch % self.micro:
             raise Refused(f"train.micro is {self.micro}, which does not divide train.batch ({self.batch})")
         if self.decay not in DECAYS:
             raise Refused(f"train.decay is {self.decay!r}; use one of {', '.join(DECAYS)}")
-        if not (0 <= self.ema < 1 and 0 < self.ema_ramp <= 1):
-            raise Refused(f"train.ema is {self.ema} and train.ema_ramp {self.ema_ramp}; they lie in [0, 1) and (0, 1]")
-        for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise Refused(f"train.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("warmup", "muon", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise Refused(f"train.{name} is {getattr(self, name)}; it must not be negative")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise Refused(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}; both lie in [0, 1)")
 
     @property
     def micro_size(self) -> int:
@@ -86,13 +78,9 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionTrain(TrainConfig):
-    """What the three diffusion models share."""
+class NoisedTrain(TrainConfig):
+    """What all models share that see noised samples."""
 
-    weighting: str = "uniform"
-    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/losses.py)."""
-    snr_cap: float = 5.0
-    """The cap of the last two."""
     t_mean: float = 0.0
     """Timesteps are drawn from a logistic normal over (0, 1): mean of its logit; above 0 the noisy half prevails."""
     t_std: float = 0.0
@@ -102,8 +90,25 @@ class DiffusionTrain(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.t_std < 0 or (self.t_mean and not self.t_std):
+        _check(self, t_mean=LOGIT, t_std=AMOUNT)
+        if self.t_mean and not self.t_std:
             raise Refused(f"train.t_std is {self.t_std}; it must be positive for a train.t_mean of {self.t_mean}")
+
+
+@dataclass(frozen=True)
+class DiffusionTrain(NoisedTrain):
+    """What the three diffusion models share."""
+
+    weighting: str = "uniform"
+    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/losses.py)."""
+    snr_cap: float = 5.0
+    """The cap of the last two."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting not in WEIGHTINGS:
+            raise Refused(f"train.weighting is {self.weighting!r}; use one of {', '.join(WEIGHTINGS)}")
+        _check(self, snr_cap=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class PriorTrain(DiffusionTrain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("drop_text", self.drop_text)
+        _check(self, drop_text=FRACTION)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class AutoregressivePriorTrain(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("drop_text", self.drop_text)
+        _check(self, drop_text=FRACTION)
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,19 @@ class DecoderTrain(DiffusionTrain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("drop_image", self.drop_image)
-        _fraction("drop_text", self.drop_text)
+        _check(self, drop_image=FRACTION, drop_text=FRACTION)
+
+
+@dataclass(frozen=True)
+class InpainterTrain(DecoderTrain):
+    """Options of a decoder's training to fill in (GLIDE, section 2.4)."""
+
+    drop_known: float = 0.1
+    """Fraction of samples of which nothing is known, so that it still draws whole pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, drop_known=FRACTION)
 
 
 @dataclass(frozen=True)
@@ -161,14 +177,9 @@ class UpsamplerTrain(DiffusionTrain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crop is not None and self.crop < 1:
-            raise Refused(f"train.crop is {self.crop}; it must be at least 1 pixel")
-        if self.blur < 0:
-            raise Refused(f"train.blur is {self.blur}; it must not be negative")
+        _check(self, crop=SIDE, blur=AMOUNT, strength=AMOUNT)
         if self.corruption not in CORRUPTIONS:
             raise Refused(f"train.corruption is {self.corruption!r}; use one of {', '.join(CORRUPTIONS)}")
-        if not 0 <= self.strength < math.inf:
-            raise Refused(f"train.strength is {self.strength}; it must be a finite number, at least 0")
         if self.strength != 1 and not self.corruption.startswith("bsr"):
             raise Refused("train.strength is an option of bsr and bsr_light; the strength of a blur is train.blur")
 
@@ -179,6 +190,23 @@ class ClipTrain(TrainConfig):
 
     max_scale: float = 100.0
     """Upper bound of the learned inverse temperature."""
+    noised: float = field(default=0.0, metadata=LATER)
+    """Share of the pictures that are noised first, to a random timestep of the cosine schedule, so that this CLIP's
+    embeddings mean something of unfinished pictures too. It is not told t: for CLIP guidance prefer `noised_clip`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, max_scale=Range(1), noised=FRACTION)
+
+
+@dataclass(frozen=True)
+class ClassifierTrain(NoisedTrain):
+    """Options of a noised classifier."""
+
+
+@dataclass(frozen=True)
+class NoisedClipTrain(NoisedTrain):
+    """Options of a noised CLIP's contrastive training."""
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
@@ -186,7 +214,10 @@ CONFIGS: dict[str, type[TrainConfig]] = {
     "prior": PriorTrain,
     "ar_prior": AutoregressivePriorTrain,
     "decoder": DecoderTrain,
+    "inpainter": InpainterTrain,
     "upsampler": UpsamplerTrain,
+    "classifier": ClassifierTrain,
+    "noised_clip": NoisedClipTrain,
 }
 """The training options of each kind of model."""
 
@@ -200,13 +231,14 @@ class Job:
     key: str
     """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
     kind: str
-    """clip, prior, ar_prior, decoder or upsampler."""
+    """One of `KINDS`."""
     model: dict[str, Any]
     """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
     train: dict[str, Any]
     """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
     data: dict[str, str]
-    """Role → manifest version. rows and selection always; statistics and clip for the priors and the decoder."""
+    """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
+    inpainter, clip for a noised CLIP; start for the inpainter: the finished decoder that it goes on from."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -238,7 +270,7 @@ class FitHow:
     gpus: float = 0
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
-    """Seconds between checkpoints."""
+    """Seconds between checkpoints; 0: one after every step."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30
@@ -252,15 +284,13 @@ class FitHow:
     """Restarts after a worker dies."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise Refused(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.cpus < 0 or self.gpus < 0 or self.cache_bytes < 0:
-            raise Refused("cpus, gpus and cache_bytes must not be negative")
-        if not 0 <= self.nice <= 19:
-            raise Refused(f"nice is {self.nice}; it lies between 0 and 19")
+        counts = dict.fromkeys(("workers", "threads", "prefetch"), COUNT)
+        amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
+        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE}
+        if wrong := outside(self, **counts, **amounts, **ranges):
+            raise Refused(wrong)
 
 
-def _fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise Refused(f"train.{name} is {value}; it is a fraction between 0 and 1")
+def _check(config: TrainConfig, **ranges: Range) -> None:
+    if wrong := outside(config, **ranges):
+        raise Refused(f"train.{wrong}")

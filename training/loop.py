@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from infra.errors import Refused, Stopped
 from infra.store import Store
 from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished
-from training.data import Batch, Data, Feed
+from training.data import Batch, Data
 from training.ema import Ema
+from training.feed import Feed
 from training.job import FitHow, Job, TrainConfig
 from training.muon import is_inner
 from training.objectives import Losses, Objective, objective

@@ -13,7 +13,7 @@ A, B, C = 3.4445, -4.7750, 2.0315
 """A Newton–Schulz step is y ← (A + B·G + C·G²)·y with G = y·yᵀ; chosen for its slope at 0."""
 MATCH = 0.2
 """Root mean square of AdamW's updates, which Muon's are scaled to (Liu et al. 2025), so that rates compare."""
-OUTER = ("position", "embedding", "conv_in", "conv_out")
+OUTER = ("position", "embedding", "conv_in", "conv_out", "encoder.pool.out")
 """Parameters with these in their name are tables, or a network's first and last layers: AdamW's."""
 
 

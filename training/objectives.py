@@ -1,7 +1,8 @@
-"""What each model but CLIP learns: the rows it reads, the network, and its loss on a micro-batch.
+"""What a model learns: the rows it reads, the network, and its loss on a micro-batch; here of priors and upsamplers.
 
-An objective is the whole difference between fits; the loop knows no kind of model. Randomness comes from the
-micro-batch's own generator, drawn on the CPU, so that a sample's noise depends on neither device nor worker.
+Decoders have theirs in decoders.py, CLIP in contrastive.py. An objective is the whole difference between fits; the loop
+knows no kind of model. Randomness comes from the micro-batch's own generator, drawn on the CPU, so that a sample's
+noise depends on neither device nor worker.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from infra.errors import Refused
 from infra.manifest import Manifest, object_name
 from infra.store import Store
 from training.data import Batch, Data, Reads, ReadText, matrix, picture, read_rows
-from training.job import AutoregressivePriorTrain, DecoderTrain, Job, PriorTrain, UpsamplerTrain
+from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain
 from training.order import derived
 from training.parallel import Group
 from unclip import folder as model_folder
 from unclip.ar_prior import AutoregressivePrior
+from unclip.clip import clip_widths
 from unclip.corrupt import FULL, LIGHT, bsr, gaussian_blur
 from unclip.decoder import Decoder
 from unclip.losses import hybrid_loss, simple_loss, weights
@@ -81,16 +83,27 @@ def objective(job: Job, store: Store, device: torch.device) -> Objective:
         from training.contrastive import ClipObjective
 
         return ClipObjective(job)
+    from training.decoders import DecoderObjective, InpainterObjective
+
     kinds: dict[str, type[Any]] = {
         "prior": PriorObjective,
         "ar_prior": AutoregressivePriorObjective,
         "decoder": DecoderObjective,
+        "inpainter": InpainterObjective,
         "upsampler": UpsamplerObjective,
     }
+    if job.kind == "classifier":
+        from training.classifier import ClassifierObjective
+
+        kinds["classifier"] = ClassifierObjective
+    elif job.kind == "noised_clip":
+        from training.contrastive import NoisedClipObjective
+
+        kinds["noised_clip"] = NoisedClipObjective
     return cast(Objective, kinds[job.kind](job, store, device))
 
 
-class _Model:
+class Model:
     """What all models but CLIP share."""
 
     whole_batch = False
@@ -114,19 +127,26 @@ class _Model:
         return (torch.rand(len(batch), generator=batch.generator) < fraction).to(device)
 
 
-class _Diffusion(_Model):
-    """What the three diffusion models share."""
+class Noised(Model):
+    """What all share that see noised samples."""
 
     def _noise(self, schedule: Schedule, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(t [b], noise like x0) of this micro-batch."""
-        generator, steps = batch.generator, len(schedule)
+        """(t [b], noise like x0) of this batch, each micro-batch's from its own generator."""
+        drawn = [self._drawn(generator, len(schedule), (count, *x0.shape[1:])) for generator, count in batch.generators]
+        t, noise = (torch.cat(column) for column in zip(*drawn, strict=True))
+        return t.to(x0.device), noise.to(x0.device)
+
+    def _drawn(self, generator: torch.Generator, steps: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if self.options.t_std:
-            logit = self.options.t_mean + self.options.t_std * torch.randn(len(x0), generator=generator)
+            logit = self.options.t_mean + self.options.t_std * torch.randn(shape[0], generator=generator)
             t = (logit.sigmoid() * steps).long().clamp(max=steps - 1)
         else:
-            t = torch.randint(steps, (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        return t.to(x0.device), noise.to(x0.device)
+            t = torch.randint(steps, shape[:1], generator=generator)
+        return t, torch.randn(shape, generator=generator)
+
+
+class Diffusion(Noised):
+    """What the three diffusion models share."""
 
     def _loss(self, schedule: Schedule, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
         kind = self.config.prediction
@@ -136,18 +156,20 @@ class _Diffusion(_Model):
         return Losses(loss, t / len(schedule))
 
 
-class _Conditioned(_Model):
+class Conditioned(Model):
     """A model that sees CLIP's embeddings and token states."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job)
+        self.store = store
         self.clip = read_clip(store, job.data["clip"]).to(device)
-        self.read_text = partial(read_text, self.clip)
+        self.reads_tokens = getattr(self.config, "text", "clip") == "own"
+        self.read_text = partial(read_tokens if self.reads_tokens else read_text, self.clip)
         self.facts = {"clip": self.clip.fingerprint}
-        found = (self.clip.embedding_width, self.clip.text_width, self.clip.context_length)
-        said = (self.config.embedding, self.config.text_width, self.config.context)
-        if found != said:
-            raise Refused(f"{job.stage} is made for a CLIP of widths and context {said}, and this CLIP has {found}")
+        found, names = clip_widths(self.clip.config), ["embedding", "text_width", "context"]
+        for name in [*names, "vocabulary"] if self.reads_tokens else names:
+            if (said := getattr(self.config, name)) != found[name]:
+                raise Refused(f"{job.stage} is made for a CLIP of {name} {said}, and this CLIP has {found[name]}")
         record = Manifest.load(store, job.data["statistics"]).only
         self.statistics = model_folder.read_tensors(store.local(object_name(record.sha("statistics.safetensors"))))
 
@@ -156,15 +178,21 @@ class _Conditioned(_Model):
         """Statistics and CLIP's empty text belong to the model from its start."""
         if isinstance(model, AutoregressivePrior):
             model.pca.set(*(self.statistics[name] for name in ("image_mean", "pca", "eigenvalues")))
-        else:
+        elif not isinstance(model, Decoder) or model.config.image:
             model.mean.copy_(self.statistics["image_mean"])
             model.std.copy_(self.statistics["image_std"])
-        empty = self.clip.encode_text([""])
+        empty = (self.clip.tokenize([""]),) if self.reads_tokens else self.clip.encode_text([""])
         model.null_text.set(*(part[0].cpu() for part in empty))
         return model
 
+    def _started(self, model: nn.Module, version: str, *kinds: str) -> nn.Module:
+        """A new model with the weights and buffers of a finished one, a manifest's only record."""
+        with unpacked(self.store, version) as folder:
+            model_folder.warm_start(model, folder, *kinds, clip=self.clip.fingerprint)
+        return model
 
-class PriorObjective(_Conditioned, _Diffusion):
+
+class PriorObjective(Conditioned, Diffusion):
     """Clean z_i from noised z_i and a caption (section 2.2); standardised embeddings."""
 
     reads = Reads(embeddings=True, text=True)
@@ -182,7 +210,7 @@ class PriorObjective(_Conditioned, _Diffusion):
         return self._loss(prior.schedule, output, x0, noise, t)
 
 
-class AutoregressivePriorObjective(_Conditioned):
+class AutoregressivePriorObjective(Conditioned):
     """The buckets of z_i, one after the other, from a caption (section 2.2); cross-entropy a token, in nats."""
 
     reads = Reads(embeddings=True, text=True)
@@ -191,11 +219,10 @@ class AutoregressivePriorObjective(_Conditioned):
         super().__init__(job, store, device)
         self.config = self.config.fitted(self.statistics["eigenvalues"])
         self.facts["components"] = self.config.kept
-        self._store = store
 
     def build(self) -> nn.Module:
         prior = AutoregressivePrior(self.config)
-        prior.set_dots(sample_dots(self._store, self.job.data["rows"], self.job.data["selection"]))
+        prior.set_dots(sample_dots(self.store, self.job.data["rows"], self.job.data["selection"]))
         return self._furnish(prior)
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
@@ -211,29 +238,7 @@ class AutoregressivePriorObjective(_Conditioned):
         return Losses(F.cross_entropy(logits.mT, tokens, reduction="none").mean(1))
 
 
-class DecoderObjective(_Conditioned, _Diffusion):
-    """Pictures given z_i and the caption, each dropped on its own (section 2.1)."""
-
-    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job, store, device)
-        self.reads = Reads(image=partial(picture, size=self.config.size), embeddings=True, text=True)
-
-    def build(self) -> nn.Module:
-        return self._furnish(Decoder(self.config))
-
-    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
-        decoder, options, rows = cast(Decoder, model), cast(DecoderTrain, self.options), batch.tensors
-        x0 = to_unit(rows["image"])
-        t, noise = self._noise(decoder.schedule, x0, batch)
-        drop_image = self._drop(batch, options.drop_image, x0.device)
-        drop_text = self._drop(batch, options.drop_text, x0.device)
-        text = rows["text_embedding"], rows["text_states"], rows["text_mask"]
-        context = decoder.context(rows["image_embedding"], *text, drop_image, drop_text)
-        output = decoder(decoder.schedule.q_sample(x0, noise, t), t, context)
-        return self._loss(decoder.schedule, output, x0, noise, t)
-
-
-class UpsamplerObjective(_Diffusion):
+class UpsamplerObjective(Diffusion):
     """Pictures given their low-resolution selves, corrupted a little (section 2.1); trained on crops."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
@@ -243,12 +248,7 @@ class UpsamplerObjective(_Diffusion):
         self.bsr = {"bsr": FULL, "bsr_light": LIGHT}.get(options.corruption)
         if self.bsr is not None:
             self.bsr = self.bsr.scaled(options.strength)
-        crop = options.crop
-        grain = self.config.factor * self.config.unshuffle * 2 ** (len(self.config.multiples) - 1)
-        if crop is not None and (crop > self.config.size or crop % grain):
-            raise Refused(
-                f"{job.stage}: train.crop is {crop}; it must divide by {grain} and be at most {self.config.size}"
-            )
+        self.config.check_crop(options.crop)
 
     def build(self) -> nn.Module:
         return Upsampler(self.config)
@@ -311,16 +311,21 @@ def read_text(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:
     return {"text_embedding": embedding, "text_states": states, "text_mask": mask}
 
 
+def read_tokens(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Captions as CLIP's tokeniser cuts them, for a model with a text transformer of its own."""
+    return {"tokens": clip.tokenize(captions)}
+
+
 def read_clip(store: Store, version: str) -> Clip:
     """The CLIP of a manifest."""
     from unclip.clip import Clip
 
-    with _unpacked(store, version) as folder:
+    with unpacked(store, version) as folder:
         return Clip.load(folder)
 
 
 @contextmanager
-def _unpacked(store: Store, version: str) -> Iterator[Path]:
+def unpacked(store: Store, version: str) -> Iterator[Path]:
     """A folder with the files of a manifest's only record."""
     with tempfile.TemporaryDirectory(prefix="unclip-") as name:
         for file, content in Manifest.load(store, version).only.files.items():

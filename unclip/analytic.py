@@ -2,6 +2,10 @@
 
 It follows from γ_t = E‖ε̂(x_t, t)‖² / d, the share of the noise that a denoiser recognises as noise. A table of γ is a
 plain float64 tensor with one number for each timestep of the whole process; `table.tolist()` is its JSON.
+
+The theorem is about ε̂ = E[ε | x_t], so γ is that of the model under its condition, without guidance. A guided ε̂ is no
+conditional mean, and x_t of the data is not where it is asked: E‖ε̂‖² measured of it would say nothing. Guided sampling
+takes the unguided table; guidance narrows what is sampled, so its variances then are, if anything, too large.
 """
 
 from __future__ import annotations

@@ -9,40 +9,27 @@ z_i, each cut into buckets. What bounds the buckets comes from the training data
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from unclip.config import POSITIVE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.guidance import join
 from unclip.layers import KeyValues, TransformerBlock
 from unclip.pca import Pca, components_for, dequantise, quantise
-from unclip.prior import PriorContext
+from unclip.prior import CaptionTransformer, PriorContext
 from unclip.samplers import Noise
 from unclip.text import NullText, TextEncoder
 
 
 @dataclass(frozen=True)
-class AutoregressivePriorConfig:
+class AutoregressivePriorConfig(CaptionTransformer):
     """Shape of an autoregressive prior."""
 
-    embedding: int
-    """Width d of CLIP's image and text embeddings."""
-    text_width: int
-    """Width of CLIP's text token states."""
-    context: int
-    """Tokens of CLIP's text context."""
-    width: int
-    """Width of the transformer."""
-    depth: int
-    """Transformer blocks."""
-    heads: int
-    """Attention heads; they divide the width."""
-    dropout: float = 0.0
-    """Dropout after attention and MLP."""
     components: int | None = None
     """Principal components k that are kept of d; null: as many as `explained` asks of the training data."""
     explained: float = 0.99
@@ -59,12 +46,14 @@ class AutoregressivePriorConfig:
     text_heads: int = 8
     """Heads of those blocks."""
 
+    called: ClassVar[str] = "autoregressive prior"
+
     def __post_init__(self) -> None:
-        for name in ("embedding", "text_width", "context", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise Refused(f"autoregressive prior: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads:
-            raise Refused(f"autoregressive prior: a width of {self.width} does not divide into {self.heads} heads")
+        super().__post_init__()
+        ranges = {"context_width": WIDTH, "text_heads": WIDTH, "text_depth": Range(0, WIDTH.most)}
+        buckets = Range(2, WIDTH.most)
+        if wrong := outside(self, **ranges, explained=Range(0, 1, above=True), buckets=buckets, reach=POSITIVE):
+            raise Refused(f"{self.called}: {wrong}")
         if self.text_depth and self.encoder_width % self.text_heads:
             raise Refused(
                 f"autoregressive prior: a text encoder of {self.encoder_width} "
@@ -75,12 +64,6 @@ class AutoregressivePriorConfig:
                 f"autoregressive prior: components is {self.components}; "
                 f"it lies between 1 and the embedding's width, {self.embedding}"
             )
-        if not 0 < self.explained <= 1:
-            raise Refused(f"autoregressive prior: explained is {self.explained}; it is above 0 and at most 1")
-        if self.buckets < 2:
-            raise Refused(f"autoregressive prior: buckets is {self.buckets}; a choice needs at least 2")
-        if not (math.isfinite(self.reach) and self.reach > 0):
-            raise Refused(f"autoregressive prior: reach is {self.reach}; it is a number of deviations above 0")
 
     @property
     def encoder_width(self) -> int:

@@ -1,5 +1,7 @@
 """The cascade: text → CLIP text → prior → z_i → decoder → upsamplers → pictures (arXiv 2204.06125, section 2).
 
+A decoder that draws from prompts alone stands without a prior: text → decoder → upsamplers → pictures, as GLIDE does.
+
 A picture's noise comes from its own seed, and every call of a network has the same batch shape: what a picture looks
 like does not depend on which others are made beside it.
 """
@@ -10,23 +12,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip.ar_prior import AutoregressivePrior, write_tokens
-from unclip.clip import Clip
+from unclip.clip import Clip, clip_widths
 from unclip.clip_text import Text
 from unclip.decoder import Decoder
 from unclip.errors import Refused
-from unclip.fit import check_fit
-from unclip.guidance import Network, clipped, conditional
-from unclip.prior import DiffusionPrior, PriorContext
+from unclip.fit import check_fit, check_guides
+from unclip.guidance import Network, conditional
+from unclip.guides import Guides
+from unclip.layers import fold_upsampling
+from unclip.prior import DiffusionPrior
 from unclip.progress import Callback, Report, Reporter
 from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
 from unclip.schedule import Denoiser, Prediction, Schedule
+from unclip.text import Caption
 from unclip.upsampler import WORKSPACE, Upsampler, filled_up
 
 Prior = DiffusionPrior | AutoregressivePrior
@@ -38,35 +44,63 @@ TILE = 4
 class UnCLIP:
     """All models of one release, frozen.
 
-    sampling: defaults for "prior", "decoder" and each "upsampler-<side>". tile: pictures a call of a network, always; a
-    last call is filled up. The same prompt and seed give the same picture under the same tile, device and threads.
+    prior: None for a decoder that takes no z_i. sampling: defaults for "prior", "decoder" and each "upsampler-<side>".
+    tile: pictures a call of a network, always; a last call is filled up. inpainter: a decoder that was trained to fill
+    in, which then draws in the decoder's place and as it is sampled. The same prompt and seed give the same picture
+    under the same tile, device and threads.
+    guides: what may guide the decoder beside its own condition.
+    gamma: a table of γ for each model that Analytic-DPM can sample without one among its settings.
     """
 
     def __init__(
         self,
         clip: Clip,
-        prior: Prior,
+        prior: Prior | None,
         decoder: Decoder,
         upsamplers: Sequence[Upsampler],
         sampling: Mapping[str, Sampling] | None = None,
         tile: int = TILE,
+        guides: Guides | None = None,
+        gamma: Mapping[str, Tensor] | None = None,
+        *,
+        inpainter: Decoder | None = None,
     ) -> None:
-        widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
-        check_fit(widths, prior.config, decoder.config, [upsampler.config for upsampler in upsamplers])
-        self.tile = tile
+        check_fit(
+            clip_widths(clip.config),
+            None if prior is None else prior.config,
+            decoder.config,
+            [upsampler.config for upsampler in upsamplers],
+            None if inpainter is None else inpainter.config,
+        )
+        self.tile, self.gamma, self.guides = tile, dict(gamma or {}), guides or Guides()
+        configs = {name: model.config for name, model in self.guides.models.items()}
+        check_guides(decoder.config, clip.embedding_width, configs)
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
+        self.inpainter = inpainter
         given = dict(sampling or {})
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
         self._check_sampling(self.sampling)
-        for model in (prior, decoder, *upsamplers):
+        for model in self._models:
             model.requires_grad_(False).eval()
+            fold_upsampling(model)
 
     @property
     def components(self) -> list[str]:
         """Names of the models that are sampled, in order."""
-        return ["prior", "decoder", *(f"upsampler-{upsampler.config.size}" for upsampler in self.upsamplers)]
+        return [*(["prior"] if self.prior else []), "decoder", *self.by_side]
+
+    @property
+    def by_side(self) -> dict[str, Upsampler]:
+        """The upsamplers by name, "upsampler-<side>", in order."""
+        return {f"upsampler-{upsampler.config.size}": upsampler for upsampler in self.upsamplers}
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        """All networks but CLIP."""
+        own = (self.prior, self.decoder, self.inpainter, *self.upsamplers, *self.guides.models.values())
+        return [model for model in own if model is not None]
 
     @property
     def size(self) -> int:
@@ -88,7 +122,7 @@ class UnCLIP:
     def to(self, device: torch.device | str) -> UnCLIP:
         """Moves all models; returns itself."""
         self.clip.to(device)
-        for model in (self.prior, self.decoder, *self.upsamplers):
+        for model in self._models:
             model.to(device)
         return self
 
@@ -99,86 +133,125 @@ class UnCLIP:
         seeds: Sequence[int] | None = None,
         guidance: float | None = None,
         prior_guidance: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        label_guidance: float | None = None,
+        clip_guidance: float | None = None,
         sampling: Mapping[str, Sampling] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """One picture a prompt: uint8 [n, 3, size, size] on the host, RGB.
 
-        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's.
-        sampling: replaces the release's for the components that it names. Raises Refused for impossible settings.
+        seeds: one a picture, default 0, 1, 2, …; prompt and seed decide the picture. guidance: the decoder's; labels
+        (label → class, of every picture) and the scales of its guides: see `Sampling`, whose fields they are.
+        sampling: replaces the release's for the components that it names. An empty prompt draws anything; of one that
+        is longer than CLIP's context the end is not seen, which a logged warning says. Raises Refused for impossible
+        settings, for a guide that this release does not have, and where settings or damaged weights lead to numbers
+        that are not finite.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
-        chosen = self._chosen(sampling, guidance, prior_guidance)
+        guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
+        chosen = self._chosen(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
+        self.clip.tell_cut(prompts)
         tiles = list(_tiles(len(prompts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
             words, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
             report = Reporter(callback, tile, len(tiles))
-            text = self.clip.encode_text(words)
-            embedding = self.sample_prior(text, numbers, chosen["prior"], report)
-            pictures.append(self._render(embedding, text, numbers, chosen, report)[: len(prompts) - rows[0]])
+            text = self.clip.encode_text(words) if self.prior else None
+            embedding = self.sample_prior(text, numbers, chosen["prior"], report) if text else None
+            shown = self._render(embedding, self.captions(words, text), numbers, chosen, report)
+            pictures.append(shown[: len(prompts) - rows[0]])
         return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
 
     def decode(
         self,
-        embeddings: Tensor,
+        embeddings: Tensor | None,
         texts: Sequence[str],
         *,
         seeds: Sequence[int],
         start: Tensor | None = None,
         depth: float = 1.0,
         bind: Bind | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
         sampling: Mapping[str, Sampling] | None = None,
         guidance: float | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Pictures uint8 [n, 3, size, size] of raw image embeddings [n, d] and a text (may be empty) and a seed each.
 
+        embeddings: None for a decoder that draws from prompts alone.
         start: what the decoder begins with, [n, 3, s, s], instead of the seeds' noise. depth: the share of the
         decoder's steps that is taken, the last ones, above 0 and at most 1; `start` is as noisy as its first step says.
         bind: changes each model's denoiser (given the component's name and the rows of the call), as `manipulate` does
-        to keep a part of a picture. The rest as in `generate`.
+        to keep a part of a picture. known: what the inpainter, which draws then, is told of each base picture, as
+        `Decoder.knowing` takes it. The rest as in `generate`.
         """
-        if not len(embeddings) == len(texts) == len(seeds) == (len(seeds) if start is None else len(start)):
+        given = [part for part in (embeddings, start, *(known or ())) if part is not None]
+        if {len(part) for part in given} - {len(texts)} or len(texts) != len(seeds):
+            count = len(given[0]) if given else len(texts)
             raise Refused(
-                f"{len(embeddings)} pictures with {len(texts)} texts and {len(seeds)} seeds: give one of each a picture"
+                f"{count} pictures with {len(texts)} texts and {len(seeds)} seeds: give one of each a picture"
             )
-        chosen = self._chosen(sampling, guidance, None)
+        if known is not None and self.inpainter is None:
+            raise Refused("this release has no inpainter: a decoder that was trained to fill in")
+        chosen = self._chosen(sampling, {"guidance": guidance})
+        self.clip.tell_cut(texts)
         tiles = list(_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
             report = Reporter(callback, tile, len(tiles))
-            text, numbers = self.clip.encode_text([texts[row] for row in rows]), [seeds[row] for row in rows]
-            extra = _Extra(None if start is None else start[rows].to(self.device), depth, bind, rows)
-            shown = self._render(embeddings[rows].to(self.device), text, numbers, chosen, report, extra)
+            numbers = [seeds[row] for row in rows]
+            begin, z = (None if part is None else part[rows].to(self.device) for part in (start, embeddings))
+            told = None if known is None else (known[0][rows].to(self.device), known[1][rows].to(self.device))
+            extra = _Extra(begin, depth, bind, rows, told)
+            shown = self._render(z, self.captions([texts[row] for row in rows]), numbers, chosen, report, extra)
             pictures.append(shown[: len(texts) - rows[0]])
         return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
 
+    def captions(self, texts: Sequence[str], read: Text | None = None) -> Caption:
+        """Texts as the decoder takes them; read: what CLIP says of them, where it is known already."""
+        if self.decoder.config.text == "own":
+            return (self.clip.tokenize(texts).to(self.device),)
+        return read or self.clip.encode_text(texts)
+
     def _render(
         self,
-        embedding: Tensor,
-        text: Text,
+        embedding: Tensor | None,
+        caption: Caption,
         seeds: Sequence[int],
         chosen: Mapping[str, Sampling],
         report: Report,
         extra: _Extra | None = None,
     ) -> Tensor:
         """Decoder and upsamplers, one tile: uint8 on the host."""
-        x = self.sample_decoder(embedding, text, seeds, chosen["decoder"], report, extra)
-        for name, upsampler in zip(self.components[2:], self.upsamplers, strict=True):
+        x = self.sample_decoder(embedding, caption, seeds, chosen["decoder"], report, extra)
+        for name, upsampler in self.by_side.items():
             x = self.sample_upsampler(upsampler, x, seeds, chosen[name], report, extra)
+        if not bool(x.isfinite().all()):  # which 8 bits would show as black
+            raise Refused("these pictures are not finite numbers: the guidance is far too large, or a model is damaged")
         return to_uint8(x).cpu()
 
     @torch.no_grad()
     def sample_prior(
         self, text: Text, seeds: Sequence[int], sampling: Sampling, callback: Report | None = None
     ) -> Tensor:
-        """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best."""
-        context, null = self.prior.context(*text), self.prior.null_context(len(seeds))
+        """Raw image embeddings z_i [b, d] for texts; of several candidates the one that the text likes best.
+
+        Raises Refused where there is no prior.
+        """
+        prior = self.prior
+        if prior is None:
+            raise Refused("this release has no prior: its decoder draws from prompts alone")
+        context: Any = prior.context(*text)
+        null: Any = prior.null_context(len(seeds))
+        if isinstance(prior, DiffusionPrior):
+            # What the captions say is the same at every step, and for every candidate.
+            context, null = prior.read(context), prior.read(null)
         found = [
-            self._draw_prior(f"prior/{k}", context, null, seeds, sampling, callback) for k in range(sampling.candidates)
+            self._draw_prior(prior, f"prior/{k}", context, null, seeds, sampling, callback)
+            for k in range(sampling.candidates)
         ]
         stacked = torch.stack(found)
         best = (stacked * text.embedding).sum(2).argmax(0)
@@ -186,19 +259,17 @@ class UnCLIP:
 
     def _draw_prior(
         self,
+        prior: Prior,
         stream: str,
-        context: PriorContext,
-        null: PriorContext,
+        context: Any,
+        null: Any,
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None,
     ) -> Tensor:
-        """One candidate [b, d]: by denoising, or token by token, of which each counts as a step."""
-        prior = self.prior
+        """One candidate [b, d]: by denoising from captions that were read, or token by token, each a step."""
         if isinstance(prior, DiffusionPrior):
-            denoise = guided(prior.denoise, context, null, sampling, prior.schedule)
-            if prior.config.clip_range is not None:
-                denoise = clipped(denoise, prior.schedule, -prior.config.clip_range, prior.config.clip_range)
+            denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
             z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
             return prior.destandardise(z)
 
@@ -213,19 +284,26 @@ class UnCLIP:
     @torch.no_grad()
     def sample_decoder(
         self,
-        embedding: Tensor,
-        text: Text,
+        embedding: Tensor | None,
+        caption: Caption,
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
         extra: _Extra | None = None,
     ) -> Tensor:
-        """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d] and texts."""
-        decoder, side = self.decoder, self.decoder.config.size
-        context, null = decoder.context(embedding, *text), decoder.null_context(len(seeds))
-        denoise = in_range(
-            guided(decoder.denoise, context, null, sampling, decoder.schedule), sampling, decoder.schedule
-        )
+        """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d], if the decoder takes them, and
+        `captions`."""
+        known = extra.known if extra is not None else None
+        decoder = self.inpainter if known is not None and self.inpainter is not None else self.decoder
+        side = decoder.config.size
+        context, null = decoder.context(embedding, *caption), decoder.null_context(len(seeds))
+        if known is not None:
+            context, null = decoder.knowing(context, *known), decoder.knowing(null, *known)
+        denoise = guided(decoder.denoise, context, null, sampling, decoder.schedule)
+        # z_t: the caption's first part, or what CLIP makes of the same tokens.
+        text = self.clip.text(*caption).embedding if len(caption) == 1 and sampling.clip_guidance else caption[0]
+        denoise = self.guides.guide(denoise, text, sampling, decoder.schedule)
+        denoise = in_range(denoise, sampling, decoder.schedule)
         return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback, extra)
 
     @torch.no_grad()
@@ -277,7 +355,7 @@ class UnCLIP:
         extra: _Extra | None = None,
     ) -> Tensor:
         noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        options = sampling.options(pictures=len(shape) > 1)
+        options = sampling.options(pictures=len(shape) > 1, gamma=self.gamma.get(stream.split("/")[0]))
         steps = schedule.respace(sampling.steps)
         x = noise(0)
         if extra is not None:
@@ -293,21 +371,35 @@ class UnCLIP:
         return SAMPLERS[sampling.sampler](denoise, x, steps, noise=noise, callback=report, **options)
 
     def _chosen(
-        self, sampling: Mapping[str, Sampling] | None, guidance: float | None, prior_guidance: float | None
+        self,
+        sampling: Mapping[str, Sampling] | None,
+        decoder: Mapping[str, Any],
+        prior: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Sampling]:
+        """The settings of each component; of decoder and prior, those fields that are not None replaced."""
         if unknown := sorted(set(sampling or {}) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
         chosen = self.sampling | dict(sampling or {})
-        for name, scale in (("decoder", guidance), ("prior", prior_guidance)):
-            if scale is not None:
-                chosen[name] = replace(chosen[name], guidance=scale)
+        for name, changes in (("decoder", decoder), ("prior", prior)):
+            said = {field: value for field, value in changes.items() if value is not None}
+            if said and name not in chosen:
+                raise Refused(f"this release has no {name} to guide: its decoder draws from prompts alone")
+            chosen |= {name: replace(chosen[name], **said)} if said else {}
         self._check_sampling(chosen)
         return chosen
 
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
         """Raises Refused for a setting that its model has no use for."""
+        models: dict[str, Prior | Decoder | Upsampler] = {"decoder": self.decoder, **self.by_side}
+        if self.prior is not None:
+            models["prior"] = self.prior
         for name, settings in sampling.items():
-            check_sampling(name, settings, written=name == "prior" and isinstance(self.prior, AutoregressivePrior))
+            model = models[name]
+            written = isinstance(model, AutoregressivePrior)
+            check_sampling(name, settings, written=written, gamma=name in self.gamma)
+            if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
+                raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
+        self.guides.check(sampling["decoder"])
 
 
 def last_steps(schedule: Schedule, depth: float) -> Schedule:
@@ -328,6 +420,7 @@ class _Extra(NamedTuple):
     depth: float
     bind: Bind | None
     rows: Sequence[int]
+    known: tuple[Tensor, Tensor] | None = None
 
 
 def _tiles(count: int, size: int) -> Iterator[list[int]]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 
 from unclip.clip_text import Text, TextTower, foreign_settings
 from unclip.errors import Refused
-from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, understood, write_json, write_tensors
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
+
+log = logging.getLogger(__name__)
 
 MERGES = "merges.txt"
 RESIZES = ("shortest", "squash")
@@ -104,12 +108,14 @@ def check(model: dict[str, Any]) -> None:
 
 
 def clip_widths(model: dict[str, Any]) -> dict[str, int]:
-    """What other models must fit: `embedding`, `text_width` and `context` (tokens) of an open_clip configuration."""
+    """What other models must fit: `embedding`, `text_width`, `context` (tokens) and `vocabulary` of an open_clip
+    configuration."""
     text = model["text_cfg"]
     return {
         "embedding": model["embed_dim"],
         "text_width": text.get("width", 512),
         "context": text.get("context_length", 77),
+        "vocabulary": text.get("vocab_size", CLIP_VOCABULARY),
     }
 
 
@@ -179,14 +185,16 @@ class Clip:
             merges = (folder / MERGES).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise Refused(f"CLIP's tokeniser cannot be read: {error}") from None
-        settings: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in document["preprocess"].items()
-        }
-        clip = cls(document["model"], read_tensors(folder / WEIGHTS), Preprocess(**settings), merges)
-        if clip.fingerprint != document["fingerprint"]:
+        with understood(folder / CONFIG, "configuration of a CLIP"):
+            settings: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in document["preprocess"].items()
+            }
+            clip = cls(document["model"], read_tensors(folder / WEIGHTS), Preprocess(**settings), merges)
+            found, expected = clip.fingerprint, str(document["fingerprint"])
+        if found != expected:
             raise Refused(
-                f"the CLIP in {folder} was altered: its fingerprint is {clip.fingerprint[:12]}, "
-                f"and {CONFIG} says {document['fingerprint'][:12]}. Take an undamaged copy."
+                f"the CLIP in {folder} was altered: its fingerprint is {found[:12]}, and {CONFIG} says "
+                f"{expected[:12]}. Take an undamaged copy."
             )
         return clip
 
@@ -272,7 +280,7 @@ class Clip:
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise Refused(f"these weights do not fit this CLIP's configuration: {error}") from None
+            raise Refused(f"these weights do not fit this CLIP's configuration: {shorten(str(error), 300)}") from None
         module.requires_grad_(False).eval().to(self.device)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -282,6 +290,12 @@ class Clip:
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """For each text, what of it exceeds the context and is not seen; "" where all is."""
         return [self.tokenizer.truncated(text) for text in texts]
+
+    def tell_cut(self, texts: Sequence[str]) -> None:
+        """Logs a warning for each text of which the context does not hold all: its end is cut off and not seen."""
+        for text in dict.fromkeys(texts):
+            if cut := self.tokenizer.truncated(text):
+                log.warning("the prompt %r is too long for this release; %r at its end is not seen", text, cut)
 
     @torch.no_grad()
     def encode_images(self, pictures: Tensor) -> Tensor:

@@ -7,31 +7,42 @@ another kind, or one written by another unclip, is refused before a tensor is re
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
 
 from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
+from unclip.classifier import Classifier, ClassifierConfig
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.errors import Refused
+from unclip.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+GAMMA = "gamma.safetensors"
+"""Beside a model that Analytic-DPM samples: its table of γ (unclip/analytic.py)."""
 
 KINDS: dict[str, tuple[type, type[nn.Module]]] = {
     "prior": (PriorConfig, DiffusionPrior),
     "ar_prior": (AutoregressivePriorConfig, AutoregressivePrior),
     "decoder": (DecoderConfig, Decoder),
+    "inpainter": (DecoderConfig, Decoder),
     "upsampler": (UpsamplerConfig, Upsampler),
+    "classifier": (ClassifierConfig, Classifier),
+    "noised_clip": (NoisedClipConfig, NoisedClip),
 }
 PRIORS = ("prior", "ar_prior")
 """Kinds that can be the prior of a release."""
+FREE = {"dropout", "size", "inpaint"}
+"""Settings that weights do not depend on: those in which a warm start may differ from its model."""
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -57,6 +68,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return document
 
 
+@contextmanager
+def understood(path: Path, what: str) -> Iterator[None]:
+    """Turns what a document of the right version and the wrong content leads to into Refused."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Refused(f"{path} is no {what} that this unclip understands ({type(error).__name__}: {error})") from None
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a state dict as safetensors, in the order of names, from the host."""
     from safetensors.torch import save_file
@@ -65,35 +87,45 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; raises Refused where it is missing or no such file."""
+    """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path} is no readable safetensors file: {error}") from None
+    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
+        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
+    return tensors
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
-    """Writes a prior of either kind, a decoder or an upsampler.
+    """Writes a model of one of the `KINDS`.
 
-    config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the
-    fingerprint of the CLIP whose embeddings it was trained on; None for an upsampler, which sees none.
+    config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the fingerprint of
+    the CLIP whose embeddings it was trained on; None for an upsampler or a classifier, which see none.
     """
     if kind not in KINDS:
         raise Refused(f"model kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, {"kind": kind, "config": asdict(config), "clip": clip})
+    write_json(folder / CONFIG, {"kind": kind, "config": _document(config), "clip": clip})
     write_tensors(folder / WEIGHTS, state)
+
+
+def _document(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON, without what `UNSAID` leaves out."""
+    unsaid = {item.name: item.default for item in fields(config) if item.metadata.get("unsaid")}
+    return {name: value for name, value in asdict(config).items() if name not in unsaid or value != unsaid[name]}
 
 
 def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
     """(configuration, CLIP fingerprint) of a model's folder, without its tensors; raises Refused for another kind."""
     kind, document = _kind(folder, kinds)
-    return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
+    with understood(folder / CONFIG, f"configuration of a {kind}"):
+        return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
 
 
 def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
@@ -114,12 +146,58 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     Raises Refused for another kind, or where its tensors do not fit its config.
     """
     config, _ = read_model_config(folder, *kinds)
-    model = KINDS[_kind(folder, kinds)[0]][1](config)
+    kind, _ = _kind(folder, kinds)
+    with understood(folder / CONFIG, f"configuration of a {kind}"):
+        model = KINDS[kind][1](config)
     try:
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
-        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from None
+        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {shorten(str(error), 300)}") from None
     return model.requires_grad_(False).eval()
+
+
+def warm_start(model: nn.Module, folder: Path, *kinds: str, clip: str | None = None) -> None:
+    """Gives a new model the weights of a finished one in a folder, of one of those kinds: a record's, or a release's
+    component. Its buffers too: statistics of embeddings and the empty text, which the weights were trained with.
+
+    What the finished model lacks must be zero at the new one's start, so that both give the same outputs: parts that
+    are added start silent. clip: the fingerprint that the finished model must have been trained on. Raises Refused for
+    another CLIP or kind, for settings or shapes in which the two differ, and for weights that the new model lacks.
+    """
+    config, trained_on = read_model_config(folder, *kinds)
+    if clip is not None and trained_on != clip:
+        raise Refused(
+            f"the model in {folder} was trained on the CLIP {str(trained_on)[:12]}…, and this one is for the CLIP "
+            f"{clip[:12]}…: their embeddings mean different things"
+        )
+    finished, new = read_tensors(folder / WEIGHTS), model.state_dict()
+    both = {name: (value, getattr(model.config, name, value)) for name, value in asdict(config).items()}
+    wrong = [f"its {name} is {a}, and {b} is asked for" for name, (a, b) in both.items() if a != b and name not in FREE]
+    wrong += [f"the new model has no {name}" for name in sorted(set(finished) - set(new))]
+    for name, tensor in new.items():
+        if name not in finished and bool(tensor.any()):
+            wrong.append(f"{name} is missing")
+        elif name in finished and finished[name].shape != tensor.shape:
+            wrong.append(f"{name} is {list(finished[name].shape)}, and {list(tensor.shape)} is needed")
+    if wrong:
+        raise Refused(f"a warm start from {folder} is impossible: {'; '.join(wrong[:3])}{' …' * (len(wrong) > 3)}")
+    model.load_state_dict(finished, strict=False)
+
+
+def save_gamma(folder: Path, gamma: Tensor) -> None:
+    """Writes a model's table of γ [timesteps], from `unclip.analytic.estimate_gamma`, into its folder."""
+    write_tensors(folder / GAMMA, {"gamma": gamma.double()})
+
+
+def load_gamma(folder: Path, steps: int) -> Tensor:
+    """The table of γ in a model's folder, float64 [steps]; raises Refused where it is of another process."""
+    found = read_tensors(folder / GAMMA)
+    if set(found) != {"gamma"} or found["gamma"].shape != (steps,):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        raise Refused(
+            f"{folder / GAMMA} holds {shapes}, and this model's process has {steps} timesteps: gamma [{steps}]"
+        )
+    return found["gamma"].double()
 
 
 def _kind(folder: Path, kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -56,6 +57,7 @@ from unclip.interop_config import (
 )
 from unclip.interop_layout import PRIOR, TEXT_PROJ, UNET
 from unclip.prior import DiffusionPrior
+from unclip.text import NullText
 from unclip.upsampler import Upsampler
 
 PIPELINE = "UnCLIPPipeline"
@@ -93,14 +95,14 @@ class Exported:
     size: int
     """Side of the pictures that the pipelines will draw."""
     left_out: tuple[str, ...]
-    """Upsamplers of the release for which a pipeline has no place."""
+    """Upsamplers, inpainter and guides of the release for which a pipeline has no place."""
 
 
 def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported:
     """Writes a release as a folder for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline.
 
-    A pipeline holds one upsampler: further ones are left out, and named in the answer. Raises Refused, with every
-    reason, for what diffusers cannot hold, and where the folder has something in it already.
+    A pipeline holds one upsampler, no inpainter and no guide: others are left out, and named in the answer. Raises
+    Refused, with every reason, for what diffusers cannot hold, and where the folder has something in it already.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -133,7 +135,8 @@ def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported
     for name, document in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return Exported(upsampler.config.size, tuple(model.components[3:]))
+    inpainter = () if model.inpainter is None else ("inpainter",)
+    return Exported(upsampler.config.size, (*model.components[3:], *inpainter, *model.guides.models))
 
 
 def import_diffusers(
@@ -171,6 +174,8 @@ def import_diffusers(
 def _unheld(model: UnCLIP) -> list[str]:
     """Why diffusers cannot hold a release; empty where it can."""
     why = unheld(model.clip)
+    if model.prior is None:
+        return [*why, "its decoder draws from prompts alone, without a prior, and the pipeline always runs one"]
     if not isinstance(model.prior, DiffusionPrior):
         return [*why, f"its prior is a {type(model.prior).__name__}, and PriorTransformer is a diffusion prior"]
     if not model.upsamplers:
@@ -185,7 +190,9 @@ def _unheld(model: UnCLIP) -> list[str]:
             why.append(f"its {name} folds squares of {config.unshuffle} px into channels (unshuffle)")  # type: ignore[union-attr]
     if decoder.position:
         why.append("its decoder adds learned maps (position)")
-    if decoder.text_depth:
+    if decoder.text == "own":
+        why.append("its decoder reads the caption through a text transformer of its own (text own), not through CLIP")
+    elif decoder.text_depth:
         why.append(f"its decoder has a text transformer of {decoder.text_depth} blocks (text_depth)")
     if not decoder.learned_range:
         why.append("its decoder has three output channels; the pipeline splits six (learned_range)")
@@ -201,7 +208,7 @@ def _unheld(model: UnCLIP) -> list[str]:
     if not why:
         empty = model.clip.encode_text([""])
         for name, part in (("prior", model.prior), ("decoder", model.decoder)):
-            null = part.null_text
+            null = cast(NullText, part.null_text)
             seen = empty.mask[0]
             close = torch.equal(null.mask, seen) and torch.allclose(null.embedding, empty.embedding[0], atol=1e-4)
             if not (close and torch.allclose(null.states[seen], empty.states[0][seen], atol=1e-4)):

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unclip.config import WEIGHTINGS
 from unclip.errors import Refused
 from unclip.schedule import Denoiser, Schedule
-
-WEIGHTINGS = ("uniform", "min_snr", "min_snr_plus_one")
 
 
 def weights(schedule: Schedule, t: Tensor, kind: str, weighting: str, cap: float = 5.0) -> Tensor:

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.cascade import UnCLIP, last_steps
+from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.guidance import clipped, conditional
 from unclip.samplers import ddim_invert, noise_for
 from unclip.sampling import Sampling
 from unclip.schedule import Denoiser, Prediction, Schedule
+from unclip.upsampler import Upsampler
 
 
 class Latents(NamedTuple):
@@ -38,7 +40,10 @@ class Latents(NamedTuple):
 
 def unconditional(model: UnCLIP, n: int, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:
     """n pictures of anything: the prior and the decoder under the empty text."""
-    return model.generate([""] * n, seeds=seeds, prior_guidance=1.0, **options)
+    _at_least_one(n)
+    if model.prior is not None:
+        options["prior_guidance"] = 1.0
+    return model.generate([""] * n, seeds=seeds, **options)
 
 
 @torch.no_grad()
@@ -46,10 +51,12 @@ def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterati
     """z_i and x_T of pictures; x_T gives them back by DDIM (η = 0, unguided, no caption) over as many steps.
 
     steps: of the inversion, default the release's of the decoder. iterations: see `samplers.ddim_invert`.
+    Raises Refused for a decoder that draws from prompts alone: to it a picture has no z_i.
     """
     check_pictures(pictures)
+    _check_draws_from_images(model)
     decoder = model.decoder
-    schedule = decoder.schedule.respace(steps or model.sampling["decoder"].steps)
+    schedule = decoder.schedule.respace(model.sampling["decoder"].steps if steps is None else steps)
     embeddings, starts = [], []
     for rows in torch.arange(len(pictures)).split(model.tile):
         shown = square(pictures[rows].to(model.device))
@@ -69,6 +76,7 @@ def variations(
 
     eta from 0 (the picture itself, as far as the decoder can) to 1. Picture i's are rows i·n to i·n + n − 1.
     """
+    _at_least_one(n)
     latents = encode(model, pictures)
     rows = torch.arange(len(pictures)).repeat_interleave(n)
     return _draw(model, latents.embedding[rows], latents.start[rows], eta=eta, seeds=seeds, **options)
@@ -97,6 +105,8 @@ def interpolate_prompts(
     model: UnCLIP, first: str, second: str, *, steps: int = 7, seed: int = 0, **options: Any
 ) -> Tensor:
     """`steps` pictures between two prompts: the prior's z_i of each, on the great circle between them, one x_T."""
+    _check_draws_from_images(model)
+    model.clip.tell_cut([first, second])
     text = model.clip.encode_text([first, second])
     ends = model.sample_prior(text, [seed, seed], model.sampling["prior"])
     embedding = torch.cat([slerp(ends[:1], ends[1:], share) for share in _shares(steps)])
@@ -114,6 +124,7 @@ def text_diff(
     if not 0 < theta <= 1:
         raise Refused(f"theta is the share of the way toward the text, above 0 and at most 1, not {theta}")
     latents = encode(model, resized_square(picture, model)[None])
+    model.clip.tell_cut([before, after])
     text = model.clip.encode_text([after, before]).embedding
     difference = text[:1] - text[1:]
     if float(difference.norm()) < 1e-6 * float(text.norm()):
@@ -154,14 +165,20 @@ def inpaint(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int] | None = None,
+    trained: bool | None = None,
     **options: Any,
 ) -> Tensor:
     """Pictures with what lies under their masks drawn anew under a prompt each; the rest stays.
 
     masks: bool [n, h, w], True where to draw. Any release can do it: at every step of every model what is known is put
-    back, at that step's noise (Song et al. 2021, appendix I; Lugmayr et al. 2022, without resampling).
+    back, at that step's noise (Song et al. 2021, appendix I; Lugmayr et al. 2022, without resampling). trained: let the
+    release's inpainter draw, which is told besides what is known, all of it without noise (GLIDE, section 2.4); None:
+    where the release has one. Raises Refused where it has none to let.
     """
     check_pictures(pictures)
+    inpainter = model.inpainter if trained in (None, True) else None
+    if trained and inpainter is None:
+        raise Refused("this release has no inpainter; without `trained` any release fills in, if less well")
     if masks.shape != (len(pictures), *pictures.shape[2:]) or masks.dtype != torch.bool:
         raise Refused(
             f"masks must be bool {(len(pictures), *pictures.shape[2:])}, one a picture, not "
@@ -170,18 +187,20 @@ def inpaint(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     shown = square(pictures.to(model.device))
     drawn = square(masks[:, None].to(model.device))
-    by_name = {"decoder": model.decoder} | dict(zip(model.components[2:], model.upsamplers, strict=True))
+    networks: dict[str, Decoder | Upsampler] = {"decoder": inpainter or model.decoder, **model.by_side}
+
+    def at(side: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(pictures in [-1, 1], what of them is free); a pixel is known only where nothing of it is to be drawn."""
+        return to_unit(resized(shown[rows], side)), F.adaptive_max_pool2d(drawn[rows].float(), side) > 0
 
     def bind(denoise: Denoiser, component: str, rows: Sequence[int], numbers: Sequence[int]) -> Denoiser:
-        network = by_name[component]
-        side = network.config.size
-        picture = to_unit(resized(shown[list(rows)], side))
-        # A pixel is known only where nothing of it is to be drawn.
-        free = F.adaptive_max_pool2d(drawn[list(rows)].float(), side) > 0
+        network = networks[component]
+        picture, free = at(network.config.size, list(rows))
         noise = noise_for(numbers, picture.shape[1:], stream=f"{component}/known", device=model.device)(0)
         return known(denoise, picture, free, noise, network.schedule)
 
-    return model.decode(_prior(model, prompts, seeds), prompts, seeds=seeds, bind=bind, **options)
+    told = at(inpainter.config.size, list(range(len(shown)))) if inpainter is not None else None
+    return model.decode(_prior(model, prompts, seeds), prompts, seeds=seeds, bind=bind, known=told, **options)
 
 
 def probe(
@@ -274,16 +293,31 @@ def to_unit(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
+def _at_least_one(n: int) -> None:
+    if n < 1:
+        raise Refused(f"there is nothing to draw: {n} pictures")
+
+
 def _shares(steps: int) -> list[float]:
     if steps < 2:
         raise Refused(f"a way has at least 2 pictures, not {steps}")
     return [k / (steps - 1) for k in range(steps)]
 
 
-def _prior(model: UnCLIP, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """The prior's z_i of each prompt and seed, in calls of the model's tile like `generate`'s."""
+def _check_draws_from_images(model: UnCLIP) -> None:
+    if model.prior is None:
+        raise Refused(
+            "this release draws from prompts alone: to its decoder a picture has no image embedding that could be "
+            "varied, interpolated or turned. It can draw, redraw and inpaint."
+        )
+
+
+def _prior(model: UnCLIP, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
+    """The prior's z_i of each prompt and seed, in calls of the model's tile like `generate`'s; None without a prior."""
     if len(prompts) != len(seeds):
         raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
+    if model.prior is None:
+        return None
     found = []
     for first in range(0, len(prompts), model.tile):
         words, numbers = list(prompts[first : first + model.tile]), list(seeds[first : first + model.tile])

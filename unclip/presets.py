@@ -1,4 +1,4 @@
-"""One table of model sizes: the paper's, Karlo's, a one-GPU base, the demo's and the tests'.
+"""One table of model sizes: the paper's, Karlo's, a base for one node, the demo's and the tests'.
 
 Widths that come from CLIP (embedding, token states, context) and sides that come from the recipe are filled in by the
 recipe with `dataclasses.replace`; here they are those of the CLIP that the row was made for.
@@ -6,12 +6,14 @@ recipe with `dataclasses.replace`; here they are those of the CLIP that the row 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.decoder import DecoderConfig
 from unclip.errors import Refused
+from unclip.half_unet import HalfUNetConfig
 from unclip.prior import PriorConfig
+from unclip.tokenizer import CLIP_VOCABULARY
 from unclip.upsampler import UpsamplerConfig
 
 
@@ -19,12 +21,21 @@ from unclip.upsampler import UpsamplerConfig
 class Preset:
     """The models of one release, text side to largest picture."""
 
-    prior: PriorConfig
+    prior: PriorConfig | None
+    """None for a decoder that draws from prompts alone."""
     decoder: DecoderConfig
     upsamplers: tuple[UpsamplerConfig, ...]
     ar_prior: AutoregressivePriorConfig | None = None
     """The prior that may stand in the diffusion prior's place."""
+    encoder: HalfUNetConfig | None = None
+    """Of a noised classifier, and of a noised CLIP."""
 
+
+ADM_CLASSIFIER = HalfUNetConfig(
+    size=64, channels=128, multiples=(1, 2, 3, 4), depth=4, attention=(32, 16, 8), head_channels=64
+)
+"""The noised classifier for 64 px of Dhariwal & Nichol 2021, table 12; with 1000 classes 65 M, as the table says. Our
+choice for a noised CLIP as well, where GLIDE took a second ViT-L."""
 
 PAPER = Preset(
     prior=PriorConfig(embedding=1024, text_width=1024, context=256, width=2048, depth=24, heads=32),
@@ -46,6 +57,7 @@ PAPER = Preset(
         embedding=1024, text_width=1024, context=256, width=1664, depth=24, heads=26, components=319,
         context_width=2048, text_depth=24, text_heads=32,
     ),
+    encoder=ADM_CLASSIFIER,
 )  # fmt: skip
 """The table of arXiv 2204.06125, appendix C. Counted: prior 1,226 M (the table says 1 B; 24 layers of width 2048 alone
 are 1,209 M), decoder 3,462 M (3.5 B), upsamplers 692 M (700 M) and 298 M (300 M).
@@ -72,6 +84,7 @@ KARLO = Preset(
             last=True,
         ),
     ),
+    encoder=ADM_CLASSIFIER,
 )  # fmt: skip
 """Karlo-v1.0.alpha (Kakao Brain 2022) over OpenAI's ViT-L/14: prior 1,022 M, decoder 893 M (Kakao's "900M"), upsampler
 2 × 692 M ("1.4B": one network for six steps and one, of the same shape, for the last).
@@ -91,7 +104,14 @@ BASE = Preset(
         UpsamplerConfig(low=256, size=1024, channels=64, multiples=(1, 1, 2, 2, 4, 4), depth=2, antialias=True),
     ),
     ar_prior=AutoregressivePriorConfig(embedding=768, text_width=768, context=77, width=1024, depth=12, heads=16),
+    encoder=ADM_CLASSIFIER,
 )  # fmt: skip
+"""For one node of 8 GPUs, over any ViT-L/14: prior 156 M (autoregressive 157 M), decoder 319 M, upsamplers 91 M and
+31 M.
+
+The largest fits because nothing has to be sharded: float32 weights, gradient, AdamW's two moments and the moving
+average are 20 bytes a number, 6.4 GB for the decoder on each GPU (the paper's takes 69 GB); the rest is activations'.
+"""
 
 DEMO = Preset(
     prior=PriorConfig(embedding=128, text_width=64, context=24, width=128, depth=3, heads=4),
@@ -111,7 +131,12 @@ DEMO = Preset(
     ar_prior=AutoregressivePriorConfig(
         embedding=128, text_width=64, context=24, width=128, depth=3, heads=4, buckets=128
     ),
+    encoder=HalfUNetConfig(
+        size=32, channels=64, multiples=(1, 2), depth=1, attention=(4,), head_channels=32, groups=16, unshuffle=4
+    ),
 )  # fmt: skip
+"""For ten minutes on two cores: prior 0.7 M, decoder 3.8 M, upsamplers 1.8 M and 0.8 M; x0-prediction and unshuffled
+pixels, of which docs/design.md has the comparisons."""
 
 TINY = Preset(
     prior=PriorConfig(embedding=32, text_width=32, context=24, width=32, depth=1, heads=2),
@@ -126,13 +151,29 @@ TINY = Preset(
     ar_prior=AutoregressivePriorConfig(
         embedding=32, text_width=32, context=24, width=32, depth=1, heads=2, components=6, buckets=16
     ),
+    encoder=HalfUNetConfig(
+        size=16, channels=16, multiples=(1, 2), depth=1, attention=(8,), head_channels=16, groups=8
+    ),
 )  # fmt: skip
 """What diffusers' UnCLIPPipeline can hold: no unshuffling, no positions, no text blocks, one width for all of CLIP.
 
 Context + 4 tokens must differ from the pixels of an attended level: at equal lengths diffusers would not pad its mask.
 """
 
-PRESETS = {"paper": PAPER, "karlo": KARLO, "base": BASE, "demo": DEMO, "tiny": TINY}
+GLIDE = Preset(
+    prior=None,
+    decoder=replace(PAPER.decoder, context=128, text="own", vocabulary=CLIP_VOCABULARY, image=False),
+    upsamplers=PAPER.upsamplers,
+)
+"""GLIDE (arXiv 2112.10741, section 3), which draws from prompts alone: the paper's decoder is built after it, with z_i
+added. Counted: 3,552 M (GLIDE says 3.5 B), of which its text transformer of 24 blocks of width 2048 is 1,310 M (1.2 B;
+1,209 M without the table of tokens) and the rest 2,242 M (2.3 B).
+
+GLIDE's context of 128 tokens is the CLIP's here, since the tokeniser is, which has the table's size too. Its own
+upsampler of 1.5 B reads the caption again; ours do not, as those of DALL·E 2.
+"""
+
+PRESETS = {"paper": PAPER, "glide": GLIDE, "karlo": KARLO, "base": BASE, "demo": DEMO, "tiny": TINY}
 
 
 def preset(name: str) -> Preset:

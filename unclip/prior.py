@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unclip.config import LATER
+from unclip.config import LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
-from unclip.layers import TimeEmbedding, TransformerBlock
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.guidance import clipped
+from unclip.layers import KeyValues, Remembered, TimeEmbedding, TransformerBlock
+from unclip.schedule import Denoiser, Prediction, Schedule, check_process
 from unclip.text import NullText
 
 
 @dataclass(frozen=True)
-class PriorConfig:
-    """Shape and process of a diffusion prior."""
+class CaptionTransformer:
+    """What both priors are: a causal transformer that reads a caption as CLIP sees it."""
 
     embedding: int
     """Width d of CLIP's image and text embeddings."""
@@ -38,6 +39,22 @@ class PriorConfig:
     """Attention heads; they divide the width."""
     dropout: float = 0.0
     """Dropout after attention and MLP."""
+
+    called: ClassVar[str]
+    """What a refusal calls the model."""
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("embedding", "text_width", "context", "width", "depth", "heads"), WIDTH)
+        if wrong := outside(self, **sizes, dropout=SHARE):
+            raise Refused(f"{self.called}: {wrong}")
+        if self.width % self.heads:
+            raise Refused(f"{self.called}: a width of {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class PriorConfig(CaptionTransformer):
+    """Shape and process of a diffusion prior."""
+
     prediction: str = "x0"
     """What the network outputs: x0, eps or v."""
     schedule: str = "cosine"
@@ -46,14 +63,13 @@ class PriorConfig:
     """Timesteps of the process."""
     clip_range: float | None = field(default=None, metadata=LATER)
     """Sampling clamps the predicted standardised x0 to ± this (Karlo: 5); None leaves it as it is."""
+    called: ClassVar[str] = "prior"
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise Refused(f"prior: a width of {self.width} does not divide into {self.heads} heads")
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"prior: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
-        if self.clip_range is not None and not self.clip_range > 0:
-            raise Refused(f"prior: clip_range must be above 0, or none at all, not {self.clip_range}")
+        super().__post_init__()
+        if wrong := outside(self, timesteps=TIMESTEPS, clip_range=POSITIVE):
+            raise Refused(f"{self.called}: {wrong}")
+        check_process(self.called, self.prediction, self.schedule)
 
 
 class PriorContext(NamedTuple):
@@ -62,6 +78,15 @@ class PriorContext(NamedTuple):
     text_embedding: Tensor
     text_states: Tensor
     text_mask: Tensor
+
+
+class PriorMemory(NamedTuple):
+    """Captions that a prior has read: its tokens are causal, so the text's and z_t's say the same at every timestep."""
+
+    keys_values: tuple[Tensor, ...]
+    """For each block, [b, 2, heads, L + 1, c]."""
+    mask: Tensor
+    """[b, L + 1], True where a token is to be seen."""
 
 
 class DiffusionPrior(nn.Module):
@@ -119,17 +144,51 @@ class DiffusionPrior(nn.Module):
         """z [b, d] standardised and noised, t [b] → output [b, d], by default x0, standardised."""
         tail = [self.embed_text(text_embedding), self.time(t), self.embed_image(z), self.query.expand(len(z), -1)]
         h = torch.cat([self.embed_states(text_states), torch.stack(tail, 1)], 1) + self.positions
-        seen = nn.functional.pad(text_mask, (0, 4), value=True)
-        # A row of padding may see itself: a softmax over nothing would be NaN, and nobody reads that row.
-        mask = self.causal & (seen[:, None] | torch.eye(h.shape[1], dtype=torch.bool, device=h.device))
+        mask = self._mask(nn.functional.pad(text_mask, (0, 4), value=True))
         for block in self.blocks:
-            h = block(h, mask[:, None])
+            h = block(h, mask)
         return self.out(self.norm(h[:, -1]))
+
+    @torch.no_grad()
+    def read(self, context: PriorContext) -> PriorMemory:
+        """The captions' share of a sampling, computed once for all of its steps."""
+        h = torch.cat([self.embed_states(context.text_states), self.embed_text(context.text_embedding)[:, None]], 1)
+        h = h + self.positions[: h.shape[1]]
+        seen = nn.functional.pad(context.text_mask, (0, 1), value=True)
+        mask, found = self._mask(seen), []
+        for block in self.blocks:
+            past = KeyValues(h.shape[1])
+            h = block(h, mask, past)
+            found.append(past.remembered())
+        return PriorMemory(tuple(found), seen)
+
+    def resume(self, z: Tensor, t: Tensor, memory: PriorMemory) -> Tensor:
+        """As `forward`, after captions that were read before: three tokens instead of L + 4."""
+        h = torch.stack([self.time(t), self.embed_image(z), self.query.expand(len(z), -1)], 1)
+        h = h + self.positions[-3:]
+        seen = nn.functional.pad(memory.mask, (0, 3), value=True)
+        mask = (self.causal[-3:] & seen[:, None])[:, None]
+        for block, keys_values in zip(self.blocks, memory.keys_values, strict=True):
+            h = block(h, mask, Remembered(keys_values))
+        return self.out(self.norm(h[:, -1]))
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """Who may look at whom, [b, 1, n, n], among the first n tokens, of which `seen` [b, n] are no padding."""
+        n = seen.shape[1]
+        # A row of padding may see itself: a softmax over nothing would be NaN, and nobody reads that row.
+        itself = torch.eye(n, dtype=torch.bool, device=seen.device)
+        return (self.causal[:n, :n] & (seen[:, None] | itself))[:, None]
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """Read the network's output at noised x [b, d]."""
         return self.schedule.predict(self.config.prediction, output, x, t)
 
-    def denoise(self, z: Tensor, t: Tensor, context: PriorContext) -> Prediction:
-        """The network as samplers and guidance want it."""
-        return self.predict(self(z, t, *context), z, t)
+    def denoise(self, z: Tensor, t: Tensor, context: PriorContext | PriorMemory) -> Prediction:
+        """The network as samplers and guidance want it; faster with what `read` made of the context."""
+        output = self.resume(z, t, context) if isinstance(context, PriorMemory) else self(z, t, *context)
+        return self.predict(output, z, t)
+
+    def in_range(self, denoise: Denoiser) -> Denoiser:
+        """A denoiser of this prior, guided or not, as it is sampled: its clean samples keep to `clip_range`."""
+        limit = self.config.clip_range
+        return denoise if limit is None else clipped(denoise, self.schedule, -limit, limit)

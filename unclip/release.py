@@ -2,7 +2,9 @@
 
     release.json                            name, components with the SHA-256 of each file, sampling, data, CLIP
     clip/config.json merges.txt model.safetensors
-    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise
+    prior/config.json model.safetensors     decoder/ and upsampler-<side>/ likewise; inpainter/, classifier/ and
+                                            noised-clip/ if any
+    prior/gamma.safetensors                 where the prior's γ was measured, for Analytic-DPM
 
 Only files that release.json names are read, and they are JSON, text and safetensors: no code of a folder ever runs.
 """
@@ -16,11 +18,25 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import Sampling, UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
-from unclip.errors import Refused
-from unclip.fit import check_fit
-from unclip.folder import CONFIG, PRIORS, WEIGHTS, load_model, read_json, read_model_config, write_json
+from unclip.errors import Damaged, Refused
+from unclip.fit import check_fit, check_guides
+from unclip.folder import (
+    CONFIG,
+    GAMMA,
+    PRIORS,
+    WEIGHTS,
+    load_gamma,
+    load_model,
+    read_json,
+    read_model_config,
+    understood,
+    write_json,
+)
+from unclip.guides import GUIDES, Guides, check_asked
+from unclip.sampling import check_sampling
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -38,12 +54,18 @@ class Part:
     """Whether the release says how to sample it."""
     sees_clip: bool = True
     """Whether it was trained on CLIP's embeddings: then it belongs to one CLIP."""
+    extras: tuple[str, ...] = ()
+    """Files that may stand beside its own."""
 
 
 PARTS = {
     "clip": Part(sampled=False, sees_clip=False),
-    "prior": Part(PRIORS),
+    # The decoder's configuration says whether there is a prior (`check_fit`).
+    "prior": Part(PRIORS, required=False, extras=(GAMMA,)),
     "decoder": Part(("decoder",)),
+    "inpainter": Part(("inpainter",), required=False, sampled=False),  # sampled as the decoder is
+    "classifier": Part(("classifier",), required=False, sampled=False, sees_clip=False),
+    "noised-clip": Part(("noised_clip",), required=False, sampled=False),
 }
 """The components that a release has one of, by name."""
 UPSAMPLERS = Part(("upsampler",), required=False, sees_clip=False)
@@ -80,8 +102,9 @@ def save(
 ) -> Release:
     """Makes a release of model folders and returns what `check` says of it.
 
-    components: "clip", "prior", "decoder" and each "upsampler-<side>" → a folder that Clip.save or save_model wrote.
-    Files are linked where the file system allows, else copied. Raises Refused where the parts do not fit together.
+    components: "clip", "prior", "decoder", each "upsampler-<side>" and, if there is one, "inpainter" → a folder that
+    Clip.save or save_model wrote; no "prior" for a decoder that draws from prompts alone. Files are linked where the
+    file system allows, else copied. Raises Refused where the parts do not fit together.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +114,10 @@ def save(
         target = folder / component
         target.mkdir()
         digests[component] = {}
-        for file in _files(component):
+        for file in (*_files(component), *_part(component).extras):
             if not (Path(source) / file).is_file():
+                if file in _part(component).extras:
+                    continue
                 raise Refused(f"{component}: {source} has no {file}, so it cannot become part of a release")
             _place(Path(source) / file, target / file)
             digests[component][file] = _digest(target / file)
@@ -111,14 +136,20 @@ def read(folder: Path | str) -> Release:
     """What release.json says, its form checked but no other file opened."""
     path = Path(folder) / MANIFEST
     document = read_json(path, "release")
+    with understood(path, "release"):
+        return _parsed(path, document)
+
+
+def _parsed(path: Path, document: dict[str, Any]) -> Release:
     known = {field.name for field in fields(Release)} | {"schema_version"}
     if set(document) != known:
         raise Refused(f"{path} has the entries {sorted(document)}, and a release has {sorted(known)}")
     for component, files in document["components"].items():
         _check_name(component, str(path))
-        if set(files) != set(_files(component)):
+        if set(files) - set(_part(component).extras) != set(_files(component)):
             raise Refused(f"{path}: {component} lists {sorted(files)}, and it consists of {sorted(_files(component))}")
-    if missing := [name for name, part in PARTS.items() if part.required and name not in document["components"]]:
+    needed = {name for name, part in PARTS.items() if part.required} | set(document["sampling"]) & set(PARTS)
+    if missing := sorted(needed - set(document["components"])):
         raise Refused(f"{path} has no {' and no '.join(missing)}; a release has clip, prior, decoder and upsamplers")
     sampled = {name for name in document["components"] if _part(name).sampled}
     if set(document["sampling"]) != sampled:
@@ -127,7 +158,7 @@ def read(folder: Path | str) -> Release:
         sampling = {component: Sampling(**settings) for component, settings in document["sampling"].items()}
     except TypeError as error:
         raise Refused(f"{path} has sampling settings that this unclip does not know: {error}") from None
-    return Release(document["name"], document["components"], sampling, document["data"], document["clip"])
+    return Release(str(document["name"]), document["components"], sampling, document["data"], str(document["clip"]))
 
 
 def check(folder: Path | str) -> Release:
@@ -138,14 +169,15 @@ def check(folder: Path | str) -> Release:
         for file, expected in files.items():
             path = folder / component / file
             if not path.is_file():
-                raise Refused(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
+                raise Damaged(f"{path} is missing: the release {release.name!r} in {folder} is incomplete")
             if (found := _digest(path)) != expected:
-                raise Refused(
-                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {expected[:12]}…. "
+                raise Damaged(
+                    f"{path} was altered: its SHA-256 is {found[:12]}…, and {MANIFEST} says {str(expected)[:12]}…. "
                     "Take an undamaged copy of the release."
                 )
     document = read_json(folder / "clip" / CONFIG, "CLIP")
-    clip = document["fingerprint"]
+    with understood(folder / "clip" / CONFIG, "configuration of a CLIP"):
+        clip, widths = str(document["fingerprint"]), clip_widths(document["model"])
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")
     configs: dict[str, Any] = {}
@@ -160,8 +192,19 @@ def check(folder: Path | str) -> Release:
     for name in release.upsamplers:
         if configs[name].size != _side(name):
             raise Refused(f"{folder / name} holds an upsampler to {configs[name].size} px")
-    widths = clip_widths(document["model"])
-    check_fit(widths, configs["prior"], configs["decoder"], [configs[name] for name in release.upsamplers])
+    for component, settings in release.sampling.items():
+        written = isinstance(configs[component], AutoregressivePriorConfig)
+        measured = GAMMA in release.components[component]
+        if measured and written:
+            raise Refused(f"{folder / component} holds {GAMMA} beside an autoregressive prior, which has no variances")
+        if measured:
+            load_gamma(folder / component, configs[component].timesteps)
+        check_sampling(component, settings, written=written, gamma=measured)
+    upsamplers = [configs[name] for name in release.upsamplers]
+    check_fit(widths, configs.get("prior"), configs["decoder"], upsamplers, configs.get("inpainter"))
+    guides = {name: configs[name] for name in GUIDES if name in configs}
+    check_guides(configs["decoder"], widths["embedding"], guides)
+    check_asked(release.sampling["decoder"], guides)
     return release
 
 
@@ -173,8 +216,15 @@ def load(folder: Path | str) -> UnCLIP:
     models: dict[str, Any] = {
         name: load_model(folder / name, *_part(name).kinds) for name in release.components if name != "clip"
     }
+    gamma = {
+        name: load_gamma(folder / name, models[name].config.timesteps)
+        for name, files in release.components.items()
+        if GAMMA in files
+    }
     upsamplers = [models[name] for name in release.upsamplers]
-    return UnCLIP(clip, models["prior"], models["decoder"], upsamplers, release.sampling)
+    parts = clip, models.get("prior"), models["decoder"], upsamplers, release.sampling
+    guides = Guides(models.get("classifier"), models.get("noised-clip"))
+    return UnCLIP(*parts, guides=guides, gamma=gamma, inpainter=models.get("inpainter"))
 
 
 def _files(component: str) -> tuple[str, ...]:

@@ -56,6 +56,13 @@ def linear_betas(steps: int) -> Tensor:
     return torch.linspace(1e-4 * scale, min(0.02 * scale, 0.999), steps, dtype=torch.float64)
 
 
+def check_process(owner: str, prediction: str, schedule: str) -> None:
+    """Raises Refused for a prediction or a noise schedule that there is not."""
+    for what, name, known in (("prediction", prediction, PREDICTIONS), ("schedule", schedule, SCHEDULES)):
+        if name not in known:
+            raise Refused(f"{owner}: {what} {name!r} is unknown; use one of {', '.join(known)}")
+
+
 class Schedule:
     """Tables over the steps of one process, index 0 the least noisy.
 

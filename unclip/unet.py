@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import SHARE, SIDE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.layers import ContextAttention, Conv2d, ResBlock, TimeEmbedding, zeroed
 
@@ -35,8 +36,18 @@ class UNetConfig:
     position: bool = False
     scale_shift: bool = True
     time_multiple: int = 4
+    beside: int = 0
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(
+            ("channels", "multiples", "depth", "head_channels", "groups", "unshuffle", "time_multiple"), WIDTH
+        )
+        if wrong := outside(
+            self, size=SIDE, attention=SIDE, context_width=Range(0, WIDTH.most), dropout=SHARE, **sizes
+        ):
+            raise Refused(f"a U-Net's {wrong}")
+        if not 1 <= len(self.multiples) <= 16:
+            raise Refused(f"a U-Net's multiples are {list(self.multiples)}; give one number a level, 1 to 16 of them")
         side = self.size // self.unshuffle
         if side * self.unshuffle != self.size or side % 2 ** (len(self.multiples) - 1):
             raise Refused(
@@ -82,6 +93,10 @@ class UNet(nn.Module):
         last = len(widths) - 1
         self.time = TimeEmbedding(config.channels, config.time_width)
         self.conv_in = Conv2d(config.in_channels * fold, config.channels, 3, padding=1)
+        # As more channels of conv_in would do, but under a name of its own: weights without it still fit.
+        self.conv_in_beside = (
+            zeroed(Conv2d(config.beside * fold, config.channels, 3, padding=1, bias=False)) if config.beside else None
+        )
 
         skips = [config.channels]
         current = config.channels
@@ -129,12 +144,18 @@ class UNet(nn.Module):
         addend: Tensor | None = None,
         context: tuple[Tensor, ...] = (),
         mask: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Tensor:
-        """addend joins the time embedding; context from `encode`; mask [b, n] True where a context token is seen."""
+        """addend joins the time embedding; context from `encode`; mask [b, n] True where a context token is seen.
+
+        beside [b, c, h, w]: further channels of the input; None is zeros.
+        """
         time = self.time(t)
         time = F.silu(time if addend is None else time + addend)
         remaining = iter(context)
         h = self.conv_in(F.pixel_unshuffle(x, self.config.unshuffle))
+        if self.conv_in_beside is not None and beside is not None:
+            h = h + self.conv_in_beside(F.pixel_unshuffle(beside, self.config.unshuffle))
         skips = [h]
         for level, stage in enumerate(self.down):
             if self.config.position:

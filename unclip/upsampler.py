@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import LATER
+from unclip.config import LATER, SIDE, TIMESTEPS, outside
 from unclip.errors import Refused
 from unclip.filters import mirrored
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
+from unclip.schedule import Prediction, Schedule, check_process
 from unclip.strips import in_strips
 from unclip.unet import UNet, UNetConfig
 
@@ -65,12 +65,11 @@ class UpsamplerConfig:
     restore detail in seven steps); both read the same x_t."""
 
     def __post_init__(self) -> None:
+        if wrong := outside(self, low=SIDE, timesteps=TIMESTEPS):
+            raise Refused(f"upsampler: {wrong}")
         if self.size <= self.low or self.size % self.low:
             raise Refused(f"upsampler: {self.size} px is no multiple of {self.low} px")
-        if self.prediction not in PREDICTIONS:
-            raise Refused(f"upsampler: prediction {self.prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
-        if self.time_multiple < 1:
-            raise Refused(f"upsampler: a time embedding of {self.time_multiple} times the channels is impossible")
+        check_process("upsampler", self.prediction, self.schedule)
         _ = self.unet
 
     @property
@@ -83,6 +82,16 @@ class UpsamplerConfig:
         """What the sides of an input must be multiples of, so that the levels can halve the output."""
         halved = self.unshuffle * 2 ** (len(self.multiples) - 1)
         return halved // math.gcd(halved, self.factor)
+
+    @property
+    def crop_grain(self) -> int:
+        """What the side of a crop of the output must be a multiple of, so that it begins at pixels of the input."""
+        return self.factor * self.unshuffle * 2 ** (len(self.multiples) - 1)
+
+    def check_crop(self, crop: int | None) -> None:
+        """Raises Refused for a side that this upsampler cannot be trained on; None is the whole picture."""
+        if crop is not None and (crop > self.size or crop % self.crop_grain):
+            raise Refused(f"train.crop is {crop}; it must divide by {self.crop_grain} and be at most {self.size}")
 
     @property
     def unet(self) -> UNetConfig:

@@ -2,14 +2,16 @@
 
     python -m tests.gpu.bench_models [--device cuda] [--batch 32] [--models karlo,base] [--steps 20]
 
-Needs torch alone. Each network is trained (forward and backward, no optimiser) in bfloat16 with channels-last weights
-and torch.compile, as a fit on one card would. FLOPs are those of matrix products and convolutions, as torch counts
-them. Prints one line of JSON a network.
+Needs torch alone; where diffusers is installed, its network of the same shape follows each of ours, compiled alike.
+Each network is trained (forward and backward, no optimiser) in bfloat16 with channels-last weights and torch.compile,
+as a fit on one card would; attention is torch's scaled_dot_product_attention. FLOPs are those of matrix products and
+convolutions, as torch counts them. Prints one line of JSON a network.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.decoder import Decoder, DecoderConfig
+from unclip.decoder import IMAGE_TOKENS, Decoder, DecoderConfig
 from unclip.presets import preset
 from unclip.prior import DiffusionPrior, PriorConfig
 
@@ -65,21 +67,34 @@ def flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def training(network: Callable[..., Tensor], model: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+def training(network: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
     """One forward and backward."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        network(*inputs).float().square().mean().backward()
+        out = network(*inputs)
+        out = out if isinstance(out, Tensor) else out[0]  # diffusers answers with a record of one tensor
+        out.float().square().mean().backward()
 
     return step
+
+
+class Conditioned(nn.Module):
+    """A decoder as it is trained: what it is told is encoded in every step."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        return self.decoder(x, t, self.decoder.context(*told))
 
 
 def cases(
     name: str, tiny: bool, batch: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Any, Any]]:
     """(what, model, inputs of its forward) of a row of the table."""
-    row = preset(name)
+    row, diffusers = preset(name), importlib.util.find_spec("diffusers") is not None
     decoder_config: DecoderConfig = TINY["decoder"] if tiny else replace(row.decoder, dropout=0.0)  # type: ignore[assignment]
     prior_config: PriorConfig = TINY["prior"] if tiny else row.prior  # type: ignore[assignment]
 
@@ -91,15 +106,39 @@ def cases(
     c = decoder_config
     x = draw(batch, 3, c.size, c.size).to(memory_format=torch.channels_last)
     mask = torch.ones(batch, c.context, dtype=torch.bool, device=device)
-    context = decoder.context(
-        draw(batch, c.embedding), draw(batch, c.embedding), draw(batch, c.context, c.text_width), mask
-    )
-    yield "decoder", decoder, (x, t, type(context)(*_detached(context)))
-    del decoder, context
+    words = draw(batch, c.embedding), draw(batch, c.embedding), draw(batch, c.context, c.text_width)
+    yield "decoder", Conditioned(decoder), (x, t, *words, mask)
+    del decoder
+    if diffusers:
+        theirs = _theirs_unet(decoder_config).to(device, dtype).to(memory_format=torch.channels_last)
+        tokens = draw(batch, IMAGE_TOKENS + c.context, c.context_width)
+        seen = nn.functional.pad(mask, (IMAGE_TOKENS, 0), value=True)
+        yield "decoder of diffusers", theirs, (x, t, tokens, draw(batch, c.unet.time_width), None, seen)
+        del theirs
     prior, p = DiffusionPrior(prior_config).to(device, dtype), prior_config
     seen = torch.ones(batch, p.context, dtype=torch.bool, device=device)
-    words = draw(batch, p.embedding), draw(batch, p.context, p.text_width)
-    yield "prior", prior, (draw(batch, p.embedding), t, *words, seen)
+    caption = draw(batch, p.embedding), draw(batch, p.context, p.text_width)
+    z = draw(batch, p.embedding)
+    yield "prior", prior, (z, t, *caption, seen)
+    del prior
+    if diffusers:
+        yield "prior of diffusers", _theirs_prior(prior_config).to(device, dtype), (z, t, *caption, seen)
+
+
+def _theirs_unet(config: DecoderConfig) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    from unclip.interop_config import decoder_document
+
+    return UNet2DConditionModel.from_config(decoder_document(config))
+
+
+def _theirs_prior(config: PriorConfig) -> nn.Module:
+    from diffusers import PriorTransformer
+
+    from unclip.interop_config import prior_document
+
+    return PriorTransformer.from_config(prior_document(config))
 
 
 def measured(
@@ -109,12 +148,6 @@ def measured(
     counted = flops(training(network, network, inputs))
     run = torch.compile(network) if compiled else network
     return seconds(training(run, network, inputs), device, steps), counted
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return tuple(_detached(part) for part in value)
 
 
 def _wait(device: torch.device) -> None:

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -197,3 +199,56 @@ def test_a_bucket_that_may_only_be_read_can_be_looked_at_and_not_run_on(s3_endpo
     assert list(open_store(s3_uri, create=False).list("")) == []
     with pytest.raises(Refused, match=r"access denied .* for store\.json"):
         open_store(s3_uri)
+
+
+class Plain(BaseHTTPRequestHandler):
+    """A web server that is none of S3's; its class says what it answers."""
+
+    status, body = 404, b"<html>no such page</html>"
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(404, b"<html>no such page</html>"), (200, b"<html>welcome</p>"), (200, b"plain"), (418, b""), (400, b"\x00")],
+)
+def test_a_web_server_that_is_no_s3_is_a_users_mistake(
+    status: int, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    answers = type("Answers", (Plain,), {"status": status, "body": body})
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        with pytest.raises(Refused, match="AWS_ENDPOINT_URL") as caught:
+            open_store("s3://bucket/prefix", create=False, endpoint=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert caught.value.code == 2
+
+
+def test_the_cache_stays_below_its_bound_and_keeps_what_was_used_last(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNCLIP_CACHE_GB", "3e-6")  # 3000 bytes
+    store = open_store(s3_uri, cache=tmp_path / "copies")
+    for number in range(5):
+        store.put_new(f"objects/{number}", bytes([number]) * 1000)
+    copies = [store.local(f"objects/{number}") for number in range(4)]
+    assert all(copy.exists() for copy in copies)  # above the bound, and all of it may be in use
+    for number, copy in enumerate(copies):
+        os.utime(copy, (hours_ago := time.time() - 7200 + number, hours_ago))
+    store.local("objects/0")  # used again, without being fetched
+    assert store.local("objects/4").read_bytes() == bytes([4]) * 1000
+    assert [copy.exists() for copy in copies] == [True, False, False, True]
+    assert store.local("objects/1").read_bytes() == bytes([1]) * 1000
+    monkeypatch.setenv("UNCLIP_CACHE_GB", "much")
+    with pytest.raises(Refused, match="UNCLIP_CACHE_GB is 'much'"):
+        store.local("objects/2")

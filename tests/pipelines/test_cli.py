@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from infra.ledger import Entry, Ledger
+from infra.store import open_store
 from pipelines import cli
+from pipelines.console import Console as StageConsole
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -119,6 +127,12 @@ def test_no_champion_yet_says_how_to_get_one(unclip: Run) -> None:
 def test_guidance_that_is_no_number(unclip: Run) -> None:
     refused(unclip("generate", "a red circle", "--guidance", "much"), "--guidance", "much")
     refused(unclip("generate", "a red circle", "--guidance", "nan"), "guidance")
+    refused(unclip("generate", "a red circle", "--clip-guidance", "much"), "--clip-guidance", "much")
+    refused(unclip("generate", "a red circle", "--label-guidance", "-1"), "--label-guidance", "0 is unguided")
+
+
+def test_a_label_without_a_class_shows_the_form(unclip: Run) -> None:
+    refused(unclip("generate", "a red circle", "--label", "circle"), "'circle'", "--label shape=circle")
 
 
 def test_a_ray_address_that_does_not_answer(unclip: Run) -> None:
@@ -140,3 +154,80 @@ def test_only_without_inputs(unclip: Run) -> None:
 
 def test_until_and_only_exclude_each_other(unclip: Run) -> None:
     refused(unclip("run", "tiny", "--until", "embed", "--only", "embed"), "--until", "--only")
+
+
+def test_ctrl_c_ends_with_a_word() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a store that never answers
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        command = [sys.executable, "-m", "pipelines.cli", "data", "ls", "--store", "s3://bucket/prefix"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        server.settimeout(60)
+        asked, _ = server.accept()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        asked.close()
+    assert process.returncode == 5
+    assert err == "unclip: stopped by Ctrl-C. What finished is kept; the same command goes on from there.\n"
+
+
+def test_an_empty_stage_is_none_and_the_known_ones_are_listed(unclip: Run) -> None:
+    refused(unclip("run", "tiny", "--until", ""), "no stage ''", "download", "upsampler-64")
+    refused(unclip("run", "tiny", "--only", "nothing"), "no stage 'nothing'", "source", "promote")
+    refused(unclip("run", "tiny", "--until", "", "--only", ""), "--until", "--only")
+
+
+def test_a_score_that_no_evaluation_gives(unclip: Run) -> None:
+    refused(unclip("plan", "tiny", "--set", "gate.minimum={x: 1}"), "Recipe tiny: gate.minimum", "'x'", "single.all")
+    change = "evaluate.judge=null"
+    refused(unclip("plan", "tiny", "--set", "gate.minimum={single.all: 1}", "--set", change), "evaluate.judge")
+    change = "evaluate.reference=null"
+    refused(unclip("plan", "tiny", "--set", "gate.minimum={cmmd: 1}", "--set", change), "evaluate.reference")
+
+
+def test_a_port_that_cannot_be_had(unclip: Run) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        refused(unclip("ui", "--port", taken.getsockname()[1]), "--port", "in use")
+    for port in (0, -1, 65536):
+        refused(unclip("ui", "--port", port), f"--port {port} is no port; give one from 1 to 65535")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "http://localhost"])
+def test_a_job_on_this_machine_may_use_a_folder(unclip: Run, address: str) -> None:
+    """Whichever way the address is written: it is the job server that is missed, not an S3 store."""
+    refused(unclip("submit", "tiny", "--address", f"{address}:{closed_port()}"), "no Ray job server answers")
+    refused(unclip("submit", "tiny", "--address", "10.9.8.7:8265"), "cannot reach the folder", "s3://")
+
+
+def test_a_table_in_a_pipe_has_whole_lines(unclip: Run, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    reason = "a reason of many words " * 10
+    for number in range(2):
+        head = Ledger(store, "cars").head()
+        Ledger(store, "cars").append(Entry("promote", f"{number}" * 64, None, reason), after=head)
+    code, out, err = unclip("releases", "list")  # the only line that there is
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 3
+    assert all(reason.strip() in line and line == line.rstrip() for line in lines[1:])
+    assert "000000000000" in lines[1]
+    assert "111111111111" in lines[2]
+    Ledger(store, "boats").append(Entry("promote", "2" * 64, None, ""), after=None)
+    refused(unclip("releases", "list"), "boats, cars", "--name")
+    refused(unclip("generate", "a red circle"), "boats, cars", "@champion")
+    assert "no release of 'unclip'" in unclip("releases", "list", "--name", "unclip")[1]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_live_table_fits_the_terminal(columns: int) -> None:
+    terminal = Console(width=columns, file=io.StringIO(), force_terminal=True, color_system=None)
+    live = StageConsole(["evaluate-sample", "upsampler-1024"], terminal)
+    live.state("upsampler-1024", "running", 0, 1)
+    live.board({"upsampler-1024": {"done": 43200, "total": 57600, "unit": "samples", "rate": 1234.0, "loss": 0.5}})
+    terminal.print(live._table())
+    line = [line for line in terminal.file.getvalue().splitlines() if "upsampler" in line][-1]
+    assert all(part in line for part in ("43,200/57,600 samples", "1,234/s", "0.5000", "0:12"))
+    assert "…" not in line
+    assert ("━" in line) == (columns > 100)

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 from infra.errors import Refused
 from pipelines.cli import app
 from pipelines.edit import read_picture
-from tests.fixtures.release import write_release
+from pipelines.pictures import FORMATS
+from tests.fixtures.release import SAMPLING, write_inpainter, write_parts, write_release
+from unclip import release
 from unclip.errors import Refused as Impossible
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_release(tmp_path_factory.mktemp("edit") / "release")
+
+
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same release with an inpainter."""
+    root = tmp_path_factory.mktemp("filling")
+    release.save(root / "release", "tiny", write_inpainter(write_parts(root)), SAMPLING, {"embed": "0" * 64})
+    return root / "release"
 
 
 @pytest.fixture
@@ -52,6 +67,7 @@ def edit(folder: Path, *words: object) -> None:
     [
         (["vary", "picture.png", "-n", 2], 3),
         (["interpolate", "picture.png", "other.jpg", "--steps", 3], 3),
+        (["interpolate", "picture.png", "other.jpg", "--steps", 2, "--fixed"], 2),
         (["interpolate", "a red circle", "a blue square", "--steps", 2], 2),
         (["diff", "grey.png", "a red circle", "a blue circle", "--steps", 2], 3),
         (["redraw", "picture.png", "a red circle", "-n", 1], 2),
@@ -64,6 +80,22 @@ def test_every_edit_writes_a_row_of_pictures(here: Path, folder: Path, words: li
     assert Image.open("row.png").width == label + margin + pictures * (side + margin)
 
 
+def test_inpainting_uses_the_releases_inpainter_unless_told_otherwise(here: Path, folder: Path, filling: Path) -> None:
+    rows = {}
+    for name, drawing, how in (
+        ("default", filling, []),
+        ("trained", filling, ["--trained"]),
+        ("zero-shot", filling, ["--zero-shot"]),
+        ("without", folder, []),
+    ):
+        edit(drawing, "inpaint", "picture.png", "mask.png", "a red circle", "-n", 1, "--out", f"{name}.png", *how)
+        rows[name] = Path(f"{name}.png").read_bytes()
+    assert rows["default"] == rows["trained"] != rows["zero-shot"]
+    assert rows["zero-shot"] == rows["without"]
+    with pytest.raises(Impossible, match="has no inpainter"):
+        edit(folder, "inpaint", "picture.png", "mask.png", "a", "--trained")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -71,6 +103,12 @@ def test_every_edit_writes_a_row_of_pictures(here: Path, folder: Path, words: li
         (["vary", "broken.png"], "broken.png cannot be read"),
         (["vary", "words.txt"], "words.txt cannot be read"),
         (["vary", "picture.png", "-n", 0], "nothing to draw"),
+        (["vary", "picture.png", "-n", 1000], "1,000 pictures are more than the 256"),
+        (["vary", "picture.png", "--seed", -3], "--seed -3 cannot be"),
+        (["vary", "picture.png", "--out", "row.gif"], "give a name that ends in .png"),
+        (["diff", "picture.png", "a", "b", "--steps", 1000], "1,000 pictures are more than"),
+        (["interpolate", "a", "b", "--out", "words.txt/row.png"], "words.txt/row.png cannot be written"),
+        (["redraw", "picture.png", "a", "--out", "."], "give a name that ends in .png"),
         (["vary", "picture.png", "--eta", 2], "eta must lie between 0 and 1"),
         (["vary", "picture.png", "--eta", "nan"], "eta must lie between 0 and 1"),
         (["interpolate", "picture.png", "none.png"], "there is no file 'none.png'"),
@@ -98,6 +136,74 @@ def test_pictures_are_read_as_a_person_sees_them(here: Path) -> None:
     exif[0x0112] = 6  # lies on its side
     upright.save("turned.jpg", exif=exif)
     assert tuple(read_picture(Path("turned.jpg")).shape) == (3, 4, 2)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("P", "a.gif"), ("CMYK", "a.tif"), ("LA", "a.webp")])
+def test_other_colours_are_read_as_pillow_turns_them_into_rgb(here: Path, mode: str, name: str) -> None:
+    Image.open("picture.png").convert(mode).save(name, **({"lossless": True} if name.endswith("webp") else {}))
+    wanted = np.asarray(Image.open(name).convert("RGB"))
+    assert (read_picture(Path(name)).permute(1, 2, 0).numpy() == wanted).all()
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_a_channel_are_scaled_and_not_clamped_to_white(here: Path, name: str) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(name)
+    assert (read_picture(Path(name)).numpy() == (ramp >> 8)).all()
+
+
+def test_what_is_gigantic_or_empty_or_of_unknown_depth_is_refused_unread(here: Path, recwarn) -> None:
     Image.new("L", (10_000, 6_401)).save("huge.png")
-    with pytest.raises(Refused, match="more than 64,000,000"):
-        read_picture(Path("huge.png"))
+    Image.new("1", (18_000, 10_000)).save("bomb.png")  # 22 kB, and 720 MB of RGBA
+    assert Path("bomb.png").stat().st_size < 100_000
+    Path("empty.png").write_bytes(b"")
+    Path("flat.png").write_bytes(_without_height(Path("picture.png").read_bytes()))
+    Image.fromarray(np.ones((4, 4), np.float32)).save("float.tif")
+    Path("page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    for name, said in {
+        "huge.png": "10000×6401 px, more than 64,000,000",
+        "bomb.png": "cannot be read|more than 64,000,000",
+        "empty.png": "cannot be read",
+        "flat.png": "cannot be read",
+        "float.tif": "32 bits a channel",
+        "page.eps": "cannot be read",  # Pillow would have Ghostscript run it
+        ".": "cannot be read",
+    }.items():
+        with pytest.raises(Refused, match=said):
+            read_picture(Path(name))
+    assert not recwarn.list
+
+
+def _without_height(png: bytes) -> bytes:
+    """The same picture with a header that says 0 rows, its checksum right."""
+    header = png[12:20] + bytes(4) + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_pictures_are_read_or_refused_and_nothing_else(tmp_path: Path, data: st.DataObject) -> None:
+    body = bytearray(data.draw(st.sampled_from(BODIES)))
+    for _ in range(data.draw(st.integers(0, 8))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "picture"
+    path.write_bytes(body[: data.draw(st.integers(0, len(body)))])
+    try:
+        picture = read_picture(path)
+    except Refused:
+        return
+    assert picture.dtype == torch.uint8
+    assert picture.shape[0] == 3
+
+
+def _bodies() -> list[bytes]:
+    """A small picture in every format that is read."""
+    found = []
+    for form in (*FORMATS, "AVIF"):
+        buffer = io.BytesIO()
+        Image.linear_gradient("L").resize((24, 24)).convert("RGB").save(buffer, form)
+        found.append(buffer.getvalue())
+    return found
+
+
+BODIES = _bodies()

@@ -89,6 +89,39 @@ def test_a_refusal_far_away_is_told_here_in_its_own_words(tmp_path: Path, link: 
         execute(store, link, stages)
 
 
+@dataclasses.dataclass(frozen=True)
+class Failing(Double):
+    """Dies each time, or finds a full disk."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        if self.how.full:
+            Path("/dev/full").write_bytes(b"no room for this")
+        os._exit(1)
+
+
+@pytest.mark.parametrize("kind", ["task", "actor"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_told_without_a_traceback(
+    tmp_path: Path, link: Any, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = [Numbers({"numbers": [1]}), Failing({}, kind=kind, how=SimpleNamespace(cpus=1, full=True))]
+    with pytest.raises(Refused, match=r"No space left on device\. Make room there, then run again") as caught:
+        execute(open_store(str(tmp_path / "store")), link, stages)
+    assert caught.value.code == 5
+    assert not caplog.records
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_each_worker_is_told_without_a_traceback(
+    tmp_path: Path, link: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = [Numbers({"numbers": [1]}), Failing({}, kind="task", how=SimpleNamespace(cpus=1, full=False))]
+    with pytest.raises(Refused, match=r"double: Ray lost what it was running \(WorkerCrashedError") as caught:
+        execute(open_store(str(tmp_path / "store")), link, stages)
+    assert caught.value.code == 5
+    assert not caplog.records
+
+
 def test_a_stop_gives_up_the_shards_in_flight(tmp_path: Path, link: Any) -> None:
     store = open_store(str(tmp_path / "store"))
     work = Execution(

@@ -52,17 +52,24 @@ def test_a_release_in_a_store_is_opened_by_its_version(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"guidance": float("nan")}, "guidance must be a finite number"),
-        ({"guidance": -0.5}, "guidance must be a finite number"),
-        ({"prior_guidance": float("inf")}, "prior guidance must be a finite number"),
+        ({"guidance": float("nan")}, "--guidance is nan; it must be a finite number"),
+        ({"guidance": -0.5}, "--guidance is -0.5; it must be at least 0"),
+        ({"guidance": 1e9}, "--guidance is .*; it must be at most 100"),
+        ({"prior_guidance": float("inf")}, "--prior-guidance is inf; it must be a finite number"),
         ({"n": 0}, "nothing to draw"),
         ({"prompts": []}, "nothing to draw"),
+        ({"n": 257}, "257 pictures are more than the 256 that one command draws"),
+        ({"n": 100, "prompts": ["a"] * 3}, "300 pictures are more than the 256"),
+        ({"seed": -1}, "--seed -1 cannot be; seeds must be at least 0"),
+        ({"seed": 10**30}, "seeds must be at most"),
+        ({"out": "grid.jpg"}, "picture grids are PNG files; give a name that ends in .png"),
+        ({"out": "/dev/null/deep/grid.png"}, "--out /dev/null/deep/grid.png cannot be written: "),
     ],
 )
 def test_impossible_orders_are_refused(folder: Path, tmp_path: Path, changes, reason):
     order = {"prompts": ["a"], "release": str(folder), "n": 1, "seed": 0, "guidance": None, "prior_guidance": None}
     with pytest.raises(Refused, match=reason):
-        generate(open_store(str(tmp_path / "store")), out=tmp_path / "grid.png", **{**order, **changes})
+        generate(open_store(str(tmp_path / "store")), **{**order, "out": tmp_path / "grid.png", **changes})
 
 
 def test_the_unseen_end_of_a_long_prompt_is_told(folder: Path, tmp_path: Path, caplog):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
+from infra.manifest import Action, Manifest
 from pipelines import recipe, workflow
 from pipelines.stage import plain
 
@@ -98,8 +99,59 @@ def test_a_recipe_has_one_prior() -> None:
         recipe.load("demo", ["prior=null", "ar_prior.train={steps: 7, t_std: 1}"])
 
 
+PROMPTS_ONLY = ("prior=null", "sampling.prior=null", "decoder.model={text: own, image: false}")
+
+
+def test_a_decoder_may_draw_from_prompts_alone_and_needs_no_prior() -> None:
+    usual, made = stages("demo"), stages("demo", *PROMPTS_ONLY)
+    assert set(usual) - set(made) == {"prior"}
+    model = made["decoder"].spec.model  # type: ignore[attr-defined]
+    assert (model["text"], model["image"], model["vocabulary"]) == ("own", False, 5514)
+    assert "prior" not in made["bundle"].needs  # type: ignore[attr-defined]
+    assert "prior" not in made["bundle"].spec.sampling  # type: ignore[attr-defined]
+    rows = ("upsampler-64", "upsampler-128", "clip")
+    assert all(plain(made[name].spec) == plain(usual[name].spec) for name in rows)  # type: ignore[attr-defined]
+    glide = recipe.load("paper", ["models=glide", "prior=null", "sampling.prior=null"])
+    assert glide.prompts_only
+    assert workflow.models(glide)["decoder"].text == "own"
+
+
+def test_a_prior_where_nothing_would_use_it_is_refused() -> None:
+    for change in ("prior=null", "sampling.prior=null"):
+        with pytest.raises(Refused, match="draws from prompts alone"):
+            recipe.load("demo", [change, "decoder.model.image=false"])
+    with pytest.raises(Refused, match=r"sampling\.prior is missing"):
+        recipe.load("demo", ["sampling.prior=null"])
+    with pytest.raises(Refused, match="no diffusion prior; choose another preset"):
+        workflow.models(recipe.load("demo", ["models=glide", "decoder.model={image: true}"]))
+
+
+def test_an_inpainter_goes_on_from_the_decoder_of_its_run() -> None:
+    usual, made = stages("demo"), stages("demo", "inpainter.train={steps: 7, drop_known: 0.2}")
+    assert set(made) - set(usual) == {"inpainter"}
+    fit = made["inpainter"]
+    assert (fit.model, fit.needs[-1]) == ("inpainter", "decoder")  # type: ignore[attr-defined]
+    assert fit.spec.model == plain(usual["decoder"].spec)["model"] | {"inpaint": True}  # type: ignore[attr-defined]
+    assert fit.spec.train["drop_known"] == 0.2  # type: ignore[attr-defined]
+    assert "inpainter" in made["bundle"].needs  # type: ignore[attr-defined]
+    same = set(usual) - {"gate", "promote"}
+    assert all(plain(made[name].spec) == plain(usual[name].spec) for name in same)  # type: ignore[attr-defined]
+    (action,) = fit.actions(*(Manifest(Action(f"{need}/1", {}, ()), ()) for need in fit.needs))  # type: ignore[attr-defined]
+    assert len(action.inputs) == len(fit.needs)  # type: ignore[attr-defined]
+
+
+def test_what_decoders_were_before_they_could_do_more_is_in_their_keys_alone() -> None:
+    new = {"text", "vocabulary", "image", "inpaint"}
+    for name in NAMES:
+        assert not new & set(stages(name)["decoder"].spec.model)  # type: ignore[attr-defined]
+    with pytest.raises(Refused, match=r"decoder\.model\.inpaint is no known key"):
+        recipe.load("demo", ["decoder.model.inpaint=true"])
+
+
 def test_a_temperature_of_one_is_in_no_key() -> None:
     spec = plain(stages("demo")["bundle"].spec)  # type: ignore[attr-defined]
     assert "temperature" not in spec["sampling"]["prior"]
-    warm = plain(stages("demo", "sampling.prior.temperature=0.9")["bundle"].spec)  # type: ignore[attr-defined]
+    warm = plain(
+        stages("demo", "prior=null", "ar_prior.train.steps=7", "sampling.prior.temperature=0.9")["bundle"].spec
+    )  # type: ignore[attr-defined]
     assert warm["sampling"]["prior"]["temperature"] == 0.9

@@ -10,7 +10,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.manifest import canonical
-from pipelines.scores import compare, flat, read, score
+from pipelines.scores import check_name, compare, flat, read, score
 from unclip.metrics import cmmd, coverage, frechet, mcnemar, wilson
 
 
@@ -93,6 +93,18 @@ def test_the_first_documents_which_had_no_fd_are_still_read():
     assert read(canonical(older)) == older
     assert flat(older)["cmmd"] == older["cmmd"]
     assert "fd" not in flat(older)
+
+
+def test_every_measured_score_is_a_name_for_the_gate():
+    rows = [row(number, "single" if number < 6 else "pair", **apart(number)) for number in range(12)]
+    kinds = ["single", "pair"]
+    for name in flat(score(rows, "abc")):
+        check_name(name, kinds, judge=True, reference=True)
+    for name in ("recall", "pair.fd"):
+        with pytest.raises(Refused, match=r"evaluate\.reference names none"):
+            check_name(name, kinds, judge=True, reference=False)
+    with pytest.raises(Refused, match=r"no evaluation gives a score 'fid'; there are clip_score, cmmd, fd, precision"):
+        check_name("fid", kinds, judge=True, reference=True)
 
 
 def test_metrics_have_dotted_names():

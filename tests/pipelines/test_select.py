@@ -153,7 +153,7 @@ def test_when_nothing_stays_the_rules_that_took_it_are_named(store):
     data = downloaded(store, [(KEPT, 10, "a b"), (KEPT, 100, "c")])
     with pytest.raises(Refused, match=r"of the 2 rows of download none stays \(caption 1, size 1\)"):
         choose(store, data, Size(64), Caption(min_words=2))
-    with pytest.raises(Refused, match="of the 0 rows of download none stays"):
+    with pytest.raises(Refused, match=r"filter: download kept no row \(http_404 1\)"):
         choose(store, downloaded(store, [("http_404", 1, "gone")]))
 
 

@@ -2,10 +2,10 @@
 
     python -m tests.proofs.findings --store DIR --out DIR [--docs docs] [--minutes 60]
 
-DIR is a store in which `unclip run demo` has made a release. Its CLIP, embeddings, selections and statistics are used,
-its models are one side of most comparisons, and what is trained beside them is added to it (ledgers stay as they are).
-A fit that has a record is not trained again, and a cell that has a line in OUT/cells.jsonl is not drawn again: a second
-call goes on where the first was stopped.
+DIR is a store in which `unclip run demo` has made a release; it is copied to OUT/store and only read. Its CLIP,
+embeddings, selections and statistics are used, its models are one side of most comparisons, and what is trained beside
+them is added to the copy. A fit that has a record is not trained again, and a cell that has a line in OUT/cells.jsonl is
+not drawn again: a second call goes on where the first was stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -24,6 +25,8 @@ from tests.proofs.findings_cells import DEMO, SINGLES, AnyCell, Bits, Cell, Cost
 from tests.proofs.findings_draw import Bench
 from tests.proofs.findings_fits import VARIANTS, fitted
 
+STORE = "store"
+"""The copy of the demo's store, in the folder of the cells."""
 FEW_STEPS = (4, 8, 16, 25)
 BOUND_STEPS = (25, 100)
 SCALES = (1.0, 2.0, 4.0, 6.0)
@@ -119,14 +122,14 @@ def lines(out: Path) -> dict[str, dict[str, Any]]:
 _bench: Bench
 
 
-def _open(store: str, release: str, out: Path) -> None:
+def _open(store: Path, release: str, out: Path) -> None:
     global _bench
     import torch
 
     from infra.store import LocalStore
 
     torch.set_num_threads(1)
-    local = LocalStore(Path(store))
+    local = LocalStore(store)
     local.check(create=False)
     _bench = Bench(local, release, out)
 
@@ -153,7 +156,7 @@ def work(arguments: argparse.Namespace) -> None:
     trained = {name for name in VARIANTS if called(name) in done}
     running: dict[Any, Any] = {}
     spawn = multiprocessing.get_context("spawn")
-    places = (str(arguments.store), arguments.release, arguments.out)
+    places = (arguments.out / STORE, arguments.release, arguments.out)
     with ProcessPoolExecutor(arguments.workers, spawn, _open, places) as pool:
         for scenes, count in (("single", SINGLES), ("pair", PAIRS), ("triple", TRIPLES)):
             wait([pool.submit(_truth, scenes, count, seed) for seed in range(3)])
@@ -192,6 +195,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if not (arguments.out / STORE).exists():
+        whole = shutil.copytree(arguments.store, arguments.out / f"{STORE}.part", dirs_exist_ok=True)
+        whole.rename(arguments.out / STORE)
     os.environ["OMP_NUM_THREADS"] = "1"
     work(arguments)
     from tests.proofs.findings_page import write_page

@@ -14,7 +14,7 @@ from training.job import DecoderTrain, FitHow, Job, PriorTrain, TrainConfig, Ups
         (lambda: TrainConfig(steps=1, decay="linear"), "train.decay"),
         (lambda: TrainConfig(steps=1, ema=1.0), "train.ema"),
         (lambda: TrainConfig(steps=1, lr=0), "train.lr"),
-        (lambda: TrainConfig(steps=1, beta2=1.0), "train.beta1"),
+        (lambda: TrainConfig(steps=1, beta2=1.0), "train.beta2"),
         (lambda: PriorTrain(steps=1, drop_text=1.5), "train.drop_text"),
         (lambda: DecoderTrain(steps=1, drop_image=-1), "train.drop_image"),
         (lambda: UpsamplerTrain(steps=1, crop=0), "train.crop"),

@@ -19,6 +19,7 @@ from training.checkpoint import Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
 from training.objectives import objective
+from unclip.errors import Refused as Impossible
 from unclip.folder import load_model, read_json
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "prior": ("prior", {}, {}),
     "ar_prior": ("ar_prior", {}, {}),
     "decoder": ("decoder", {}, {}),
+    "glide": ("decoder", {"text": "own", "vocabulary": 600, "text_depth": 1, "text_heads": 4, "image": False}, {}),
     "upsampler": ("upsampler", {}, {}),
     "clip": ("clip", {}, {}),  # a ResNet, whose batch norms have statistics, on the whole batch
     "muon": ("decoder", {"dropout": 0.2}, {"muon": 0.02, "bfloat16_convolutions": True}),
@@ -174,7 +176,7 @@ def test_a_model_for_another_clip_is_refused(world, tmp_path):
 
 
 def test_a_crop_that_the_upsampler_cannot_halve_is_refused(world, tmp_path):
-    with pytest.raises(Refused, match=r"train.crop is 6; it must divide by 4"):
+    with pytest.raises(Impossible, match=r"train.crop is 6; it must divide by 4"):
         train_local(world.job("upsampler", "crop", steps=1, crop=6), HOW, world.store, tmp_path, Seen())
 
 

@@ -19,6 +19,7 @@ from training.objectives import objective, to_unit
 from training.optim import Optimiser
 from training.order import Order
 from training.parallel import Flat, Group
+from unclip.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def again(batch: Batch, seed: int | None = None) -> Batch:
     return Batch(batch.seed if seed is None else seed, batch.uids, batch.captions, batch.tensors)
 
 
-@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler", "classifier", "noised_clip"])
 def test_the_loss_depends_on_the_micro_batchs_seed_and_on_nothing_else(world, kind):
     task, model, batch = furnished(world, kind)
     one = task.loss(model, again(batch), Group())
@@ -55,7 +56,7 @@ def test_the_loss_depends_on_the_micro_batchs_seed_and_on_nothing_else(world, ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("kind", ["prior", "ar_prior", "decoder", "upsampler", "classifier", "noised_clip"])
 def test_a_batch_can_be_learned_by_heart(world, kind):
     task, model, batch = furnished(world, kind)
     model.train()
@@ -202,3 +203,31 @@ def parquets(world: Tiny) -> list[Path]:
 
 def stack(table: pa.Table, name: str) -> np.ndarray:
     return np.stack(table[name].to_pylist()).astype(np.float64)
+
+
+def test_noise_of_joined_micro_batches_does_not_depend_on_who_joined_them(world):
+    """A contrastive loss sees a worker's micro-batches at once: each still draws from its own generator."""
+    task, _, batch = furnished(world, "noised_clip")
+    one, two = again(batch, 5), again(batch, 6)
+    x0, schedule = to_unit(batch.tensors["image"]), Schedule.named("cosine")
+    apart = [task._noise(schedule, x0, part) for part in (one, two)]
+    both = Batch.joined([again(batch, 5), again(batch, 6)])
+    joined = task._noise(schedule, torch.cat([x0, x0]), both)
+    for found, expected in zip(joined, zip(*apart, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(expected))
+
+
+def test_a_clip_can_learn_from_noised_pictures(world):
+    """At a share of 0 the pictures are CLIP's own, at 1 each is noised to a timestep of its own, half-way at a half."""
+
+    def changed(share: float) -> torch.Tensor:
+        job = world.job("clip", steps=1, batch=16, noised=share)
+        task = objective(job, world.store, CPU)
+        data = Data(world.store, job.data["rows"], job.data["selection"], task.reads)
+        batch = data.batch(Order(data.counts, 1, 16, 4, 0).rows(0, 0), seed=5)
+        return (task._noised(batch) - batch.tensors["image"] / 255).flatten(1).std(1)
+
+    none, half, every = changed(0.0), changed(0.5), changed(1.0)
+    assert float(none.max()) < 1e-6
+    assert 2 <= int((half > 1e-3).sum()) <= 14
+    assert int((every > 1e-3).sum()) == len(every.unique()) == 16

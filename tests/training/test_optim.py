@@ -10,6 +10,8 @@ from training.job import TrainConfig
 from training.muon import is_inner, orthogonal
 from training.optim import MAX_SKIPPED_IN_A_ROW, Optimiser, learning_rate
 from training.parallel import Flat
+from unclip.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.presets import DEMO
 
 
 def network() -> nn.Module:
@@ -173,3 +175,11 @@ def test_muon_takes_matrices_of_one_shape_together_and_leaves_the_rest_to_adamw(
     assert {name for name in optimiser.state() if name.startswith("second.")} == {
         f"second.{name}" for name in flat.shapes if name not in flat.stacked
     }
+
+
+def test_tables_first_and_last_layers_of_an_encoder_are_adamws():
+    with torch.device("meta"):
+        model = NoisedClip(NoisedClipConfig(**vars(DEMO.encoder), embedding=64))
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    outer = {name for name, parameter in model.named_parameters() if name in matrices and not is_inner(name, parameter)}
+    assert outer == {"encoder.conv_in.weight", "encoder.pool.positions", "encoder.pool.out.weight"}

@@ -19,8 +19,10 @@ from infra import rows
 from infra.manifest import Action, Block, Manifest, Record, commit
 from infra.store import LocalStore, Store
 from training.job import Job
+from unclip.classifier import ClassifierConfig
 from unclip.clip import Clip
 from unclip.clip_text import TextTower
+from unclip.noised_clip import NoisedClipConfig
 from unclip.presets import TINY
 
 SIDE = 64
@@ -45,6 +47,8 @@ class Tiny:
     clip: str
     kept: dict[bytes, tuple[str, np.ndarray]]
     """uid → (caption, picture uint8 [3, SIDE, SIDE]) of every row that curate keeps."""
+    labels: dict[bytes, tuple[str | None, int | None]]
+    """uid → shade and number of every row of the list: columns that the indices carry; either may be missing."""
 
     def job(self, kind: str, key: str = "k", **train: Any) -> Job:
         """A fit of the tiny preset on this store."""
@@ -53,6 +57,10 @@ class Tiny:
             return Job("clip", key, kind, CLIP, train, {"rows": self.download, "selection": self.filter})
         upsampler = replace(TINY.upsamplers[0], low=16, size=32)
         models: dict[str, Any] = {"prior": TINY.prior, "ar_prior": TINY.ar_prior, "decoder": TINY.decoder}
+        models["inpainter"] = replace(TINY.decoder, inpaint=True)
+        assert TINY.encoder is not None
+        models["classifier"] = ClassifierConfig(**vars(TINY.encoder), labels=("shade", "number"))
+        models["noised_clip"] = NoisedClipConfig(**vars(TINY.encoder), embedding=32)
         return Job(kind, key, kind, asdict((models | {"upsampler": upsampler})[kind]), train, data)
 
 
@@ -62,8 +70,9 @@ def tiny(root: Path, *, shards: int = 3, count: int = 40, group: int = 16, seed:
     store.check(create=True)
     downloads, filters, embeds, curates = [], {}, [], {}
     kept: dict[bytes, tuple[str, np.ndarray]] = {}
+    labels: dict[bytes, tuple[str | None, int | None]] = {}
     for shard in range(shards):
-        pictures, index, table = _shard(random, shard, count)
+        pictures, index, table = _shard(random, shard, count, labels)
         download = _commit(store, f"download-{shard}", {"images.tar": _tar(pictures), "index.parquet": index}, group)
         downloads.append(download)
         sha, uids = download.sha("index.parquet"), table["uid"].to_pylist()
@@ -93,11 +102,19 @@ def tiny(root: Path, *, shards: int = 3, count: int = 40, group: int = 16, seed:
         _manifest(store, [_commit(store, "statistics", {"statistics.safetensors": statistics_file})]),
         _manifest(store, [_commit(store, "clip", files)]),
         kept,
+        labels,
     )
 
 
-def _shard(random: np.random.Generator, shard: int, count: int) -> tuple[dict[bytes, np.ndarray], bytes, pa.Table]:
-    """Pictures by uid, index.parquet, and the table of the embedded rows."""
+def stored(store: Store, folder: Path) -> str:
+    """The version of a manifest of one record, which holds the files of that folder."""
+    return _manifest(store, [_commit(store, folder.name, {path.name: path.read_bytes() for path in folder.iterdir()})])
+
+
+def _shard(
+    random: np.random.Generator, shard: int, count: int, labels: dict[bytes, tuple[str | None, int | None]]
+) -> tuple[dict[bytes, np.ndarray], bytes, pa.Table]:
+    """Pictures by uid, index.parquet, and the table of the embedded rows; adds the rows' labels to `labels`."""
     captions = [" ".join(random.choice(WORDS, 4)) for _ in range(count)]
     urls = [f"http://a.test/{shard}/{number}.png" for number in range(count)]
     uids = [rows.uid(url, caption) for url, caption in zip(urls, captions, strict=True)]
@@ -108,6 +125,14 @@ def _shard(random: np.random.Generator, shard: int, count: int) -> tuple[dict[by
         for uid, here in zip(uids, there, strict=True)
         if here
     }
+    said: dict[bytes, tuple[str | None, int | None]] = {
+        uid: (
+            ("light" if _is_light(pictures[uid]) else "dark") if uid in pictures and number % 6 else None,
+            int(uid[0]) % 3 * 5 if number % 9 else None,
+        )
+        for number, uid in enumerate(uids)
+    }
+    labels |= said
     offset, spans = 0, {}
     for uid, picture in pictures.items():
         length = len(png(picture))
@@ -124,8 +149,10 @@ def _shard(random: np.random.Generator, shard: int, count: int) -> tuple[dict[by
             "width": pa.array([SIDE] * count, pa.int32()),
             "height": pa.array([SIDE] * count, pa.int32()),
             "sha256": pa.array([bytes(32)] * count, pa.binary(32)),
+            "shade": pa.array([said[uid][0] for uid in uids], pa.string()),
+            "number": pa.array([said[uid][1] for uid in uids], pa.int64()),
         },
-        rows.INDEX,
+        pa.schema([*rows.INDEX, ("shade", pa.string()), ("number", pa.int64())]),
     )
     kept = [number for number, here in enumerate(there) if here]
     vectors = random.standard_normal((2, len(kept), 32)).astype(np.float32)
@@ -143,6 +170,10 @@ def _shard(random: np.random.Generator, shard: int, count: int) -> tuple[dict[by
         rows.embedded(32),
     )
     return pictures, _parquet(index, 1000), table
+
+
+def _is_light(picture: np.ndarray) -> bool:
+    return bool(picture.mean() > 127.5)
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from unclip import UnCLIP, release
 from unclip.ar_prior import AutoregressivePrior
 from unclip.cascade import Sampling
 from unclip.errors import Refused
-from unclip.folder import load_model, read_tensors, save_model
+from unclip.folder import load_model, read_tensors, save_gamma, save_model
 from unclip.presets import PAPER, TINY
 from unclip.progress import Progress
 
@@ -124,6 +125,19 @@ def test_a_prior_of_other_widths_is_refused_in_a_cascade(folder):
     other = AutoregressivePrior(replace(CONFIG, text_width=48))
     with pytest.raises(Refused, match="made for text_width 48, and CLIP's is 32"):
         UnCLIP(model.clip, other, model.decoder, model.upsamplers)
+
+
+def test_a_table_of_variances_beside_it_is_refused(folder, tmp_path):
+    """It does not denoise: neither γ nor Analytic-DPM has a meaning for it, and the sampler's name none either."""
+    whole = release.read(folder)
+    parts = {name: tmp_path / "parts" / name for name in whole.components}
+    for name, part in parts.items():
+        shutil.copytree(folder / name, part)
+    settings = whole.sampling | {"prior": Sampling("analytic_dpm", 4)}
+    release.save(tmp_path / "fine", "tiny", parts, settings)
+    save_gamma(parts["prior"], torch.ones(1000))
+    with pytest.raises(Refused, match="beside an autoregressive prior"):
+        release.save(tmp_path / "release", "tiny", parts, settings)
 
 
 def test_the_papers_widths_and_depths_give_two_billion():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.fixtures.release import SAMPLING, write_release
-from unclip import UnCLIP
+from unclip import UnCLIP, manipulate
 from unclip.cascade import Sampling, to_uint8
 from unclip.errors import Refused
+from unclip.layers import ContextAttention
 from unclip.progress import Progress
 
 PROMPTS = ["a red circle", "a small blue square on a white background", "two green stars", "", "a purple ring"]
@@ -85,7 +86,7 @@ def test_a_callback_sees_every_step_of_every_model(model: UnCLIP):
     ("settings", "reason"),
     [
         ({"sampler": "euler"}, "euler"),
-        ({"steps": 0}, "at least 1 steps"),
+        ({"steps": 0}, "steps is 0"),
         ({"guidance": float("nan")}, "finite"),
         ({"guidance": -1.0}, "finite"),
         ({"eta": 2.0}, "between 0 and 1"),
@@ -112,6 +113,57 @@ def test_models_that_do_not_fit_are_refused(model: UnCLIP):
         UnCLIP(model.clip, model.prior, model.decoder, model.upsamplers[1:])
     with pytest.raises(Refused, match="no condition to be guided by"):
         UnCLIP(model.clip, model.prior, model.decoder, model.upsamplers, {"upsampler-32": Sampling(guidance=2)})
+
+
+def test_an_empty_prompt_draws_anything(model: UnCLIP):
+    drawn = model.generate([""], seeds=[3], prior_guidance=1.0)
+    assert torch.equal(drawn, manipulate.unconditional(model, 1, seeds=[3]))
+
+
+def test_the_unseen_end_of_a_long_prompt_is_told_once(model: UnCLIP, caplog: pytest.LogCaptureFixture):
+    long = "a red circle " * 20 + "zzz"
+    calls = [
+        lambda: model.generate([long, "a red circle", long]),
+        lambda: model.decode(torch.zeros(1, 32), [long], seeds=[0]),
+        lambda: manipulate.interpolate_prompts(model, "a red circle", long, steps=2),
+        lambda: manipulate.text_diff(model, torch.zeros(3, 8, 8, dtype=torch.uint8), long, "a star", steps=2),
+    ]
+    for call in calls:
+        caplog.clear()
+        call()
+        (told,) = caplog.records
+        assert told.levelname == "WARNING"
+        assert told.getMessage().endswith("zzz' at its end is not seen")
+
+
+def test_pictures_that_are_no_numbers_are_refused_and_not_shown_as_black(folder: Path):
+    model = UnCLIP.load(folder)
+    with pytest.raises(Refused, match="not finite numbers"):
+        model.generate(["a red circle"], guidance=1e38)
+    with pytest.raises(Refused, match="not finite numbers"):
+        model.decode(torch.full((1, 32), float("nan")), [""], seeds=[0])
+    for part in (model.prior.out.bias, model.decoder.unet.conv_out.bias, model.upsamplers[-1].unet.conv_out.bias):
+        kept = part.clone()
+        part.data[0] = float("nan")
+        with pytest.raises(Refused, match="a model is damaged"):
+            model.generate(["a red circle"])
+        part.data.copy_(kept)
+    assert model.generate(["a red circle"]).float().std() > 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_keys_and_values_of_the_context_are_made_once_a_run_and_not_once_a_step(model: UnCLIP, guidance: float):
+    """Once for the condition and once for nothing, in every attention, whatever the number of steps."""
+    attentions = [part for part in model.decoder.modules() if isinstance(part, ContextAttention)]
+    calls: list[int] = []
+    hooks = [part.context_kv.register_forward_hook(lambda *_: calls.append(1)) for part in attentions]
+    text = model.clip.encode_text(["a red circle"])
+    for steps in (1, 2, 9):
+        calls.clear()
+        model.sample_decoder(text.embedding, text, [0], Sampling(steps=steps, guidance=guidance))
+        assert len(calls) == 2 * len(attentions) > 0
+    for hook in hooks:
+        hook.remove()
 
 
 def test_pixels_are_rounded_to_the_nearest_and_clamped():

@@ -6,7 +6,7 @@ from torch import nn
 
 from unclip.decoder import Decoder
 from unclip.errors import Refused
-from unclip.presets import KARLO, PAPER, Preset, preset
+from unclip.presets import BASE, GLIDE, KARLO, PAPER, Preset, preset
 from unclip.prior import DiffusionPrior
 from unclip.upsampler import Upsampler
 
@@ -80,6 +80,26 @@ def test_karlos_models_count_what_diffusers_own_classes_count():
     prior, decoder, (upsampler,) = counted(KARLO)
     # clip_mean and clip_std, 768 numbers each, are parameters there and buffers here.
     assert [prior + 2 * 768 / 1e6, decoder, upsampler] == pytest.approx(theirs, abs=1e-9)
+
+
+def test_glides_text_transformer_and_the_rest_of_it_have_glides_sizes():
+    assert GLIDE.prior is None
+    with torch.device("meta"):
+        decoder = Decoder(GLIDE.decoder)
+    text = decoder.text
+    # GLIDE, section 3: 3.5 B, of which 2.3 B draw and 24 blocks of width 2048, 1.2 B, read; we count the table beside.
+    assert millions(decoder) == pytest.approx(3500, rel=0.05)
+    assert millions(text.blocks) == pytest.approx(1200, rel=0.02)
+    assert millions(decoder) - millions(text) == pytest.approx(2300, rel=0.05)
+    assert (decoder.config.context, len(text.blocks), text.positions.shape[1]) == (128, 24, 2048)
+
+
+def test_the_largest_model_of_base_leaves_most_of_a_gpu_to_activations_and_the_papers_does_not():
+    """Weights, gradient, two moments and an average in float32 are replicated, so each GPU holds all of them."""
+    prior, decoder, upsamplers = counted(BASE)
+    assert [prior, decoder, *upsamplers] == pytest.approx([156.5, 319.1, 91.1, 31.4], abs=0.1)
+    gigabytes = [5 * 4 * counted(row)[1] / 1e3 for row in (BASE, PAPER)]
+    assert gigabytes == pytest.approx([6.4, 69.2], abs=0.1)
 
 
 def test_an_unknown_preset_is_refused():

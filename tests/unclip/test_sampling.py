@@ -64,7 +64,9 @@ def test_settings_of_before_mean_what_they_meant():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"steps": 0}, "at least 1 steps, not 0"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ({"steps": math.nan}, "steps is nan; it must be a whole number"),
         ({"guidance": math.nan}, "not nan"),
         ({"guidance": -1.0}, "at least 0 .*not -1"),
         ({"eta": 1.5}, "between 0 and 1, not 1.5"),
@@ -75,13 +77,20 @@ def test_settings_of_before_mean_what_they_meant():
         ({"percentile": 1.5}, "above 0 and be at most 1, not 1.5"),
         ({"variance": "big", "sampler": "ddpm"}, "variance 'big' is unknown; use one of fixed_small, fixed_large"),
         ({"variance": "fixed_large"}, "a setting of ddpm; ddim has none"),
-        ({"sampler": "analytic_dpm"}, "gamma is what analytic_dpm needs"),
         ({"gamma": GAMMA}, "no other sampler has use for it"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_value_and_range(settings: dict, named: str):
     with pytest.raises(Refused, match=named):
         Sampling(**settings)
+
+
+def test_more_steps_than_timesteps_are_refused_before_anything_is_drawn(model: UnCLIP):
+    seen: list[object] = []
+    for name in model.components:
+        with pytest.raises(Refused, match=f"{name} has 1000 timesteps, and cannot take 1001 steps"):
+            model.generate(["a red circle"], sampling={name: Sampling(steps=1001)}, callback=seen.append)
+    assert seen == []
 
 
 def test_settings_that_a_component_has_no_use_for_are_refused(model: UnCLIP):

@@ -1,0 +1,95 @@
+"""What pydantic found wrong with a recipe, in one paragraph: where, what, and what is meant most likely."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from infra.errors import Refused
+from unclip.errors import Refused as Impossible
+
+MOST = 5
+"""Mistakes that are told one by one."""
+_CHOICE = re.compile(r"\[key\]$|int$|tuple\[")
+"""What pydantic puts into a path beside the keys: that a key is wrong, and which of several types was tried."""
+
+
+def explain(errors: Sequence[Mapping[str, Any]], root: type, where: str) -> str:
+    """One paragraph with the path of each thing that is wrong, and the nearest known key for an unknown one.
+
+    errors: pydantic's, each with loc, type, msg and input. root: the dataclass that was validated. where: what the
+    person calls the recipe.
+    """
+    lines: list[str] = []
+    for item in errors[:MOST]:
+        steps = [str(step) for step in item["loc"] if not _CHOICE.match(str(step))]
+        path = ".".join(steps)
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = _keys(root, steps[:-1])
+            near = difflib.get_close_matches(steps[-1], known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{path} is no known key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{path} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = json.dumps(item["input"], default=str)
+            shown = f" (got {value})" if len(value) < 60 and item["type"] != "value_error" else ""
+            lines.append(_at(root, steps, message) + shown)
+    more = f" … and {len(errors) - MOST} more" if len(errors) > MOST else ""
+    text = f"Recipe {where}: " + "; ".join(lines) + more
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+@contextmanager
+def blaming(where: str) -> Iterator[None]:
+    """What is refused inside is refused with `where` before it."""
+    try:
+        yield
+    except (Refused, Impossible) as error:
+        raise Refused(f"{where}: {error}", code=getattr(error, "code", 2)) from error
+
+
+def _at(root: type, steps: list[str], message: str) -> str:
+    """A refusal with the dotted path where it arose; what the message itself says of the path is not said twice."""
+    for first in range(len(steps)):
+        said = ".".join(steps[first:])
+        if message.startswith((f"{said}.", f"{said} ", f"{said}:")):
+            return ".".join([*steps[:first], message])
+    if re.split(r"[ .]", message, maxsplit=1)[0] in {*_keys(root, steps)} - {"rule"}:  # "rule size: …" says which rule
+        return ".".join([*steps, message])
+    return f"{'.'.join(steps)}: {message}" if steps else message
+
+
+def _keys(root: type, steps: list[str]) -> list[str]:
+    """The known keys at a path."""
+    hint: Any = root
+    for step in steps:
+        hint = _strip(hint)
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint, include_extras=False).get(step, dict)
+        elif get_origin(hint) in (tuple, dict):
+            hint = get_args(hint)[1 if get_origin(hint) is dict else 0]
+    hint = _strip(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next((choice for choice in get_args(hint) if steps and _tag(choice) == steps[-1]), hint)
+    return [item.name for item in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+
+
+def _strip(hint: Any) -> Any:
+    """The hint without None and Annotated."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    choices = [choice for choice in get_args(hint) if choice is not type(None)]
+    return choices[0] if get_origin(hint) in (Union, types.UnionType) and len(choices) == 1 else hint
+
+
+def _tag(cls: Any) -> str:
+    hint = get_type_hints(cls).get("rule") if dataclasses.is_dataclass(cls) else None
+    return get_args(hint)[0] if get_origin(hint) is Literal else ""

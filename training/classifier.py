@@ -1,0 +1,63 @@
+"""What a noised classifier learns: a row's labels from its picture at any noise (Dhariwal & Nichol 2021, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from typing import cast
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from infra.manifest import object_name
+from infra.store import Store
+from training.data import Batch, Data, Place, Reads, picture
+from training.job import Job
+from training.labels import MISSING, Labels, class_table
+from training.objectives import Losses, Noised, to_unit
+from training.parallel import Group
+from unclip.classifier import Classifier, ClassifierConfig
+
+
+class ClassifierObjective(Noised):
+    """Cross-entropy of each label, in nats, at uniformly drawn timesteps; summed over a row's labels.
+
+    Rows without any label are not read. The tables of classes are those of the rows that are trained on: they are
+    taken from the data as the fit starts, and belong to the model from then on.
+    """
+
+    config: ClassifierConfig
+
+    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
+        super().__init__(job)
+        columns = self.config.labels
+        places = Data(store, job.data["rows"], job.data["selection"], Reads(labels=Labels(columns))).places
+        self.config = self.config.fitted(class_table(store, _kept(store, places), columns))
+        self.facts["classes"] = dict(zip(columns, self.config.counts, strict=True))
+        labels = Labels(columns, self.config.classes)
+        self.reads = Reads(image=partial(picture, size=self.config.size), labels=labels)
+
+    def build(self) -> nn.Module:
+        return Classifier(self.config)
+
+    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
+        classifier, rows = cast(Classifier, model), batch.tensors
+        x0 = to_unit(rows["image"])
+        t, noise = self._noise(classifier.schedule, x0, batch)
+        logits = classifier(classifier.schedule.q_sample(x0, noise, t), t)
+        each = [
+            F.cross_entropy(of_label, right, reduction="none", ignore_index=MISSING)
+            for of_label, right in zip(logits, rows["labels"].T, strict=True)
+        ]
+        return Losses(torch.stack(each).sum(0), t / len(classifier.schedule))
+
+
+def _kept(store: Store, places: Iterable[Place]) -> Iterator[tuple[str, list[bytes]]]:
+    """(index object, uids of the kept rows) of each shard."""
+    for (parquet, index), blocks in groupby(places, key=lambda place: (place.parquet, place.index)):
+        uids = pq.read_table(store.local(object_name(parquet)), columns=["uid"])["uid"]
+        yield index, uids.take(np.concatenate([block.first + block.keep for block in blocks])).to_pylist()
