@@ -4,8 +4,8 @@
 
 DIR is a store in which `unclip run demo` has made a release; it is copied to OUT/store and only read. Its CLIP,
 embeddings, selections and statistics are used, its models are one side of most comparisons, and what is trained beside
-them is added to the copy. A fit that has a record is not trained again, and a cell that has a line in OUT/cells.jsonl is
-not drawn again: a second call goes on where the first was stopped.
+them is added to the copy. A fit that has a record is not trained again, and a cell that has a line in OUT/cells.jsonl
+is not drawn again: a second call goes on where the first was stopped.
 """
 
 from __future__ import annotations
