@@ -121,8 +121,8 @@ class Bench:
         decoder = self._decoder(cell.decoder)
 
         def context(image: bool, caption: bool) -> Context:
-            drops = (torch.full((len(z),), not kept) for kept in (image, caption))
-            return decoder.context(z, *text, *drops)
+            drop_image, drop_text = (torch.full((len(z),), not kept) for kept in (image, caption))
+            return decoder.context(z, *text, drop_image=drop_image, drop_text=drop_text)
 
         sampling = Sampling(cell.sampler, cell.steps, cell.guidance, variance=cell.variance)
         condition = context(cell.embedding != "none", cell.caption)
@@ -185,6 +185,7 @@ class Bench:
         plan = planned(self.store, self.folder, VARIANTS.get(cell.prior, Variant("prior")))
         rows = list(range(TILE))
         text = self.clip.encode_text([one.prompt for one in asked("single", TILE)])
+        self._model(cell.prior, "prior", "ar_prior")  # what it takes to read it is not counted
         with counted() as counter:
             self._z(Cell(embedding=cell.prior), text, rows)
         steps = plan.train["steps"]

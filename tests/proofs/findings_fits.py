@@ -23,7 +23,8 @@ from infra.store import LocalStore, Store
 from pipelines.fit import ROLES, Fit, FitSpec
 from pipelines.stage import plain
 from pipelines.statistics import Statistics
-from training.data import Batch, Data, Feed
+from training.data import Batch, Data
+from training.feed import Feed
 from training.job import CONFIGS, FitHow, Job
 from training.launch import discard, train_local
 from training.objectives import objective
