@@ -253,8 +253,8 @@ def _binding(numbers: Numbers) -> Iterator[Row]:
     yield Row(
         "a decoder of captions alone binds better than unCLIP",
         "7, figure 14",
-        "held-out pairs with both colours there: they lie as the caption says; z_i of the prior − a decoder of captions "
-        f"alone, over the {shared.sum()} prompts that both have",
+        "held-out pairs with both colours there: they lie as the caption says; z_i of the prior − a decoder of "
+        f"captions alone, over the {shared.sum()} prompts that both have",
         f"{' against '.join(f'{told(wilson(int(some.sum()), len(some)), 2)} of {len(some)}' for some in placed)}: "
         f"{told(place, 2, True)}",
         below(place),
