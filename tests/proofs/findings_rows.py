@@ -186,6 +186,15 @@ def _variances(numbers: Numbers) -> Iterator[Row]:
             f"and {told(numbers.more(*few), sign=True)}",
             f"{below(fd)} and {below(fewest)}",
         )
+    new, old = (ancestral(network, FIXED[0], PAPER_STEPS) for network in ("decoder-learned", DEMO))
+    fd, right = numbers.nearer(new, old), numbers.more(new, old)
+    yield Row(
+        "learning them costs the pictures nothing (the hybrid loss)",
+        "Nichol & Dhariwal 2021, section 3",
+        f"decoder with learned variances − the demo's, equal budgets; both with fixed-small ones, {PAPER_STEPS} steps",
+        f"FD {told(fd, 0, True)}; right {told(right, sign=True)}",
+        "no" if fd.low > 0 or right.high < 0 else "yes",
+    )
     bits = [numbers.line(Bits("decoder-learned", which, PAPER_STEPS))["bits"] for which in LEARNED]
     better = paired_difference(bits[0], np.minimum(bits[1], bits[2]))
     yield Row(
