@@ -86,7 +86,7 @@ def test_a_guide_is_made_for_the_recipes_decoder_and_clip():
             [KEEP, CLASSIFIER, "sampling.decoder.labels={shape: circle}"],
             "has shape, which `classifier.labels` does not name",
         ),
-        ([NOISED_CLIP, "sampling.decoder.clip_guidance=-1"], "clip guidance must be"),
+        ([NOISED_CLIP, "sampling.decoder.clip_guidance=-1"], "clip_guidance must be"),
     ],
 )
 def test_impossible_guides_are_refused_with_their_place(changes, reason):

@@ -28,8 +28,10 @@ def base(*changes: str) -> dict[str, Any]:
     return read
 
 
+OPTIONAL = ("inpainter.train.steps=7", "noised_clip.train.steps=7", "world.labels=true", "source.columns.keep=[shape]",
+            "classifier={labels: [shape], train: {steps: 7}}")  # fmt: skip
 BASES = {
-    "prior": base("inpainter.train.steps=7"),
+    "prior": base(*OPTIONAL),
     "ar_prior": base("prior=null", "ar_prior.train.steps=7"),
 }
 

@@ -292,7 +292,7 @@ def test_guided_pictures_do_not_depend_on_their_neighbours(model: UnCLIP):
         ({"labels": {"size": "large"}}, "no label 'size'; it was trained on shape, colour"),
         ({"labels": {"shape": "cross"}}, "no class 'cross'; its classes: circle, square"),
         ({"labels": {"shape": "circle"}, "label_guidance": -1.0}, "label_guidance must be a finite number"),
-        ({"clip_guidance": float("nan")}, "clip guidance must be a finite number"),
+        ({"clip_guidance": float("nan")}, "clip_guidance must be a finite number"),
     ],
 )
 def test_impossible_guidance_is_refused(model: UnCLIP, how, reason):
