@@ -57,11 +57,11 @@ VARIANTS = {
     "decoder-caption": Variant("decoder", train={"drop_image": 1.0, "drop_text": 0.1}),
     "ar-prior": Variant("prior", autoregressive=True),
     "upsampler-plain": Variant("upsampler-64", train={"corruption": "none"}),
+    "ar-prior-long": Variant("prior", autoregressive=True, times=2),
+    "prior-long": Variant("prior", times=2),
     "decoder-text": Variant("decoder", of_text=True),
     "upsampler-again": Variant("upsampler-64", train=AGAIN),
     "upsampler-plain-again": Variant("upsampler-64", train={"corruption": "none", **AGAIN}),
-    "ar-prior-long": Variant("prior", autoregressive=True, times=2),
-    "prior-long": Variant("prior", times=2),
 }
 """All that is trained beside the demo's release."""
 
