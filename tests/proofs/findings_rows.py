@@ -120,10 +120,11 @@ def _priors(numbers: Numbers) -> Iterator[Row]:
         ("prior-long", "ar-prior-long", "twice"),
     ):
         new, old = Cell(embedding=diffusion), Cell(embedding=autoregressive)
-        if not numbers.done(new, old):
+        pairs = [Cell("pair", embedding=prior, count=PAIRS) for prior in (diffusion, autoregressive)]
+        if not numbers.done(new, old, *pairs):
             continue
         z, fd = numbers.nearer(new, old, key="z"), numbers.nearer(new, old)
-        pair = _more_of_pairs(numbers, {"embedding": diffusion}, {"embedding": autoregressive})
+        pair = numbers.more(*pairs, attribute="colours")
         yield Row(
             "at comparable size and less compute the diffusion prior is better than the autoregressive one",
             "2.2, 5.2, tables 1 and 2",
