@@ -26,7 +26,7 @@ from infra.manifest import Manifest, object_name
 from infra.store import LocalStore
 from pipelines.embed import base
 from pipelines.grids import pixels
-from pipelines.release import open_release, unfold
+from pipelines.opening import open_release, unfold
 from pipelines.shapes import oracle
 from tests.proofs.findings_cells import DEMO, AnyCell, Bits, Cell, Cost, Enlarged, Words
 from tests.proofs.findings_fits import VARIANTS, Variant, counted, fitted, planned, step_flops
