@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pipelines.cli_data import data
 from pipelines.cli_edit import edit
 from pipelines.cli_releases import releases
 from pipelines.options import GRID, NumberOption, OutOption, ReleaseOption, SeedOption, StoreOption
@@ -25,7 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="unclip: from image–text pairs on the web to a promoted unCLIP (DALL·E 2-style) release.",
 )
-data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store.")
 app.add_typer(edit, name="edit")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
@@ -150,27 +150,6 @@ def ui(
     ]
     say(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)")
     os.execv(sys.executable, command)
-
-
-@data.command("ls")
-def data_ls(store: StoreOption = "./store") -> None:
-    """Versions of every stage's data in the store."""
-    from pipelines import data as versions
-
-    with opened(store) as found:
-        show(versions.table(found))
-
-
-@data.command("show")
-def data_show(
-    version: Annotated[str, typer.Argument(help="A version, or the first digits of one.")],
-    store: StoreOption = "./store",
-) -> None:
-    """One version: how it was made, its shards, rows and states, as JSON."""
-    from pipelines import data as versions
-
-    with opened(store) as found:
-        say(json.dumps(versions.show(found, version), indent=1, ensure_ascii=False))
 
 
 def _number(option: str, text: str | None) -> float | None:

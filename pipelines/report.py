@@ -9,8 +9,9 @@ import io
 import itertools
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,12 @@ def _rejected(store: Store, stages: dict[str, Manifest]) -> list[dict[str, Any]]
             shown = [{"uid": one.uid, "caption": one.caption, "uri": _thumbnail(one.image)} for one in some]
             out.append({"group": group, "rule": rule, "count": selection.states[rule], "examples": shown})
     return out
+
+
+def shows(page: bytes, uids: Iterable[bytes]) -> bool:
+    """Whether one of these samples is among the examples of a page, which names each by the first digits of its uid."""
+    named = {*re.findall(rb"<code>([0-9a-f]{12})</code>", page)}
+    return any(uid.hex()[:12].encode() in named for uid in uids)
 
 
 def _thumbnail(image: Image | None) -> str | None:
