@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.message import Message
@@ -106,14 +106,14 @@ class Download:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
-        return pack(action, table, self._outcomes(table), out, self.spec.format)
+        return pack(action, table, lambda numbers: self._outcomes(table, numbers), store, out, self.spec.format)
 
-    def _outcomes(self, table: pa.Table) -> Iterator[tuple[int, Outcome]]:
-        """(number, outcome) of each row, as it is known; Refused at the end where no server answered at all."""
+    def _outcomes(self, table: pa.Table, numbers: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+        """(number, outcome) of these rows, as it is known; Refused at the end where no server answered at all."""
         rows = table.select(SOURCE.names).to_pylist()
         wanted = []
-        for number, row in enumerate(rows):
-            if state := _unfetched(row):
+        for number in numbers:
+            if state := _unfetched(rows[number]):
                 yield number, Outcome(state)
             else:
                 wanted.append(number)

@@ -7,7 +7,7 @@ that a server gave, so that every stage behind finds what it finds behind a down
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,14 @@ class Gather:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
-        return pack(action, table.drop_columns([MEMBER.name]), self._outcomes(table), out, self.spec.format)
+        listed = table.drop_columns([MEMBER.name])
+        return pack(action, listed, lambda numbers: self._outcomes(table, numbers), store, out, self.spec.format)
 
-    def _outcomes(self, table: pa.Table) -> Iterator[tuple[int, Outcome]]:
+    def _outcomes(self, table: pa.Table, numbers: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         rows = table.select([*SOURCE.names, MEMBER.name]).to_pylist()
         wanted = []
-        for number, row in enumerate(rows):
-            if state := self._untaken(row):
+        for number in numbers:
+            if state := self._untaken(rows[number]):
                 yield number, Outcome(state)
             else:
                 wanted.append(number)

@@ -1,6 +1,7 @@
 """Rows and what became of them → a shard: webdataset tar and an index in which every row of the slice has its state.
 
-Tars are in the slice's order with times and owners of zero.
+Tars are in the slice's order with times and owners of zero. What was forgotten (infra/forgotten.py) is neither fetched
+nor kept.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.forgotten import FORGOTTEN, Forgotten
 from infra.manifest import Action, Block, Record, canonical
 from infra.rows import INDEX, KEPT, SOURCE
+from infra.store import Store
 from pipelines.pictures import Picture
+from pipelines.redact import redact
 
 TAR, TABLE = "images.tar", "index.parquet"
 BLOCK_ROWS = 256
@@ -33,29 +37,51 @@ class Outcome:
     picture: Picture | None = None
 
 
-def pack(action: Action, table: pa.Table, outcomes: Iterable[tuple[int, Outcome]], out: Path, extension: str) -> Record:
+def pack(
+    action: Action,
+    table: pa.Table,
+    outcomes: Callable[[Sequence[int]], Iterable[tuple[int, Outcome]]],
+    store: Store,
+    out: Path,
+    extension: str,
+) -> Record:
     """Writes `images.tar` and `index.parquet` to `out`. Blocks are ranges of the index.
 
-    table: the slice, columns of SOURCE and then those to carry along. outcomes: (number, outcome) of each of its rows,
-    in any order; what comes early waits for the rows before it. extension: jpg, png or webp, of the kept pictures.
-    Raises RuntimeError where a row has no outcome.
+    table: the slice, columns of SOURCE and then those to carry along. outcomes: from the numbers of the rows that are
+    not forgotten to (number, outcome) of each, in any order; what comes early waits for the rows before it. extension:
+    jpg, png or webp, of the kept pictures. Raises RuntimeError where a row has no outcome.
     """
     rows = table.select(SOURCE.names).to_pylist()
+    gone = Forgotten.load(store).among(table)
     index: list[dict[str, Any]] = []
-    early: dict[int, Outcome] = {}
+    early = {number: Outcome(FORGOTTEN) for number in range(len(rows)) if gone[number]}
     with tarfile.open(out / TAR, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, got in outcomes:
+        for number, got in outcomes([number for number in range(len(rows)) if not gone[number]]):
             early[number] = got
             _flush(early, rows, tar, index, extension)
+        _flush(early, rows, tar, index, extension)
     if len(index) != len(rows):
         raise RuntimeError(f"{len(rows)} rows went in and {len(index)} came out")
     keep = table.drop_columns(SOURCE.names)
     columns = {name: [line.get(name) for line in index] for name in INDEX.names}
     columns |= {name: keep[name] for name in keep.column_names}
     made = pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
-    pq.write_table(made, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
-    blocks = [Block(TABLE, first, min(BLOCK_ROWS, len(index) - first)) for first in range(0, len(index), BLOCK_ROWS)]
-    return Record.of(action, out, states=Counter(line["state"] for line in index), blocks=blocks)
+    # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
+    gone |= Forgotten.load(store).among(made)
+    if gone.any():
+        whole = (out / TAR).rename(out / "whole.tar")
+        made = redact(whole, made, gone, out / TAR)
+        whole.unlink()
+    return shard(action, made, out)
+
+
+def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Record:
+    """Writes the index beside the tar in `out`, and returns the record of both."""
+    pq.write_table(index, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
+    rows = index.num_rows
+    blocks = [Block(TABLE, first, min(BLOCK_ROWS, rows - first)) for first in range(0, rows, BLOCK_ROWS)]
+    states = Counter(index["state"].to_pylist())
+    return Record.of(action, out, states=states, blocks=blocks, generation=generation)
 
 
 def _flush(

@@ -20,9 +20,11 @@ from pipelines.gamma import Gamma, wants_gamma
 from pipelines.gather import Gather, GatherHow
 from pipelines.pictures import PictureSpec
 from pipelines.prompts import read_prompts
-from pipelines.recipe import Recipe, Sampler, part, said
+from pipelines.recipe import Recipe, Sampler
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
+from pipelines.rules import opened
+from pipelines.sections import part, said
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
@@ -207,17 +209,22 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
         pictures = Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
+    with blaming("filter.rules"):
+        filtering = tuple(opened(rule) for rule in recipe.filter.rules)
+    with blaming("curate.rules"):
+        curating = tuple(opened(rule) for rule in recipe.curate.rules)
+    kept = recipe.columns.keep
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
     return [
         Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests),
         pictures,
-        Look("filter", recipe.filter.rules),
-        Select("filter", recipe.filter.rules),
+        Look("filter", filtering, kept),
+        Select("filter", filtering, kept),
         clip,
         Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
-        Look("curate", recipe.curate.rules),
-        Select("curate", recipe.curate.rules),
+        Look("curate", curating, kept),
+        Select("curate", curating, kept),
         Statistics(),
         *fits,
         *measured,
