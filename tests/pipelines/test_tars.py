@@ -148,7 +148,7 @@ def test_a_picture_of_more_bytes_than_allowed_is_not_read(tmp_path):
     assert taken.states == {"too_many_bytes": 1}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_tar_that_is_cut_off_anywhere_is_refused(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cut")
