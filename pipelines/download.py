@@ -1,7 +1,8 @@
 """A slice of the list → a shard of pictures: webdataset tar and an index in which every row of the slice has its state.
 
 Fetching is ours (guard, retries, opt-outs), decoding and resizing img2dataset's. Tars are in list order with times and
-owners of zero; how many threads, which ports and how many attempts it took is nowhere in them.
+owners of zero; how many threads, which ports and how many attempts it took is nowhere in them. What was forgotten
+(infra/forgotten.py) is neither fetched nor kept.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
+from infra.forgotten import FORGOTTEN, Forgotten
 from infra.manifest import Action, Block, Manifest, Record, canonical, object_name
 from infra.rows import INDEX, KEPT, SOURCE
 from infra.store import Store
 from pipelines.guard import Answer, Fault, Guard, networks
 from pipelines.pictures import Picture, PictureSpec, prepare, resizer
+from pipelines.redact import redact
 from pipelines.stage import plain
 from unclip.config import AMOUNT, COUNT, POSITIVE, WHOLE, Range, outside
 
@@ -110,7 +113,8 @@ class Download:
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
         rows = table.to_pylist()
-        states = [_unfetched(row) for row in rows]
+        gone = Forgotten.load(store).among(table)
+        states = [FORGOTTEN if out else _unfetched(row) for row, out in zip(rows, gone, strict=True)]
         wanted = [number for number, state in enumerate(states) if state is None]
         index: list[dict[str, Any]] = []
         early = {number: Outcome(state) for number, state in enumerate(states) if state}
@@ -129,11 +133,13 @@ class Download:
         columns = {name: [line.get(name) for line in index] for name in INDEX.names}
         columns |= {name: keep[name] for name in keep.column_names}
         made = pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
-        pq.write_table(made, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
-        blocks = [
-            Block(TABLE, first, min(BLOCK_ROWS, len(index) - first)) for first in range(0, len(index), BLOCK_ROWS)
-        ]
-        return Record.of(action, out, states=Counter(line["state"] for line in index), blocks=blocks)
+        # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
+        gone |= Forgotten.load(store).among(made)
+        if gone.any():
+            whole = (out / TAR).rename(out / "whole.tar")
+            made = redact(whole, made, gone, out / TAR)
+            whole.unlink()
+        return shard(action, made, out)
 
     def _fetcher(self) -> Callable[[str], Body]:
         """URL → its body, or the state that says why there is none, after as many attempts as are allowed."""
@@ -153,6 +159,15 @@ class Download:
             return Body(None, answer.body)
 
         return fetch
+
+
+def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Record:
+    """Writes the index beside the tar in `out`, and returns the record of both."""
+    pq.write_table(index, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
+    rows = index.num_rows
+    blocks = [Block(TABLE, first, min(BLOCK_ROWS, rows - first)) for first in range(0, rows, BLOCK_ROWS)]
+    states = Counter(index["state"].to_pylist())
+    return Record.of(action, out, states=states, blocks=blocks, generation=generation)
 
 
 @dataclass(frozen=True)

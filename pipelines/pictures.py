@@ -15,12 +15,16 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra.errors import Refused
 from unclip.config import SEED, SIDE, Range, outside
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow and OpenCV both read
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of files that hold one
 RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop", "border": "border"}
 LARGE = Range(1, SEED.most)
 QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
@@ -115,6 +119,18 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise; the row's state says so
         return "truncated" if "truncated" in str(error) else "broken", width, height
     return None, width, height
+
+
+def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
+    """The picture at a place of a file, as a tar, in RGB, or None if it cannot be decoded."""
+    from PIL import Image
+
+    file.seek(offset)
+    try:
+        with Image.open(io.BytesIO(file.read(length))) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 @cache

@@ -20,8 +20,9 @@ import torch
 MARGIN = 0.03
 """By how much a ratio may exceed 1 before it is called slower: the largest spread between equal sides that was seen."""
 SECONDS = 15.0
-"""Processor time for the rounds of one comparison, at most; there are never fewer than `LEAST` rounds."""
-LEAST, MOST = 5, 25
+"""Processor time for the rounds of one comparison, at most; the least number of rounds comes before it."""
+MOST = 25
+"""Rounds of one comparison."""
 
 Call = Callable[[], Any]
 
@@ -37,7 +38,7 @@ class Compared(NamedTuple):
     """Upper quartile."""
 
 
-def compare(what: str, ours: Mapping[str, Call], theirs: Mapping[str, Call]) -> Compared:
+def compare(what: str, ours: Mapping[str, Call], theirs: Mapping[str, Call], *, least: int = 5) -> Compared:
     """Times all variants in turn, chooses each side's fastest by its median, and prints one line."""
     calls = {("ours", name): call for name, call in ours.items()} | {("theirs", name): c for name, c in theirs.items()}
     for call in calls.values():
@@ -46,7 +47,7 @@ def compare(what: str, ours: Mapping[str, Call], theirs: Mapping[str, Call]) -> 
     began = time.process_time()
     while len(took["ours", next(iter(ours))]) < MOST:
         rounds = len(took["ours", next(iter(ours))])
-        if rounds >= LEAST and time.process_time() - began > SECONDS:
+        if rounds >= least and time.process_time() - began > SECONDS:
             break
         # Each round another order: nobody is always behind the same neighbour.
         keys = list(calls)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.benchmarks.measure import Call, one_thread, peak_bytes
 from tests.fixtures.plain import shaken
-from unclip.cascade import Sampling, UnCLIP
+from unclip.cascade import UnCLIP
 from unclip.clip import Clip, Preprocess, build
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.interop import export_diffusers
@@ -30,6 +30,7 @@ from unclip.interop_layout import PRIOR, UNET
 from unclip.layers import fold_upsampling
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import noise_for
+from unclip.sampling import Sampling
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 SEEN = 24
@@ -157,6 +158,7 @@ class Cascades:
             self.other = unclip.UnCLIPPipeline.from_pretrained(folder)
         self.other.set_progress_bar_config(disable=True)
         shapes = {"prior/0": (WIDTH,), "decoder": (3, SMALL, SMALL), "upsampler-128": (3, LARGE, LARGE)}
+        self.steps, self.scales = STEPS, SCALES
         self.noises = {name: noise_for(SEEDS, shape, stream=name) for name, shape in shapes.items()}
 
     def layout(self, layout: torch.memory_format) -> None:
@@ -169,26 +171,27 @@ class Cascades:
 
     def run_ours(self) -> Tensor:
         """uint8 [2, 3, 128, 128]."""
-        sampling = {name: Sampling("ddpm", steps, guidance=SCALES.get(name, 1.0)) for name, steps in STEPS.items()}
+        scales = {"upsampler-128": 1.0} | self.scales
+        sampling = {name: Sampling("ddpm", steps, guidance=scales[name]) for name, steps in self.steps.items()}
         return self.mine.generate(PROMPTS, seeds=SEEDS, sampling=sampling)
 
     def run_theirs(self) -> Tensor:
         """The same of UnCLIPPipeline, from the same noise."""
         from diffusers.schedulers import scheduling_unclip
 
-        due = [(name, k) for name, s in zip(self.noises, STEPS.values(), strict=True) for k in range(1, s)]
+        due = [(name, k) for name, s in zip(self.noises, self.steps.values(), strict=True) for k in range(1, s)]
         drawn, scheduling_unclip.randn_tensor = scheduling_unclip.randn_tensor, lambda *_, **__: self._noise(due)
         try:
             made = self.other(
                 PROMPTS,
-                prior_num_inference_steps=STEPS["prior"],
-                decoder_num_inference_steps=STEPS["decoder"],
-                super_res_num_inference_steps=STEPS["upsampler-128"],
+                prior_num_inference_steps=self.steps["prior"],
+                decoder_num_inference_steps=self.steps["decoder"],
+                super_res_num_inference_steps=self.steps["upsampler-128"],
                 prior_latents=self.noises["prior/0"](0),
                 decoder_latents=self.noises["decoder"](0),
                 super_res_latents=self.noises["upsampler-128"](0),
-                prior_guidance_scale=SCALES["prior"],
-                decoder_guidance_scale=SCALES["decoder"],
+                prior_guidance_scale=self.scales["prior"],
+                decoder_guidance_scale=self.scales["decoder"],
                 output_type="np",
             ).images
         finally:

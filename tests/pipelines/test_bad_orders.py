@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from infra.errors import Refused
 from infra.store import open_store
 from pipelines import cli
-from pipelines.release import open_release
+from pipelines.opening import open_release
 from tests.fixtures.release import write_release
 from unclip.folder import write_json
 

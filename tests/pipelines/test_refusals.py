@@ -17,8 +17,11 @@ from pipelines import document, recipe, workflow
 from pipelines.explain import blaming
 
 RULES = """[{rule: size, min_side: 64}, {rule: aspect, max_ratio: 2}, {rule: caption}, {rule: exact_duplicates},
-            {rule: clip_score, min_score: 0.1}]"""
-MAY_BE_NEGATIVE = {"t_mean", "min_score", "init_logit_scale"}
+            {rule: clip_score, min_score: 0.1}, {rule: blank}, {rule: language, languages: [en]},
+            {rule: blocked_terms, terms: [x]}, {rule: near_duplicates}, {rule: watermark, column: a, max_score: 1},
+            {rule: nsfw, column: a, max_score: 1}, {rule: aesthetic, column: a, min_score: 1},
+            {rule: semantic_duplicates, min_cosine: 0.9}, {rule: contamination, images: a}]"""
+MAY_BE_NEGATIVE = {"t_mean", "min_score", "max_score", "min_cosine", "init_logit_scale"}
 
 
 def base(*changes: str) -> dict[str, Any]:
@@ -122,6 +125,10 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(bad: Any) -> None:
         (["upsamplers.64.train.crop=20"], r"upsamplers\.64: train\.crop is 20; it must divide by 16"),
         (["upsamplers.-64={}"], r"upsamplers\.-64"),
         (["sampling.decoder.steps=5000"], r"sampling\.decoder: steps is 5000, and the model has 1000 timesteps"),
+        (
+            ["sampling.prior={sampler: analytic_dpm, gamma: [1]}"],
+            r"sampling\.prior: gamma has 1 numbers",
+        ),
         (["sampling.prior.temperature=0.5"], r"sampling\.prior: .*only an autoregressive prior has a temperature"),
         (["models=huge"], r"models: preset 'huge' is unknown; use one of paper"),
         (["world.module=a b"], r"world\.module is 'a b'"),
