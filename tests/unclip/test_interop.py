@@ -472,7 +472,7 @@ BAD = {
     "two shapes": (lambda f: change(f / "super_res_last/config.json", layers_per_block=1), "different shapes"),
     "an activation": (lambda f: change(f / "text_encoder/config.json", hidden_act="relu"), "activation"),
     "a hidden size": (lambda f: change(f / "text_encoder/config.json", hidden_size=1.5), "hidden_size = 1.5"),
-    "a resize": (lambda f: change(f / "feature_extractor/preprocessor_config.json", image_mean=5), "understands"),
+    "a dropout": (lambda f: change(f / "prior/config.json", dropout="a"), "understands"),
     "shards": (sharded, "understands|outside its folder|does not exist"),
     "nested": (lambda f: (f / INDEX).write_text("[" * 100_000), "nested too deeply"),
     "merges": (lambda f: (f / "tokenizer/merges.txt").write_bytes(b"\xff"), "merges cannot be read"),
