@@ -475,7 +475,6 @@ BAD = {
     "a dropout": (lambda f: change(f / "prior/config.json", dropout="a"), "understands"),
     "shards": (sharded, "understands|outside its folder|does not exist"),
     "nested": (lambda f: (f / INDEX).write_text("[" * 100_000), "nested too deeply"),
-    "merges": (lambda f: (f / "tokenizer/merges.txt").write_bytes(b"\xff"), "merges cannot be read"),
     "a pickle": (pickled, "pickle"),
     "NaN": (not_a_number, "not finite"),
 }  # fmt: skip
