@@ -313,6 +313,17 @@ def put_object(store: Store, sha256: str, data: bytes | Path) -> None:
         raise Refused(f"{object_name(sha256)} in store {store.uri} is damaged: delete it and run again", code=5)
 
 
+def newest(store: Store, action: Action) -> Record | None:
+    """The record of an action with the highest generation, if there is any. Costs a listing and a read."""
+    name = action.record_name()
+    found = store.list(name.removesuffix("0.json"))
+    generations = [int(entry.name.rsplit(".", 2)[1]) for entry in found]
+    if not generations:
+        return None
+    name = action.record_name(max(generations))
+    return Record.from_json(store.get(name), name)
+
+
 def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
     """Puts the record's files, then the record itself; returns the record that won.
 

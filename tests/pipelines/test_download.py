@@ -20,7 +20,7 @@ from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, object_name
 from infra.rows import INDEX, KEPT, uid
 from infra.store import Store, open_store
-from pipelines.download import DownloadHow, DownloadSpec, completed, opted_out, user_agent
+from pipelines.download import DownloadHow, DownloadSpec, opted_out, user_agent
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.server import serve
 from pipelines.source import Columns
@@ -216,15 +216,6 @@ def test_each_slice_is_an_action_of_its_own(data: Data):
     assert len(inputs) > 2
 
 
-def test_results_come_as_they_are_done_and_few_wait():
-    started, taken = [], 0
-    for position, result in completed(lambda number: started.append(number) or number * 2, range(100), 4):
-        assert result == position * 2
-        taken += 1
-        assert len(started) - taken <= 8
-    assert taken == 100
-
-
 def headers(*values: str) -> Message:
     message = Message()
     for value in values:
@@ -264,6 +255,10 @@ def test_we_say_who_we_are():
         {"allow": ("10.0.0.0/99",)},
         {"contact": "a\r\nX: b"},
         {"silent_rows": -1},
+        {"per_host": 0},
+        {"give_up": -1},
+        {"again": -1},
+        {"again_states": ("timeout", "opt_out")},
     ],
 )
 def test_impossible_hows_are_refused(options):
