@@ -142,16 +142,15 @@ class Download:
         with ShardWriter(table, out, self.spec.format, settled, samples) as writer:
             for position, got in fetched(urls, self._fetcher(), self.how):
                 reached.add(rows[position]["url"], got)
-                # In this one thread: decoding needs no more.
-                writer.add(position, outcome(got, self.spec))
+                writer.add(position, Outcome(got.state) if isinstance(got, Fault) else got)
             if before is None:  # in a later pass there may well be dead hosts alone
                 reached.check(self.how.silent_rows)
             blocks, states = writer.index()
         generation = before.generation + 1 if before else 0
         return Record.of(action, out, states=states, blocks=blocks, generation=generation)
 
-    def _fetcher(self) -> Callable[[str], bytes]:
-        """URL → its body; raises the Fault that says why there is none."""
+    def _fetcher(self) -> Callable[[str], Outcome]:
+        """URL → what became of its body; raises the Fault that says why there is none."""
         guard = Guard(
             user_agent=user_agent(self.how.contact),
             resolve=self.how.resolve,
@@ -163,8 +162,10 @@ class Download:
             if opted_out(headers, self.spec.opt_out):
                 raise Fault("opt_out")
 
-        def fetch(url: str) -> bytes:
-            return guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body
+        def fetch(url: str) -> Outcome:
+            body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body
+            picture = prepare(body, self.spec)  # in the thread that fetched it: decoders let the others run
+            return Outcome(picture.state or KEPT, hashlib.sha256(body).digest(), picture)
 
         return fetch
 
@@ -179,7 +180,7 @@ class Reached:
     examples: dict[str, str] = field(default_factory=dict)
     """State → the first such row, as "host (what happened)"."""
 
-    def add(self, url: str, got: bytes | Fault) -> None:
+    def add(self, url: str, got: Outcome | Fault) -> None:
         """Counts a row. A URL that is none (bad_url, refused_scheme) says nothing about the network."""
         if not isinstance(got, Fault) or got.answered:
             self.answered = True
@@ -200,14 +201,6 @@ class Reached:
             "elsewhere download.resolve. If they are really gone, record that: --set download.silent_rows=0",
             code=5,
         )
-
-
-def outcome(got: bytes | Fault, spec: DownloadSpec) -> Outcome:
-    """What becomes of a row whose URL gave this."""
-    if isinstance(got, Fault):
-        return Outcome(got.state)
-    picture = prepare(got, spec)
-    return Outcome(picture.state or KEPT, hashlib.sha256(got).digest(), picture)
 
 
 def _unfetched(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
