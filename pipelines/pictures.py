@@ -12,22 +12,23 @@ import os
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from unclip.config import SEED, SIDE, Range, outside
+from unclip.config import LATER, SEED, SIDE, Range, outside
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow and OpenCV both read
 RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop", "border": "border"}
 LARGE = Range(1, SEED.most)
 QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
 
+_ORIENTATION = 0x0112  # EXIF's tag
 _ONE_LARGE = threading.Lock()
 _LARGE_PIXELS = 1 << 22
-"""Pictures with more pixels are decoded one at a time, process-wide: threads full of the largest would take gigabytes."""
+"""Pictures with more pixels are decoded one at a time: threads full of the largest would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class PictureSpec:
     """Shorter bodies are `too_few_bytes`."""
     max_bytes: int = 32 << 20
     """Longer bodies are `too_many_bytes`; reading stops there."""
+    upright: bool = field(default=False, metadata=LATER)
+    """Whether pictures are turned and mirrored as their EXIF orientation says; else they stay as they are stored."""
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES:
@@ -85,6 +88,8 @@ def prepare(body: bytes, spec: PictureSpec) -> Picture:
     if state:
         return Picture(state, original_width=width, original_height=height)
     with _room(width, height):
+        if spec.upright:
+            body = _turned(body)
         data, *sides, error = resizer(spec)(io.BytesIO(body))
     if error:  # Pillow could read it and OpenCV cannot
         return Picture("broken", original_width=width, original_height=height)
@@ -117,6 +122,19 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise; the row's state says so
         return "truncated" if "truncated" in str(error) else "broken", width, height
     return None, width, height
+
+
+def _turned(body: bytes) -> bytes:
+    """The picture as its EXIF orientation has it, encoded without loss; the same bytes where it says nothing."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(body), formats=FORMATS) as image:
+        if image.getexif().get(_ORIENTATION, 1) not in range(2, 9):
+            return body
+        out = io.BytesIO()
+        turned = ImageOps.exif_transpose(image)
+        (turned.convert("RGB") if turned.mode in ("CMYK", "YCbCr", "LAB", "HSV") else turned).save(out, "PNG")
+    return out.getvalue()
 
 
 def _room(width: int | None, height: int | None) -> AbstractContextManager[Any]:

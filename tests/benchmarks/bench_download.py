@@ -82,7 +82,7 @@ def theirs(table: pa.Table, folder: Path, timeout_s: int) -> tuple[float, int]:
 
 @pytest.mark.parametrize(
     ("what", "count", "hanging", "timeout_s", "rounds", "least"),
-    [("all hosts answer", 1500, 0, 10, 3, 1.0), ("a tenth of the hosts hang", 1000, 2, 2, 1, 3.0)],
+    [("all hosts answer", 1000, 0, 10, 3, 1.0), ("a tenth of the hosts hang", 2000, 2, 2, 1, 3.0)],
 )
 def test_downloading_is_as_fast_as_img2dataset_and_hanging_hosts_hold_nobody_up(
     tmp_path: Path, what: str, count: int, hanging: int, timeout_s: int, rounds: int, least: float

@@ -1,6 +1,6 @@
 """A web server for benchmarks: many hosts (addresses of loopback) on one port, some of which never answer.
 
-Run as `python -m tests.benchmarks.web HOSTS HANGING`: it prints its port, serves, and ends when its standard input does.
+Run as `python -m tests.benchmarks.web HOSTS HANGING`: it prints its port, and serves until its standard input ends.
 A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
 """
 

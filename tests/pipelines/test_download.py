@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from email.message import Message
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ from pipelines.download import DownloadHow, DownloadSpec, opted_out, user_agent
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.server import serve
 from pipelines.source import Columns
+from pipelines.stage import plain
 from tests.fixtures.stages import PICTURES, Data, download, make, source
 
 GOLDEN = "c11e05f342"
@@ -214,6 +216,23 @@ def test_each_slice_is_an_action_of_its_own(data: Data):
     inputs = [action.inputs for action in download(1).actions(data.source)]
     assert inputs == [(record.sha(name),) for name in record.facts["slices"]]
     assert len(inputs) > 2
+
+
+def test_what_is_blocked_is_in_the_key_and_nothing_is_by_default():
+    assert "block" not in plain(DownloadSpec())
+    assert plain(DownloadSpec(block=("a.shapes.test",)))["block"] == ["a.shapes.test"]
+
+
+def test_blocked_rows_are_marked_and_their_hosts_not_asked(data: Data, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    spec = replace(PICTURES, block=("a.shapes.test",))
+    with serve(slow=0.0) as server:
+        manifest = make(store, download(server.port, spec), make(store, source(data.rows)))
+        assert server.attempts
+    for index in indexes(store, manifest):
+        for row in index.to_pylist():
+            if "//a.shapes.test" in row["url"]:
+                assert row["state"] == "blocked"
 
 
 def headers(*values: str) -> Message:
