@@ -56,6 +56,9 @@ proof-parallel: $(STAMP)  ## trainers in parallel against one after another, thr
 proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
 	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs
 
+proof-findings: $(STAMP)  ## the paper's findings on the demo's world (make demo first); under an hour
+	$(BIN)/python -m tests.proofs.findings --store $(STORE) --out $(STORE)-proof-findings --docs docs
+
 lock: $(STAMP)  ## compile requirements.lock anew: exact versions, for every platform, no addresses
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url \
 	  --no-emit-find-links --group dev pyproject.toml -o requirements.lock

@@ -13,8 +13,8 @@ MEND = {
     "manifests": "Delete it and run again, which writes it anew.",
     "ledgers": "Put it back from a backup; it cannot be made anew. `unclip releases verify` checks the whole chain.",
     "objects": (
-        "Put an undamaged copy in its place. Without one, delete it and every file under records/ that names it, and "
-        "run again."
+        "Put an undamaged copy in its place. Without one, `unclip data verify --mend` deletes it and marks the records "
+        "that name it; then run again."
     ),
 }
 """First part of a name in the store → how to mend what lies there."""

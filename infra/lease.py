@@ -103,6 +103,31 @@ class Lease:
         return f"leases/{self.key}/{self.number:08d}{suffix}.json"
 
 
+def alive(store: Store, since: datetime) -> dict[str, datetime]:
+    """Keys of the leases that are neither released nor without a sign of life since then → when each was taken.
+
+    From one listing, and on the safe side: it names some whose holder is dead.
+    """
+    taken: dict[tuple[str, int], datetime] = {}
+    last: dict[tuple[str, int], datetime] = {}
+    ended: set[tuple[str, int]] = set()
+    for entry in store.list("leases/"):
+        found = re.fullmatch(r"leases/([^/]+)/(\d{8})(?:\.(end)|\.beat-\d+)?\.json", entry.name)
+        if found:
+            lease = found[1], int(found[2])
+            taken[lease] = min(taken.get(lease, entry.modified), entry.modified)
+            last[lease] = max(last.get(lease, entry.modified), entry.modified)
+            if found[3]:
+                ended.add(lease)
+    going_on = (lease for lease in sorted(taken) if lease not in ended and last[lease] > since)
+    return {key: taken[key, number] for key, number in going_on}
+
+
+def stands(store: Store, key: str) -> bool:
+    """Whether somebody holds the lease of that key."""
+    return _newest(store, key)[1]
+
+
 def _newest(store: Store, key: str) -> tuple[int, bool]:
     """The newest number (0: none yet), and whether its lease still stands."""
     signs: dict[int, datetime] = {}
@@ -124,10 +149,10 @@ def _newest(store: Store, key: str) -> tuple[int, bool]:
     holder = document(store, name)
     if Process(**holder["holder"]).dead():
         return number, False
-    return number, _now(store, key) - signs[number] <= timedelta(seconds=holder["ttl_s"])
+    return number, clock(store, key) - signs[number] <= timedelta(seconds=holder["ttl_s"])
 
 
-def _now(store: Store, key: str) -> datetime:
+def clock(store: Store, key: str) -> datetime:
     """The time by the store's clock, which is the one that dates leases."""
     probe = f"leases/{key}/clock-{uuid.uuid4().hex}"
     store.put_new(probe, b"")

@@ -6,7 +6,7 @@ changes nothing behind it. A record is written last and never overwritten: it is
 
 In the store:
     objects/<aa>/<sha256>                                  every file of every record, and manifest bodies
-    records/<stage>-<version>/<spec digest>/<key>.<generation>.json
+    records/<stage>-<version>/<spec digest>/<key>.<generation>.json    the newest generation holds: generations.py
     manifests/<stage>-<version>/<spec digest>/<version>.<key, 16 digits>.json    heads; the body is object <version>
 """
 
@@ -16,13 +16,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.damage import damaged, reading
 from infra.errors import Refused
+from infra.generations import lost_name, newest
 from infra.store import NotFound
 
 if TYPE_CHECKING:
@@ -313,27 +314,29 @@ def put_object(store: Store, sha256: str, data: bytes | Path) -> None:
         raise Refused(f"{object_name(sha256)} in store {store.uri} is damaged: delete it and run again", code=5)
 
 
-def newest(store: Store, action: Action) -> Record | None:
-    """The record of an action with the highest generation, if there is any. Costs a listing and a read."""
-    name = action.record_name()
-    found = store.list(name.removesuffix("0.json"))
-    generations = [int(entry.name.rsplit(".", 2)[1]) for entry in found]
-    if not generations:
-        return None
-    name = action.record_name(max(generations))
-    return Record.from_json(store.get(name), name)
+def standing(store: Store, action: Action) -> Record | None:
+    """The record of an action that holds, or None: it is to be done, or to be done again."""
+    prefix = action.record_name().removesuffix("0.json")
+    found = newest(entry.name for entry in store.list(prefix)).get(action.key)
+    return Record.from_json(store.get(found[1]), found[1]) if found else None
 
 
 def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
     """Puts the record's files, then the record itself; returns the record that won.
 
-    Two runs may finish the same action: the first record stays, the other's copy is dropped. Raises Refused, code 5,
-    before there is a record, if a file's object is damaged.
+    It goes under its own generation, or behind those whose files were lost. Two runs may finish the same action: the
+    first record stays, the other's copy is dropped. Raises Refused, code 5, before there is a record, if a file's
+    object is damaged.
     """
     record.check()
     for name, file in record.files.items():
         put_object(store, file.sha256, out / name)
-    name = action.record_name(record.generation)
-    if store.put_new(name, record.to_json(action)):
-        return record
-    return Record.from_json(store.get(name), name)
+    while store.exists(lost_name(action.record_name(record.generation))):
+        record = replace(record, generation=record.generation + 1)
+    place = action.record_name(record.generation)
+    if not store.put_new(place, record.to_json(action)):
+        return standing(store, action) or Record.from_json(store.get(place), place)
+    for name, file in record.files.items():  # gc may have been about to remove one that lay there unused: see gc.py
+        if not store.exists(object_name(file.sha256)):
+            put_object(store, file.sha256, out / name)
+    return record

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_af
 
 from infra.errors import Refused
 from infra.manifest import canonical, digest
-from infra.store import Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
+from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
 
 # S3 takes at most 5 GiB in one PUT. What is larger goes in parts.
 _SINGLE = 4 << 30
@@ -131,7 +132,7 @@ class S3Store:
             else:
                 put = self._put(self._client, name, data)
         # Turned down: by another's bytes, or by our own, if the first answer to our PUT was lost.
-        return put or self._same(name, data)
+        return put or self._renewed(name, self._same(name, data))
 
     def list(self, prefix: str) -> Iterator[Entry]:
         if folder := prefix.rpartition("/")[0]:
@@ -248,6 +249,18 @@ class S3Store:
                 return False
             raise
 
+    def _renewed(self, name: str, same: bool) -> bool:
+        """Dates an object anew if the bytes put were its own and are not young: a copy onto itself, in the server."""
+        place = {"Bucket": self.bucket, "Key": self._key(name)}
+        with self._speaking(name):
+            try:
+                if same and _age(self._client.head_object(**place)) > RENEW_S:
+                    self._client.copy(place, **place, ExtraArgs={"MetadataDirective": "REPLACE"})
+            except boto.ClientError as error:
+                if _code(error) not in ("404", "NoSuchKey", "NotFound"):  # removed since: `commit` looks again
+                    raise
+        return same
+
     def _same(self, name: str, data: bytes | Path) -> bool:
         try:
             if isinstance(data, bytes):
@@ -297,6 +310,12 @@ class S3Store:
                 f"{where} answers, and not as an S3 server does ({type(error).__name__}). Is AWS_ENDPOINT_URL right?",
                 code=5 if name else 2,
             ) from error
+
+
+def _age(head: dict[str, Any]) -> float:
+    """Seconds since an object was put, by the server's own clock."""
+    now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return (now - head["LastModified"]).total_seconds()
 
 
 def _bound() -> int:

@@ -24,6 +24,8 @@ from infra.process import Process
 
 # Folders of a local store that hold no named bytes: files being written, MLflow's database, copies for people.
 RESERVED = ("tmp", "mlflow", "view")
+RENEW_S = 3600
+"""Bytes put again are dated anew once they are so many seconds old: much less than what gc spares."""
 _CHUNK = 1 << 20
 
 
@@ -66,7 +68,8 @@ class Store(Protocol):
         """Puts bytes, or a file's bytes, under a name that has none yet.
 
         True also if these very bytes lie there already, False if others do: the first to put wins. A file made in
-        `scratch()` may be taken as it is, without a copy, and must not be written to afterwards.
+        `scratch()` may be taken as it is, without a copy, and must not be written to afterwards. Bytes that lie there
+        already are dated anew (at the latest once they are `RENEW_S` old), since whoever put them means to use them.
         """
         ...
 
@@ -157,7 +160,7 @@ class LocalStore:
     def put_new(self, name: str, data: bytes | Path) -> bool:
         final = self._path(name)
         if final.exists():  # the common case of a second run: no copy is made
-            return same_bytes(final, data)
+            return self._renewed(final, same_bytes(final, data))
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(data, Path) and data.is_relative_to(self._tmp):
@@ -211,6 +214,13 @@ class LocalStore:
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NotFound(name, self.uri) from error
+
+    def _renewed(self, final: Path, same: bool) -> bool:
+        """Dates a file anew if the bytes put were its own; another user's file keeps its date."""
+        if same:
+            with suppress(FileNotFoundError, PermissionError):
+                os.utime(final)
+        return same
 
     def _link(self, written: Path, final: Path) -> bool:
         """Gives a written file its name, durably; if another was first, says whether its bytes are the same."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pipelines.cli_data import data
 from pipelines.cli_edit import edit
-from pipelines.options import GRID, NameOption, NumberOption, OutOption, ReleaseOption, SeedOption, StoreOption
+from pipelines.cli_releases import releases
+from pipelines.options import GRID, NumberOption, OutOption, ReleaseOption, SeedOption, StoreOption
+from pipelines.terminal import opened, say, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,16 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="unclip: from image–text pairs on the web to a promoted unCLIP (DALL·E 2-style) release.",
 )
-releases = typer.Typer(
-    no_args_is_help=True, help="Released models: list, show, promote, roll back, verify, export, import."
-)
-data = typer.Typer(no_args_is_help=True, help="Versions of the data in a store.")
 app.add_typer(edit, name="edit")
 app.add_typer(releases, name="releases")
 app.add_typer(data, name="data")
-
-WIDE = 10_000
-"""Columns of a table that no person reads."""
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
@@ -76,7 +69,7 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(planning.as_json(lines), indent=1) + "\n")
     else:
-        _print(planning.as_table(lines))
+        show(planning.as_table(lines))
 
 
 @app.command()
@@ -91,7 +84,7 @@ def submit(
     """Runs a recipe as a Ray job on a cluster; prints the job's id."""
     from pipelines.run import submit_recipe
 
-    _say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
+    say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
 
 
 @app.command()
@@ -125,8 +118,8 @@ def generate(
         "label_guidance": _number("--label-guidance", label_guidance),
         "clip_guidance": _number("--clip-guidance", clip_guidance),
     }
-    opened = open_store(store, create=False)
-    _say(f"wrote {draw(opened, prompts, release, number, seed, *scales, out, **guides)}")
+    found = open_store(store, create=False)
+    say(f"wrote {draw(found, prompts, release, number, seed, *scales, out, **guides)}")
 
 
 @app.command()
@@ -137,10 +130,10 @@ def ui(
     """Serves MLflow's pages on the store's tracking database, or says where its server has them."""
     from pipelines.registry import tracking_uri
 
-    with _opened(store) as opened:
-        uri = tracking_uri(opened)
+    with opened(store) as found:
+        uri = tracking_uri(found)
     if uri.startswith(("http://", "https://")):
-        _say(f"MLflow's pages are at {uri}")
+        say(f"MLflow's pages are at {uri}")
         return
     _check_free(port)
     command = [
@@ -155,127 +148,8 @@ def ui(
         "--port",
         str(port),
     ]
-    _say(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)")
+    say(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)")
     os.execv(sys.executable, command)
-
-
-@releases.command("list")
-def releases_list(name: NameOption = None, store: StoreOption = "./store") -> None:
-    """Every promotion and rollback of a model line, oldest first."""
-    from pipelines import releases as release
-
-    with _opened(store) as opened:
-        _print(release.table(opened, _line(opened, name)))
-
-
-@releases.command("show")
-def releases_show(
-    ref: Annotated[str, typer.Argument(help="champion, NAME@champion or a version.")] = "champion",
-    store: StoreOption = "./store",
-) -> None:
-    """What a release consists of, its data and its scores, as JSON."""
-    from pipelines import releases as release
-
-    with _opened(store) as opened:
-        _say(json.dumps(release.show(opened, ref), indent=1, ensure_ascii=False))
-
-
-@releases.command("promote")
-def releases_promote(
-    version: Annotated[str, typer.Argument(help="Version of a bundle.")],
-    name: NameOption = None,
-    reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "promoted by hand",
-    store: StoreOption = "./store",
-) -> None:
-    """Makes a release the champion."""
-    from pipelines import releases as release
-
-    with _opened(store) as opened:
-        _say(release.promote(opened, _line(opened, name), version, reason))
-
-
-@releases.command("rollback")
-def releases_rollback(
-    name: NameOption = None,
-    reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "rolled back by hand",
-    store: StoreOption = "./store",
-) -> None:
-    """Makes the champion before this one the champion again."""
-    from pipelines import releases as release
-
-    with _opened(store) as opened:
-        _say(release.rollback(opened, _line(opened, name), reason))
-
-
-@releases.command("verify")
-def releases_verify(name: NameOption = None, store: StoreOption = "./store") -> None:
-    """Recomputes the ledger's chain and every digest of its releases."""
-    from pipelines import releases as release
-
-    with _opened(store) as opened:
-        _say(release.verify(opened, _line(opened, name)))
-
-
-@releases.command("export")
-def releases_export(
-    ref: Annotated[str, typer.Argument(metavar="RELEASE", help="champion, NAME@champion, a version, or a folder.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
-    form: Annotated[str, typer.Option("--format", help="diffusers")] = "diffusers",
-    store: StoreOption = "./store",
-) -> None:
-    """Writes a release as a folder that diffusers' unCLIP pipelines load."""
-    from infra.store import open_store
-    from pipelines import interop
-
-    _say(interop.export(open_store(store, create=False), ref, folder, form))
-
-
-@releases.command("import")
-def releases_import(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that UnCLIPPipeline loads, such as Karlo's.")],
-    name: Annotated[str, typer.Option(help="Model line of the release.")] = "karlo",
-    images: Annotated[
-        Path | None, typer.Option(help="A folder with image_encoder and feature_extractor, if DIR has none.")
-    ] = None,
-    store: StoreOption = "./store",
-) -> None:
-    """Makes a folder of diffusers' (Karlo's layout) a release in the store; promotes nothing."""
-    from infra.store import open_store
-    from pipelines import interop
-
-    version = interop.bring(open_store(store), folder, name, images)[:12]
-    _say(
-        f"{version} is a release of {name}. Draw: unclip generate PROMPT --release {version}. "
-        f"Make it the champion: unclip releases promote {version} --name {name}"
-    )
-
-
-@data.command("ls")
-def data_ls(store: StoreOption = "./store") -> None:
-    """Versions of every stage's data in the store."""
-    from pipelines import data as versions
-
-    with _opened(store) as opened:
-        _print(versions.table(opened))
-
-
-@data.command("show")
-def data_show(
-    version: Annotated[str, typer.Argument(help="A version, or the first digits of one.")],
-    store: StoreOption = "./store",
-) -> None:
-    """One version: how it was made, its shards, rows and states, as JSON."""
-    from pipelines import data as versions
-
-    with _opened(store) as opened:
-        _say(json.dumps(versions.show(opened, version), indent=1, ensure_ascii=False))
-
-
-@contextlib.contextmanager
-def _opened(uri: str) -> Iterator[Any]:
-    from infra.store import open_store
-
-    yield open_store(uri, create=False)
 
 
 def _number(option: str, text: str | None) -> float | None:
@@ -309,28 +183,6 @@ def _check_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
     except OSError as error:
         raise Refused(f"port {port} cannot be had ({error.strerror}); give another with --port") from None
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _print(renderable: Any) -> None:
-    """A table: as wide as the terminal; whole lines, nothing cut, where a program reads it."""
-    from rich.console import Console
-
-    if sys.stdout.isatty():
-        Console(highlight=False).print(renderable, markup=False)
-        return
-    wide = Console(file=io.StringIO(), width=WIDE, highlight=False, color_system=None)
-    wide.print(renderable, markup=False, soft_wrap=True)
-    _say("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
-
-
-def _line(store: Any, name: str | None) -> str:
-    from pipelines.release import only_line
-
-    return only_line(store) if name is None else name
 
 
 def main() -> None:

@@ -18,11 +18,13 @@ from pipelines.options import (
     StoreOption,
 )
 
-edit = typer.Typer(no_args_is_help=True, help="Pictures from pictures: vary, interpolate, diff, redraw, inpaint.")
+edit = typer.Typer(
+    no_args_is_help=True, help="Pictures from pictures: vary, interpolate, diff, redraw, inpaint, probe."
+)
 
 
 def _draw(kind: str, store: str, release: str, *order: Any) -> None:
-    """What all five do: the function of pipelines.edit of that name, on an opened store."""
+    """What all of them do: the function of pipelines.edit of that name, on an opened store."""
     from infra.store import open_store
     from pipelines import edit as editing
 
@@ -112,3 +114,19 @@ def edit_inpaint(
 ) -> None:
     """A part of a picture drawn anew; the rest stays."""
     _draw("inpaint", store, release, picture, mask, prompt, number, seed, out, trained)
+
+
+@edit.command("probe")
+def edit_probe(
+    picture: PictureArgument,
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(help="Directions to keep, a picture each (say it again for more); default doubling numbers."),
+    ] = None,
+    seed: SeedOption = 0,
+    release: ReleaseOption = "champion",
+    out: OutOption = GRID,
+    store: StoreOption = "./store",
+) -> None:
+    """What CLIP sees in a picture, direction by direction of the data's PCA."""
+    _draw("probe", store, release, picture, keep or (), seed, out)

@@ -73,14 +73,19 @@ def table(store: Store) -> Table:
     return out
 
 
-def show(store: Store, version: str) -> dict[str, Any]:
-    """One version, named by its first digits: how it was made, its rows, states, and the files of each shard."""
+def find(store: Store, version: str) -> Version:
+    """The version of those first digits; Refused where there is none, or several."""
     matching = [one for one in versions(store) if version and one.version.startswith(version.lower())]
     if not matching:
         raise Refused(f"there is no version {version!r} in {store.uri}; `unclip data ls` lists those that there are")
     if len({one.version for one in matching}) > 1:
         raise Refused(f"{version!r} begins {len(matching)} versions in {store.uri}; give more digits")
-    one = matching[0]
+    return matching[0]
+
+
+def show(store: Store, version: str) -> dict[str, Any]:
+    """One version, named by its first digits: how it was made, its rows, states, and the files of each shard."""
+    one = find(store, version)
     head = document(store, one.head)
     shards = [
         {

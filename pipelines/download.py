@@ -1,7 +1,7 @@
 """A slice of the list → a shard of pictures: webdataset tar and an index in which every row of the slice has its state.
 
 Fetching is ours (guard, turns, opt-outs), decoding and resizing img2dataset's. How many threads, which ports and how
-many attempts it took is nowhere in a shard.
+many attempts it took is nowhere in a shard. What was forgotten (infra/forgotten.py) is neither fetched nor kept.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, newest, object_name
+from infra.forgotten import FORGOTTEN, Forgotten
+from infra.manifest import Action, Manifest, Record, object_name, standing
 from infra.rows import KEPT, SOURCE
 from infra.store import Store
 from pipelines.blocklist import Blocklist
 from pipelines.guard import PATIENCE, Fault, Guard, networks
 from pipelines.pictures import PictureSpec, prepare, resizer
+from pipelines.redact import redact
 from pipelines.stage import plain
-from pipelines.tars import Earlier, Members, Outcome, ShardWriter
+from pipelines.tars import TAR, Earlier, Members, Outcome, ShardWriter, shard
 from pipelines.turns import Manners, fetched
 from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
@@ -44,7 +46,7 @@ PASSING = (
     *map("http_{}".format, PATIENCE),
 )
 """States that may be others on another day."""
-FINAL = (KEPT, "opt_out", "blocked", "no_url", "no_caption")
+FINAL = (KEPT, FORGOTTEN, "opt_out", "blocked", "no_url", "no_caption")
 """States of rows that are never asked again."""
 
 
@@ -81,8 +83,8 @@ class DownloadHow(Manners):
     pictures are gone. 0: recorded all the same. A smaller shard of dead hosts, as at a list's end, holds nobody up."""
     again: int = 0
     """How often the failed rows of shards that are there already are asked once more: each pass writes the next
-    generation of the shards that have rows in `again_states`, and touches no other row. A pass that was made is not
-    made again: raise the number for the next one."""
+    generation of the shards that have rows in `again_states`, and touches no other row. The number is the generation
+    to be reached (forgetting makes generations as well): a pass that was made is not made again until it is raised."""
     again_states: tuple[str, ...] = PASSING
     """Which failed rows those are. Rows that were kept, blocked or opted out are never asked again."""
     cpus: float = 1
@@ -125,7 +127,7 @@ class Download:
         return record.generation < self.how.again and not record.states.keys().isdisjoint(self.how.again_states)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        before = newest(store, action)
+        before = standing(store, action)
         if before is not None and not self.stale(before):  # a task that died behind its commit is run once more
             for name, file in before.files.items():
                 shutil.copyfile(store.local(object_name(file.sha256)), out / name)
@@ -137,6 +139,9 @@ class Download:
         else:
             earlier = Earlier.read(store, before)
             settled, samples = earlier.lines(without=self.how.again_states), earlier.samples()
+        gone = Forgotten.load(store).among(table)
+        for position in map(int, gone.nonzero()[0]):
+            settled.setdefault(position, {**rows[position], "state": FORGOTTEN})
         urls = [(position, row["url"]) for position, row in enumerate(rows) if position not in settled]
         reached = Reached()
         with ShardWriter(table, out, self.spec.format, settled, samples) as writer:
@@ -145,9 +150,14 @@ class Download:
                 writer.add(position, Outcome(got.state) if isinstance(got, Fault) else got)
             if before is None:  # in a later pass there may well be dead hosts alone
                 reached.check(self.how.silent_rows)
-            blocks, states = writer.index()
-        generation = before.generation + 1 if before else 0
-        return Record.of(action, out, states=states, blocks=blocks, generation=generation)
+            index = writer.index()
+        # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
+        gone |= Forgotten.load(store).among(index)
+        if gone.any():
+            whole = (out / TAR).rename(out / "whole.tar")
+            index = redact(whole, index, gone, out / TAR)
+            whole.unlink()
+        return shard(action, index, out, before.generation + 1 if before else 0)
 
     def _fetcher(self) -> Callable[[str], Outcome]:
         """URL → what became of its body; raises the Fault that says why there is none."""

@@ -110,6 +110,23 @@ def inpaint(
     return _saved(model, [shown], drawn, prompt, out)
 
 
+def probe(store: Store, release: str, picture: Path, keep: Sequence[int], seed: int, out: Path) -> Path:
+    """A picture's embedding in its first k principal directions alone, for each k of `keep`, beside the picture.
+
+    The directions are those of the data that the release was trained on. keep: empty for seven numbers that double, the
+    last of them all.
+    """
+    from unclip import manipulate
+
+    check_order(len(keep) or 1, seed=seed, out=out)
+    model, (shown,) = _ready(store, release, [picture])
+    basis, mean = _directions(store, release)
+    dimensions = list(keep) or sorted({max(1, len(basis) >> halved) for halved in range(7)})
+    drawn = manipulate.probe(model, shown[None], basis, mean, dimensions, seeds=[seed] * len(dimensions))
+    words = f"{picture.name}, of {len(basis)} directions: {', '.join(map(str, dimensions))}"
+    return _saved(model, [shown], drawn, words, out)
+
+
 def read_picture(path: Path) -> Tensor:
     """A file as uint8 [3, h, w], RGB, upright, transparent parts on white; 16 bits a channel are rounded down to 8.
 
@@ -145,11 +162,29 @@ def read_picture(path: Path) -> Tensor:
     return torch.from_numpy(np.array(on_white.convert("RGB"))).permute(2, 0, 1)
 
 
+def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
+    """(principal directions [d, d] by falling variance, mean [d]) of the image embeddings behind a release."""
+    from infra.manifest import Manifest, object_name
+    from pipelines.opening import open_release
+    from pipelines.statistics import TENSORS
+    from unclip.folder import read_tensors
+    from unclip.release import read
+
+    version = read(open_release(store, release)).data.get("statistics")
+    if version is None or not store.exists(object_name(version)):
+        raise Refused(
+            f"the release {release} says of no statistics in the store {store.uri} that they are its data's, and the "
+            "probe draws along their principal directions; give the store in which it was trained"
+        )
+    tensors = read_tensors(store.local(object_name(Manifest.load(store, version, "statistics").only.sha(TENSORS))))
+    return tensors["pca"], tensors["image_mean"]
+
+
 def _ready(store: Store, release: str, pictures: Sequence[Path]) -> tuple[UnCLIP, list[Tensor]]:
     """The model, and the pictures, which are read first: a mistake should show before the models are loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pipelines.generate
     shown = [read_picture(path) for path in pictures]
-    from pipelines.release import open_release
+    from pipelines.opening import open_release
     from unclip.cascade import UnCLIP
 
     return UnCLIP.load(open_release(store, release)), shown

@@ -22,6 +22,7 @@ from infra.errors import Refused
 from infra.manifest import Action, Block, Manifest, Record, object_name
 from infra.rows import KEPT, embedded
 from infra.store import Store
+from pipelines.pictures import picture
 from pipelines.select import selected
 from pipelines.stage import PoolHow, plain
 from unclip.config import SIDE, outside
@@ -162,18 +163,6 @@ def chosen_rows(store: Store, index: str, selection: str) -> pa.Table:
             code=5,
         )
     return table
-
-
-def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
-    """The picture at a place of a tar, in RGB, or None if it cannot be decoded."""
-    from PIL import Image
-
-    file.seek(offset)
-    try:
-        with Image.open(io.BytesIO(file.read(length))) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError):
-        return None
 
 
 def pixels(image: Image) -> Any:

@@ -324,7 +324,7 @@ def _cell(row: dict[str, Any]) -> Any:
 
 def _opened(store: Store, version: str, device: str) -> UnCLIP:
     """The release of that version, kept for the next chunk."""
-    from pipelines.release import open_release
+    from pipelines.opening import open_release
     from unclip.cascade import UnCLIP
 
     key = (store.uri, version, device)

@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import Refused, Stopped
 from infra.lease import Lease
-from infra.manifest import Action, Record, commit
+from infra.manifest import Action, Record, commit, standing
 from infra.store import Store
 from pipelines.admission import Admission, needs_of
 from pipelines.console import Console
@@ -55,7 +55,7 @@ class Fits:
             made = None
             while made is None:
                 self._go_on()
-                made = self._record(action)
+                made = standing(self.store, action)
                 if made is None and (lease := Lease.acquire(self.store, action.key, self.lease_s)):
                     made = self._hold(stage, action, lease)
                 elif made is None:
@@ -68,7 +68,7 @@ class Fits:
     def _hold(self, stage: Any, action: Action, lease: Lease) -> Record | None:
         """One fit under its lease; None if that was lost and the fit stopped (or failed) for it: another has it now."""
         with lease.kept() as lost, self._stopped_once(lost, action.key, lease.number):
-            found = self._record(action)
+            found = standing(self.store, action)
             if found is not None:
                 return found
             try:
@@ -118,10 +118,6 @@ class Fits:
         finally:
             self._leases.pop(action.key, None)
             self.monitor.end(stage.name, status)
-
-    def _record(self, action: Action) -> Record | None:
-        name = action.record_name()
-        return Record.from_json(self.store.get(name), name) if self.store.exists(name) else None
 
 
 def settle(resolved: Resolved, store: Store) -> None:

@@ -76,7 +76,7 @@ class Gamma:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         from pipelines.embed import load_clip
-        from pipelines.release import unfold
+        from pipelines.opening import unfold
         from training.data import Data, Reads
         from training.objectives import read_text
         from unclip.analytic import estimate_gamma
@@ -103,5 +103,6 @@ def batches(prior: DiffusionPrior, data: Data, spec: GammaSpec) -> Iterator[tupl
     order = Order(data.counts, 1, spec.batch, WINDOW, spec.seed)
     for step in range(spec.samples // spec.batch):
         rows = data.batch(order.rows(step, 0), spec.seed).to(device).tensors
-        context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"])
+        # Read once, as in sampling: every timestep sees the same captions.
+        context = prior.read(prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"]))
         yield prior.in_range(conditional(prior.denoise, context)), prior.standardise(rows["image_embedding"])

@@ -37,7 +37,7 @@ def generate(
     # Beside other busy processes, threads that spin while they wait make sampling up to thirty times slower (measured
     # on two cores: 67 s against 3 s); on an idle machine waiting asleep costs a second. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pipelines.release import open_release
+    from pipelines.opening import open_release
 
     folder = open_release(store, release)
     from pipelines import grids

@@ -15,6 +15,7 @@ from typing import Any
 
 from infra.damage import reading
 from infra.errors import Refused
+from infra.generations import newest
 from infra.manifest import Action, Manifest, Record, document, object_name
 from infra.store import Store
 from pipelines.stage import Stage, plain
@@ -52,15 +53,12 @@ def resolve(stage: Stage, inputs: Sequence[Manifest], store: Store) -> Resolved:
     actions = tuple(stage.actions(*inputs))
     whole = Action(f"{stage.name}/{stage.version}", plain(stage.spec), tuple(manifest.version for manifest in inputs))
     wanted = {action.key for action in actions}
-    newest: dict[str, tuple[int, str]] = {}
-    for place in sorted({action.place for action in actions}):
-        for entry in store.list(f"records/{place}/"):
-            key, generation, _ = entry.name.rsplit("/", 1)[1].split(".")
-            if key in wanted and int(generation) >= newest.get(key, (-1, ""))[0]:
-                newest[key] = (int(generation), entry.name)
-    known = _newest_records(store, whole.place) if len(newest) > 1 else {}
-    present = {key: known[key, gen] for key, (gen, _) in newest.items() if (key, gen) in known}
-    missing = [(key, name) for key, (_, name) in newest.items() if key not in present]
+    places = sorted({action.place for action in actions})
+    standing = newest(entry.name for place in places for entry in store.list(f"records/{place}/"))
+    found = {key: standing[key] for key in wanted & standing.keys()}
+    known = _newest_records(store, whole.place) if len(found) > 1 else {}
+    present = {key: known[key, gen] for key, (gen, _) in found.items() if (key, gen) in known}
+    missing = [(key, name) for key, (_, name) in found.items() if key not in present]
     with ThreadPoolExecutor(16) as pool:
         read = pool.map(lambda pair: Record.from_json(store.get(pair[1]), pair[1]), missing)
         present.update({key: record for (key, _), record in zip(missing, read, strict=True)})

@@ -7,7 +7,7 @@ from pathlib import Path
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, commit, digest_file
 from infra.store import Store
-from pipelines.release import open_release
+from pipelines.opening import open_release
 
 FORMATS = ("diffusers",)
 
@@ -22,7 +22,7 @@ def export(store: Store, ref: str, folder: Path, form: str) -> str:
     done = export_diffusers(release, folder)
     said = f"wrote {folder} for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline, pictures of {done.size} px"
     if done.left_out:
-        said += f"; left out, since a pipeline has one upsampler and no guide: {', '.join(done.left_out)}"
+        said += f"; left out, since a pipeline has no place for it: {', '.join(done.left_out)}"
     return said
 
 

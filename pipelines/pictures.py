@@ -15,12 +15,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra.errors import Refused
 from unclip.config import LATER, SEED, SIDE, Range, outside
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow and OpenCV both read
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of files that hold one
 RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop", "border": "border"}
 LARGE = Range(1, SEED.most)
 QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
@@ -168,6 +172,18 @@ class _Quiet:
                 for number, kept in zip((1, 2), _Quiet._kept, strict=True):
                     os.dup2(kept, number)
                     os.close(kept)
+
+
+def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
+    """The picture at a place of a file, as a tar, in RGB, or None if it cannot be decoded."""
+    from PIL import Image
+
+    file.seek(offset)
+    try:
+        with Image.open(io.BytesIO(file.read(length))) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 @cache

@@ -28,70 +28,21 @@ from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
+from pipelines.sections import changes, optional, section
 from pipelines.source import SourceHow, SourceSpec
 from pipelines.stage import PoolHow
 from training.job import CONFIGS, FitHow
 from unclip.ar_prior import AutoregressivePriorConfig
-from unclip.cascade import Sampling
 from unclip.clip_config import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.decoder import DecoderConfig
 from unclip.half_unet import HalfUNetConfig
 from unclip.presets import PRESETS
 from unclip.prior import PriorConfig
+from unclip.sampling import Sampling
 from unclip.upsampler import UpsamplerConfig
 
 FOLDER = Path(__file__).parent / "recipes"
-DERIVED = {"low", "size", "embedding", "text_width", "context", "vocabulary", "inpaint"}
-"""Fields of model configurations that follow from other numbers of the recipe, or from the section they stand in."""
-
-
-def part(section: Any, cls: type) -> Any:
-    """The fields of `section` that belong to `cls`, as an instance of it."""
-    return cls(
-        **{item.name: getattr(section, item.name) for item in dataclasses.fields(cls) if hasattr(section, item.name)}
-    )
-
-
-def _section(name: str, *parts: Any, drop: set[str] = frozenset(), partial: bool = False, **more: Any) -> Any:  # type: ignore[assignment]
-    """A frozen dataclass of all fields of `parts` and `more`; `partial` makes each optional (None: not said).
-
-    It refuses what its parts refuse, so that pydantic says where; a partial one waits for the preset it changes.
-    """
-    fields: list[Any] = []
-    for each in parts:
-        hints = get_type_hints(each)
-        for item in dataclasses.fields(each):
-            if item.name in drop:
-                continue
-            if partial:
-                fields.append((item.name, hints[item.name] | None, field(default=None)))
-            else:
-                fields.append((item.name, hints[item.name], _default(item)))
-    fields += [(key, hint, default) for key, (hint, default) in more.items()]
-    fields.sort(
-        key=lambda item: (
-            item[2].default is not dataclasses.MISSING or item[2].default_factory is not dataclasses.MISSING
-        )
-    )
-
-    def check(section: Any) -> None:
-        for each in () if partial else parts:
-            part(section, each)
-
-    return dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__post_init__": check})
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    if item.default_factory is not dataclasses.MISSING:
-        return field(default_factory=item.default_factory)
-    if item.default is not dataclasses.MISSING:
-        return field(default=item.default)
-    return field()
-
-
-def _optional(hint: Any) -> tuple[Any, Any]:
-    return hint | None, field(default=None)
 
 
 def _as_written(value: Any) -> Any:
@@ -114,11 +65,11 @@ Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # t
     CLASSIFIER_TRAIN,
     NOISED_CLIP_TRAIN,
 ) = (
-    _section(f"{kind} train", CONFIGS[kind])
+    section(f"{kind} train", CONFIGS[kind])
     for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 )
 
-PRETRAINED = _section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
+PRETRAINED = section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
 
 
 @dataclass(frozen=True)
@@ -203,11 +154,6 @@ class Sampler:
     """Said if and only if there is a prior."""
 
 
-def _model(config: type, *derived: str) -> Any:
-    """What a recipe may change of a preset's model: every field that is not derived, none of them required."""
-    return _optional(_section(f"{config.__name__} changes", config, drop=DERIVED | {*derived}, partial=True))
-
-
 if typing.TYPE_CHECKING:  # sections are made at import, which no type checker can follow
     Source: typing.TypeAlias = Any
     Download: typing.TypeAlias = Any
@@ -222,24 +168,24 @@ if typing.TYPE_CHECKING:  # sections are made at import, which no type checker c
     NoisedClip: typing.TypeAlias = Any
     Evaluate: typing.TypeAlias = Any
 else:
-    Source = _section("source", SourceSpec, SourceHow, drop={"urls"}, urls=_optional(str))
-    Download = _section("download", DownloadSpec, DownloadHow)
-    Embed = _section("embed", EmbedSpec, PoolHow)
-    Clip = _section(
-        "clip", FitHow, model=_optional(OpenClip), train=_optional(CLIP_TRAIN), pretrained=_optional(PRETRAINED)
+    Source = section("source", SourceSpec, SourceHow, drop={"urls"}, urls=optional(str))
+    Download = section("download", DownloadSpec, DownloadHow)
+    Embed = section("embed", EmbedSpec, PoolHow)
+    Clip = section(
+        "clip", FitHow, model=optional(OpenClip), train=optional(CLIP_TRAIN), pretrained=optional(PRETRAINED)
     )
-    Prior = _section("prior", FitHow, model=_model(PriorConfig), train=(PRIOR_TRAIN, field()))
-    ArPrior = _section("ar_prior", FitHow, model=_model(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
-    Decoder = _section("decoder", FitHow, model=_model(DecoderConfig), train=(DECODER_TRAIN, field()))
-    Inpainter = _section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()))
-    Upsampler = _section("upsampler", FitHow, model=_model(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
+    Prior = section("prior", FitHow, model=changes(PriorConfig), train=(PRIOR_TRAIN, field()))
+    ArPrior = section("ar_prior", FitHow, model=changes(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
+    Decoder = section("decoder", FitHow, model=changes(DecoderConfig), train=(DECODER_TRAIN, field()))
+    Inpainter = section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()))
+    Upsampler = section("upsampler", FitHow, model=changes(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
     # Both read what their decoder draws, under its noise.
-    ENCODER = _model(HalfUNetConfig, "schedule", "timesteps")
-    Classifier = _section(
+    ENCODER = changes(HalfUNetConfig, "schedule", "timesteps")
+    Classifier = section(
         "classifier", FitHow, labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field())
     )
-    NoisedClip = _section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
-    Evaluate = _section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=_optional(str))
+    NoisedClip = section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
+    Evaluate = section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=optional(str))
 
 
 @dataclass(frozen=True)
@@ -283,6 +229,12 @@ class Recipe:
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
         if self.clip.model is not None and self.clip.train is None:
             raise Refused("clip: `model` is given without `train`")
+        vision = {} if self.clip.model is None else self.clip.model["vision_cfg"]
+        if self.clip.workers > 1 and isinstance(vision.get("layers"), list):
+            raise Refused(
+                f"clip.workers is {self.clip.workers}, and a ResNet's batch norms would see each worker's samples "
+                "alone; use 1 worker, or a vision transformer"
+            )
         priors = 2 - [self.prior, self.ar_prior].count(None)
         if self.prompts_only and (priors or self.sampling.prior is not None):
             raise Refused(
@@ -324,15 +276,6 @@ class Recipe:
         if changed is None and self.models in PRESETS:
             changed = PRESETS[self.models].decoder.image
         return changed is False
-
-
-def said(section: Any) -> dict[str, Any]:
-    """What a partial section says (fields that are not None)."""
-    if section is None:
-        return {}
-    return {
-        item.name: value for item in dataclasses.fields(section) if (value := getattr(section, item.name)) is not None
-    }
 
 
 def names() -> list[str]:

@@ -15,7 +15,8 @@ from infra.errors import Refused
 from infra.ledger import Entry, Ledger
 from infra.manifest import Manifest, Record, digest_file, document, object_name, read_object
 from infra.store import NotFound, Store
-from pipelines.release import CHAMPION, after, cache, find, judged_against
+from pipelines.opening import CHAMPION, cache, find
+from pipelines.release import after, judged_against
 from pipelines.stage import plain
 
 if TYPE_CHECKING:
@@ -158,10 +159,14 @@ def summary(store: Store, name: str, made: dict[str, Manifest], store_uri: str, 
     yield f'generate   unclip generate "a large red circle on a white background" -n 4{release}{option} --out grid.png'
 
 
+def views(store: Store) -> Path:
+    """The folder of all copies for people that were made on this machine."""
+    return (cache() if store.uri.startswith("s3://") else Path(store.uri)) / "view"
+
+
 def unfolded(store: Store, version: str, records: list[Record]) -> Path:
     """A folder where a person finds these small files (grids, report): view/ in a local store, else in the cache."""
-    local = not store.uri.startswith("s3://")
-    folder = (Path(store.uri) / "view" if local else cache() / "view") / version[:12]
+    folder = views(store) / version[:12]
     for record in records:
         for name, file in record.files.items():
             target = folder / name

@@ -5,20 +5,28 @@ use it. It is self-contained and deterministic: equal inputs give equal bytes, s
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.manifest import Action, Manifest, Record, digest_file, object_name, read_object
 from infra.store import Store
 from pipelines import scores
 from pipelines.data import reconcile
-from pipelines.release import CHAMPION, PROMOTION, VERDICT
+from pipelines.opening import CHAMPION
+from pipelines.rejected import examples
+from pipelines.release import PROMOTION, VERDICT
+from pipelines.select import OVER
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 PAGE = "report.html"
@@ -30,6 +38,7 @@ STEPS = (
     ("embed", "embedded"),
     ("curate", "kept by curate: what the models train on"),
 )
+THUMBNAIL = 96  # pixels of the longer side of an example
 GRIDS = {"failures": "What the judge found wrong"}
 
 
@@ -96,6 +105,7 @@ def contents(store: Store, stages: dict[str, Manifest]) -> dict[str, Any]:
         "rows": stages["source"].rows,
         "final": _final(final, stages["source"].rows),
         "waterfall": _waterfall(stages),
+        "rejected": _rejected(store, stages),
         "similarity": _similarity(measured),
         "headline": _headline(measured),
         "kinds": _kinds(measured),
@@ -131,6 +141,33 @@ def _waterfall(stages: dict[str, Manifest]) -> list[dict[str, Any]]:
         {"label": label, "rows": rows, "lost": gone, "share": rows / max(left[0], 1), "gone": gone / max(left[0], 1)}
         for (_, label), rows, gone in zip(STEPS, left, lost, strict=True)
     ]
+
+
+def _rejected(store: Store, stages: dict[str, Manifest]) -> list[dict[str, Any]]:
+    """What each rule of filter and curate took: how many rows, and the first of them, with their pictures."""
+    out = []
+    for group, over in OVER.items():
+        selection = stages[group]
+        for rule, some in examples(store, group, stages[over.stage], selection).items():
+            shown = [{"uid": one.uid, "caption": one.caption, "uri": _thumbnail(one.image)} for one in some]
+            out.append({"group": group, "rule": rule, "count": selection.states[rule], "examples": shown})
+    return out
+
+
+def shows(page: bytes, uids: Iterable[bytes]) -> bool:
+    """Whether one of these samples is among the examples of a page, which names each by the first digits of its uid."""
+    named = {*re.findall(rb"<code>([0-9a-f]{12})</code>", page)}
+    return any(uid.hex()[:12].encode() in named for uid in uids)
+
+
+def _thumbnail(image: Image | None) -> str | None:
+    """A small copy of a picture as a data URI."""
+    if image is None:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _headline(measured: dict[str, Any]) -> list[dict[str, Any]]:

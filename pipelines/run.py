@@ -25,6 +25,7 @@ from pipelines import workflow
 from pipelines.console import Console
 from pipelines.execute import Execution
 from pipelines.explain import blaming
+from pipelines.gc import announced
 from pipelines.graph import chosen
 from pipelines.prompts import read_prompts
 from pipelines.scores import check_name
@@ -91,6 +92,7 @@ def run_recipe(
 
     with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
         names = chosen(job.stages, until, only)
+        stack.enter_context(announced(job.store))
         tracking = job.recipe.tracking
         uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store)
         if tracking.required:

@@ -22,6 +22,7 @@ from infra.manifest import Action, Manifest, Record, object_name
 from infra.rows import INDEX, KEPT, SELECTION, embedded
 from infra.store import Store
 from pipelines.rules import Rule
+from pipelines.rules.picture import MEASURES, measured
 from pipelines.stage import plain
 
 LOOK = "look.parquet"
@@ -29,15 +30,17 @@ LOOK = "look.parquet"
 
 @dataclass(frozen=True)
 class Over:
-    """What rules are applied to: the stage whose shards they are, the file of rows in each, and its columns."""
+    """What rules are applied to: the stage whose shards they are, the file of rows in each, its columns (to which those
+    come that are kept from the list), and the tar of its pictures, of which more can be measured."""
 
     stage: str
     file: str
     columns: tuple[str, ...]
+    pictures: str | None = None
 
 
 OVER = {
-    "filter": Over("download", "index.parquet", tuple(INDEX.names)),
+    "filter": Over("download", "index.parquet", (*INDEX.names, *MEASURES), "images.tar"),
     "curate": Over("embed", "rows.parquet", tuple(embedded(1).names)),
 }
 
@@ -56,18 +59,33 @@ class _Selecting:
     group: str
     """filter or curate."""
     rules: tuple[Rule, ...] = ()
+    kept: tuple[str, ...] = ()
+    """Columns of the list that the rows of download have too."""
 
     def __post_init__(self) -> None:
         names = [rule.rule for rule in self.rules]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise Refused(f"{self.group}.rules has {twice[0]!r} twice; a row's state would not say which one it was")
         for rule in self.rules:
-            if missing := set(rule.columns) - set(self.over.columns):
-                there = [name for name, over in OVER.items() if set(rule.columns) <= set(over.columns)]
+            if missing := set(rule.columns) - self._columns(self.group):
+                there = [f"put it under {name}.rules" for name in OVER if set(rule.columns) <= self._columns(name)]
+                advice = (
+                    there[0]
+                    if there
+                    else "name the list's column in source.columns.keep, for a rule under filter.rules"
+                )
                 raise Refused(
                     f"{self.group}.rules: {rule.rule} reads {', '.join(sorted(missing))}, which the rows of "
-                    f"{self.over.stage} do not have; put it under {there[0]}.rules"
+                    f"{self.over.stage} do not have; {advice}"
                 )
+
+    def _columns(self, group: str) -> set[str]:
+        return {*OVER[group].columns, *(self.kept if group == "filter" else ())}
+
+    @property
+    def measures(self) -> list[str]:
+        """What must be measured of each picture for these rules."""
+        return sorted({column for rule in self.rules for column in rule.columns} & MEASURES.keys())
 
     @property
     def over(self) -> Over:
@@ -111,14 +129,19 @@ class Look(_Selecting):
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (data,) = inputs
         for record in data.records:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (record.sha(self.over.file),))
+            files = [self.over.file, *([self.over.pictures] if self.over.pictures and self.measures else [])]
+            yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(record.sha(file) for file in files))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         with pq.ParquetFile(store.local(object_name(action.inputs[0]))) as file:
             asked = {"uid", "state", *(column for rule in self.rules for column in rule.columns)}
+            asked |= {"offset", "length"} if self.measures else set()
             rows = file.read([name for name in file.schema_arrow.names if name in asked])
         if "state" in rows.column_names:
             rows = rows.filter(pc.equal(rows["state"], KEPT))
+        if self.measures:
+            with open(store.local(object_name(action.inputs[1])), "rb") as pictures:
+                rows = measured(rows, pictures, self.measures)
         columns: dict[str, Any] = {"uid": rows["uid"]}
         for rule in self.rules:
             look = rule.look(rows)
@@ -199,8 +222,10 @@ def _apply(rule: Rule, stream: Iterator[Judged]) -> Iterator[Judged]:
 
     def survivors() -> Iterator[pa.Table]:
         for look, rules in stream:
-            pending.append((look, rules))
             names = [name for name in look.column_names if name.startswith(prefix)]
+            pending.append(
+                (look.drop_columns(names), rules)
+            )  # a rule that waits for all looks holds no more than it must
             mine = look.select(names).rename_columns([name.removeprefix(prefix) for name in names])
             yield mine.filter(pa.array(rules == None))  # noqa: E711 - elementwise
 

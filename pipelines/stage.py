@@ -67,14 +67,15 @@ class PoolHow:
 def plain(spec: Any) -> Any:
     """A frozen dataclass (or mapping, tuple, scalar) as plain JSON, for `Action.spec`.
 
-    A field whose metadata says `later` is left out at its default: the keys of what was made before it stay valid.
+    A field whose metadata says `later` is left out at its default: the keys of what was made before it stay valid. One
+    whose metadata says `how` is left out always: a digest beside it says what is there.
     """
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         values = {field: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         return {
             field.name: plain(value)
             for field, value in values.items()
-            if not (field.metadata.get("later") and value == field.default)
+            if not field.metadata.get("how") and not (field.metadata.get("later") and value == field.default)
         }
     if isinstance(spec, dict):
         return {str(key): plain(value) for key, value in spec.items()}

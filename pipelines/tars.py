@@ -19,7 +19,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.manifest import Block, Record, canonical, object_name
+from infra.manifest import Action, Block, Record, canonical, object_name
 from infra.rows import INDEX, KEPT, SOURCE
 from infra.store import Store
 from pipelines.pictures import Picture
@@ -108,18 +108,15 @@ class ShardWriter:
         self._early[position] = (_holding(got, b""), self._spool.seek(0, io.SEEK_END), len(data))
         self._spool.write(data)
 
-    def index(self) -> tuple[list[Block], Counter[str]]:
-        """Writes the index once every row has its state; returns its blocks, and how many rows are in each state."""
+    def index(self) -> pa.Table:
+        """The index, once every row has its state: ours, and the columns of the slice that are to be kept."""
         count = len(self._index)
         if count != len(self._rows):
             raise RuntimeError(f"{len(self._rows)} rows went in and {count} came out")
         keep = self._table.drop_columns(SOURCE.names)
         columns = {name: [line.get(name) for line in self._index] for name in INDEX.names}
         columns |= {name: keep[name] for name in keep.column_names}
-        made = pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
-        pq.write_table(made, self._out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
-        blocks = [Block(TABLE, first, min(BLOCK_ROWS, count - first)) for first in range(0, count, BLOCK_ROWS)]
-        return blocks, Counter(line["state"] for line in self._index)
+        return pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
 
     def _go_on(self) -> None:
         """Writes all rows that are next in list order and known."""
@@ -156,6 +153,15 @@ class ShardWriter:
             member.size = len(data)
             self._tar.addfile(member, io.BytesIO(data))
         return offset
+
+
+def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Record:
+    """Writes the index beside the tar in `out`, and returns the record of both."""
+    pq.write_table(index, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
+    rows = index.num_rows
+    blocks = [Block(TABLE, first, min(BLOCK_ROWS, rows - first)) for first in range(0, rows, BLOCK_ROWS)]
+    states = Counter(index["state"].to_pylist())
+    return Record.of(action, out, states=states, blocks=blocks, generation=generation)
 
 
 def _members(line: Mapping[str, Any], picture: Picture, extension: str) -> Members:

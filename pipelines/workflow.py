@@ -18,9 +18,11 @@ from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
 from pipelines.prompts import read_prompts
-from pipelines.recipe import Recipe, Sampler, part, said
+from pipelines.recipe import Recipe, Sampler
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
+from pipelines.rules import opened
+from pipelines.sections import part, said
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
@@ -197,17 +199,22 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
     measured = [Gamma.beside(recipe.prior)] if asked else []
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
+    with blaming("filter.rules"):
+        filtering = tuple(opened(rule) for rule in recipe.filter.rules)
+    with blaming("curate.rules"):
+        curating = tuple(opened(rule) for rule in recipe.curate.rules)
+    kept = recipe.source.columns.keep
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
     return [
         Source(part(recipe.source, SourceSpec), SourceHow(inputs.urls), inputs.list_digests),
         Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow)),
-        Look("filter", recipe.filter.rules),
-        Select("filter", recipe.filter.rules),
+        Look("filter", filtering, kept),
+        Select("filter", filtering, kept),
         clip,
         Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
-        Look("curate", recipe.curate.rules),
-        Select("curate", recipe.curate.rules),
+        Look("curate", curating, kept),
+        Select("curate", curating, kept),
         Statistics(),
         *fits,
         *measured,

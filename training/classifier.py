@@ -18,9 +18,10 @@ from infra.store import Store
 from training.data import Batch, Data, Place, Reads, picture
 from training.job import Job
 from training.labels import MISSING, Labels, class_table
-from training.objectives import Losses, Noised, to_unit
+from training.objectives import Losses, Noised
 from training.parallel import Group
 from unclip.classifier import Classifier, ClassifierConfig
+from unclip.pictures import to_unit
 
 
 class ClassifierObjective(Noised):

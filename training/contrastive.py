@@ -19,11 +19,12 @@ from infra.manifest import Manifest, object_name
 from infra.store import Store
 from training.data import Batch, Reads, decode, picture
 from training.job import ClipTrain, Job
-from training.objectives import Losses, Noised, to_unit
+from training.objectives import Losses, Noised
 from training.parallel import Group
 from unclip.clip import Clip, Preprocess, build, check, clip_widths
 from unclip.folder import CONFIG, read_json
-from unclip.noised_clip import NoisedClip
+from unclip.noised_clip import MAX_SCALE, NoisedClip
+from unclip.pictures import to_unit
 from unclip.schedule import Schedule
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 
@@ -41,6 +42,15 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor, group: Group) -> T
     by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
     by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
     return (by_image + by_text) / 2
+
+
+@torch.no_grad()
+def bound_(logit_scale: nn.Parameter, most: float) -> None:
+    """Puts the logarithm of an inverse temperature that a step has led beyond `most` back on its bound.
+
+    A clamp in the forward pass alone would give it no gradient from there on, and hold it for good.
+    """
+    logit_scale.clamp_(max=math.log(most))
 
 
 class ClipObjective:
@@ -70,8 +80,8 @@ class ClipObjective:
         pictures = self._noised(batch) if self.options.noised else batch.tensors["image"]
         images = network.encode_image(self.preprocess(pictures), normalize=True)
         texts = network.encode_text(batch.tensors["tokens"], normalize=True)
-        scale = network.logit_scale.clamp(max=math.log(self.options.max_scale)).exp()
-        return Losses(contrastive(images, texts, scale, group))
+        bound_(network.logit_scale, self.options.max_scale)
+        return Losses(contrastive(images, texts, network.logit_scale.exp(), group))
 
     def _noised(self, batch: Batch) -> Tensor:
         """The batch's pictures, float in the scale of [0, 1], a share of them noised to a timestep of their own."""
@@ -123,4 +133,5 @@ class NoisedClipObjective(Noised):
         t, noise = self._noise(clip.schedule, x0, batch)
         images = F.normalize(clip(clip.schedule.q_sample(x0, noise, t), t), dim=1)
         texts = F.normalize(batch.tensors["text_embedding"], dim=1)
+        bound_(clip.logit_scale, MAX_SCALE)
         return Losses(contrastive(images, texts, clip.scale, group), t / len(clip.schedule))

@@ -12,9 +12,10 @@ from infra.store import Store
 from training.data import Batch, Reads, picture
 from training.job import DecoderTrain, InpainterTrain, Job
 from training.masks import random_masks
-from training.objectives import Conditioned, Diffusion, Losses, to_unit
+from training.objectives import Conditioned, Diffusion, Losses
 from training.parallel import Group
 from unclip.decoder import Context, Decoder
+from unclip.pictures import to_unit
 
 
 class DecoderObjective(Conditioned, Diffusion):

@@ -70,6 +70,7 @@ def train(
         )
     torch.manual_seed(config.seed)
     model = task.build().to(device).train()
+    check_divisible(job.stage, model, group.ranks)
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
     state = State(config, model)
@@ -104,6 +105,15 @@ def train(
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
     if group.rank == 0:
         finish(checkpoints, store, state, job, task)
+
+
+def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
+    """Raises Refused for a model whose samples cannot lie on so many workers: one with statistics of the batch."""
+    if workers > 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise Refused(
+            f"{stage}: this model has batch norms (a ResNet's), which would see each worker's samples alone, so that "
+            f"{workers} workers would train another model than one. Use one worker, or a vision transformer."
+        )
 
 
 class State:

@@ -31,6 +31,7 @@ from unclip.clip import clip_widths
 from unclip.corrupt import FULL, LIGHT, bsr, gaussian_blur
 from unclip.decoder import Decoder
 from unclip.losses import hybrid_loss, simple_loss, weights
+from unclip.pictures import to_unit
 from unclip.prior import DiffusionPrior
 from unclip.schedule import Schedule
 from unclip.upsampler import Upsampler
@@ -297,11 +298,6 @@ def sample_dots(store: Store, rows: str, selection: str, least: int = DOTS) -> T
         image, text = (torch.from_numpy(matrix(table[name])[place.keep]).double() for name in columns)
         dots.append((image * text).sum(1))
     return torch.cat(dots) if dots else torch.zeros(0, dtype=torch.float64)
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 [b, 3, h, w] → float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def read_text(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:

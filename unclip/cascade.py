@@ -8,34 +8,31 @@ like does not depend on which others are made beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unclip.ar_prior import AutoregressivePrior, write_tokens
+from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import Clip, clip_widths
 from unclip.clip_text import Text
 from unclip.decoder import Decoder
+from unclip.draw import Bind, Extra, Prior, draw, draw_embeddings, in_tiles
 from unclip.errors import Refused
-from unclip.fit import check_fit, check_guides
+from unclip.fit import check_fit, check_gamma, check_guides
 from unclip.guidance import Network, conditional
 from unclip.guides import Guides
 from unclip.layers import fold_upsampling
-from unclip.prior import DiffusionPrior
+from unclip.pictures import to_uint8
 from unclip.progress import Callback, Report, Reporter
-from unclip.samplers import SAMPLERS, noise_for
 from unclip.sampling import Sampling, check_sampling, guided, in_range
-from unclip.schedule import Denoiser, Prediction, Schedule
 from unclip.text import Caption
 from unclip.upsampler import WORKSPACE, Upsampler, filled_up
-
-Prior = DiffusionPrior | AutoregressivePrior
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -73,13 +70,14 @@ class UnCLIP:
             None if inpainter is None else inpainter.config,
         )
         self.tile, self.gamma, self.guides = tile, dict(gamma or {}), guides or Guides()
-        configs = {name: model.config for name, model in self.guides.models.items()}
-        check_guides(decoder.config, clip.embedding_width, configs)
+        check_guides(decoder.config, clip.embedding_width, {n: m.config for n, m in self.guides.models.items()})
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         self.inpainter = inpainter
         given = dict(sampling or {})
         if unknown := sorted(set(given) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this cascade has {', '.join(self.components)}")
+        processes = {name: getattr(model.config, "timesteps", None) for name, model in self._sampled.items()}
+        check_gamma({name: len(table) for name, table in self.gamma.items()}, processes)
         self.sampling = {name: given.get(name, Sampling()) for name in self.components}
         self._check_sampling(self.sampling)
         for model in self._models:
@@ -89,7 +87,12 @@ class UnCLIP:
     @property
     def components(self) -> list[str]:
         """Names of the models that are sampled, in order."""
-        return [*(["prior"] if self.prior else []), "decoder", *self.by_side]
+        return list(self._sampled)
+
+    @property
+    def _sampled(self) -> dict[str, Prior | Decoder | Upsampler]:
+        first = {} if self.prior is None else {"prior": self.prior}
+        return {**first, "decoder": self.decoder, **self.by_side}
 
     @property
     def by_side(self) -> dict[str, Upsampler]:
@@ -152,9 +155,9 @@ class UnCLIP:
         if len(seeds) != len(prompts):
             raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
         guides = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
-        chosen = self._chosen(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
+        chosen = self.settings(sampling, {"guidance": guidance, **guides}, {"guidance": prior_guidance})
         self.clip.tell_cut(prompts)
-        tiles = list(_tiles(len(prompts), self.tile))
+        tiles = list(in_tiles(len(prompts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
             words, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
@@ -196,16 +199,16 @@ class UnCLIP:
             )
         if known is not None and self.inpainter is None:
             raise Refused("this release has no inpainter: a decoder that was trained to fill in")
-        chosen = self._chosen(sampling, {"guidance": guidance})
+        chosen = self.settings(sampling, {"guidance": guidance})
         self.clip.tell_cut(texts)
-        tiles = list(_tiles(len(texts), self.tile))
+        tiles = list(in_tiles(len(texts), self.tile))
         pictures = []
         for tile, rows in enumerate(tiles):
             report = Reporter(callback, tile, len(tiles))
             numbers = [seeds[row] for row in rows]
             begin, z = (None if part is None else part[rows].to(self.device) for part in (start, embeddings))
             told = None if known is None else (known[0][rows].to(self.device), known[1][rows].to(self.device))
-            extra = _Extra(begin, depth, bind, rows, told)
+            extra = Extra(begin, depth, bind, rows, told)
             shown = self._render(z, self.captions([texts[row] for row in rows]), numbers, chosen, report, extra)
             pictures.append(shown[: len(texts) - rows[0]])
         return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
@@ -223,7 +226,7 @@ class UnCLIP:
         seeds: Sequence[int],
         chosen: Mapping[str, Sampling],
         report: Report,
-        extra: _Extra | None = None,
+        extra: Extra | None = None,
     ) -> Tensor:
         """Decoder and upsamplers, one tile: uint8 on the host."""
         x = self.sample_decoder(embedding, caption, seeds, chosen["decoder"], report, extra)
@@ -241,45 +244,9 @@ class UnCLIP:
 
         Raises Refused where there is no prior.
         """
-        prior = self.prior
-        if prior is None:
+        if self.prior is None:
             raise Refused("this release has no prior: its decoder draws from prompts alone")
-        context: Any = prior.context(*text)
-        null: Any = prior.null_context(len(seeds))
-        if isinstance(prior, DiffusionPrior):
-            # What the captions say is the same at every step, and for every candidate.
-            context, null = prior.read(context), prior.read(null)
-        found = [
-            self._draw_prior(prior, f"prior/{k}", context, null, seeds, sampling, callback)
-            for k in range(sampling.candidates)
-        ]
-        stacked = torch.stack(found)
-        best = (stacked * text.embedding).sum(2).argmax(0)
-        return stacked[best, torch.arange(len(seeds), device=stacked.device)]
-
-    def _draw_prior(
-        self,
-        prior: Prior,
-        stream: str,
-        context: Any,
-        null: Any,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        callback: Report | None,
-    ) -> Tensor:
-        """One candidate [b, d]: by denoising from captions that were read, or token by token, each a step."""
-        if isinstance(prior, DiffusionPrior):
-            denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
-            z = self._sample(stream, denoise, prior.schedule, seeds, (prior.config.embedding,), sampling, callback)
-            return prior.destandardise(z)
-
-        def report(step: int, tokens: Tensor) -> None:
-            if callback is not None:
-                callback("prior", step, prior.config.tokens, prior.embedding(tokens))
-
-        noise = noise_for(seeds, (prior.config.buckets,), stream=stream, device=self.device)
-        settings = {"guidance": sampling.guidance, "temperature": sampling.temperature}
-        return prior.embedding(write_tokens(prior, context, null, noise, callback=report, **settings))
+        return draw_embeddings(self.prior, text, seeds, sampling, gamma=self.gamma.get("prior"), report=callback)
 
     @torch.no_grad()
     def sample_decoder(
@@ -289,7 +256,7 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
-        extra: _Extra | None = None,
+        extra: Extra | None = None,
     ) -> Tensor:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d], if the decoder takes them, and
         `captions`."""
@@ -304,7 +271,10 @@ class UnCLIP:
         text = self.clip.text(*caption).embedding if len(caption) == 1 and sampling.clip_guidance else caption[0]
         denoise = self.guides.guide(denoise, text, sampling, decoder.schedule)
         denoise = in_range(denoise, sampling, decoder.schedule)
-        return self._sample("decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, callback, extra)
+        gamma = self.gamma.get("decoder")
+        return draw(
+            "decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, self.device, gamma, callback, extra
+        )
 
     @torch.no_grad()
     def sample_upsampler(
@@ -314,7 +284,7 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
-        extra: _Extra | None = None,
+        extra: Extra | None = None,
         *,
         workspace: int = WORKSPACE,
         hold: torch.device | str | None = None,
@@ -340,43 +310,20 @@ class UnCLIP:
         denoise = in_range(conditional(network, low), sampling, upsampler.schedule)
         extra = extra and extra._replace(start=None, depth=1.0)
         name = f"upsampler-{config.size}"
-        x = self._sample(name, denoise, upsampler.schedule, seeds, shape, sampling, report, extra)
+        gamma = self.gamma.get(name)
+        x = draw(name, denoise, upsampler.schedule, seeds, shape, sampling, self.device, gamma, report, extra)
         return x[:, :, :height, :width]
 
-    def _sample(
+    def settings(
         self,
-        stream: str,
-        denoise: Denoiser,
-        schedule: Schedule,
-        seeds: Sequence[int],
-        shape: Sequence[int],
-        sampling: Sampling,
-        callback: Report | None,
-        extra: _Extra | None = None,
-    ) -> Tensor:
-        noise = noise_for(seeds, shape, stream=stream, device=self.device)
-        options = sampling.options(pictures=len(shape) > 1, gamma=self.gamma.get(stream.split("/")[0]))
-        steps = schedule.respace(sampling.steps)
-        x = noise(0)
-        if extra is not None:
-            x = x if extra.start is None else extra.start
-            steps = last_steps(steps, extra.depth)
-            if extra.bind is not None:
-                denoise = extra.bind(denoise, stream, extra.rows, seeds)
-
-        def report(step: int, _x: Tensor, prediction: Prediction) -> None:
-            if callback is not None:
-                callback(stream.split("/")[0], step, len(steps), prediction.x0)
-
-        return SAMPLERS[sampling.sampler](denoise, x, steps, noise=noise, callback=report, **options)
-
-    def _chosen(
-        self,
-        sampling: Mapping[str, Sampling] | None,
-        decoder: Mapping[str, Any],
+        sampling: Mapping[str, Sampling] | None = None,
+        decoder: Mapping[str, Any] = MappingProxyType({}),
         prior: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Sampling]:
-        """The settings of each component; of decoder and prior, those fields that are not None replaced."""
+        """The settings of each component: the release's, replaced by `sampling` for those that it names.
+
+        decoder, prior: fields of theirs to replace, those that are not None. Raises Refused for impossible settings.
+        """
         if unknown := sorted(set(sampling or {}) - set(self.components)):
             raise Refused(f"sampling names {', '.join(unknown)}; this release has {', '.join(self.components)}")
         chosen = self.sampling | dict(sampling or {})
@@ -390,46 +337,10 @@ class UnCLIP:
 
     def _check_sampling(self, sampling: Mapping[str, Sampling]) -> None:
         """Raises Refused for a setting that its model has no use for."""
-        models: dict[str, Prior | Decoder | Upsampler] = {"decoder": self.decoder, **self.by_side}
-        if self.prior is not None:
-            models["prior"] = self.prior
         for name, settings in sampling.items():
-            model = models[name]
+            model = self._sampled[name]
             written = isinstance(model, AutoregressivePrior)
             check_sampling(name, settings, written=written, gamma=name in self.gamma)
-            if not isinstance(model, AutoregressivePrior) and settings.steps > len(model.schedule):
-                raise Refused(f"{name} has {len(model.schedule)} timesteps, and cannot take {settings.steps} steps")
+            if not isinstance(model, AutoregressivePrior) and settings.steps > model.config.timesteps:
+                raise Refused(f"{name} has {model.config.timesteps} timesteps, and cannot take {settings.steps} steps")
         self.guides.check(sampling["decoder"])
-
-
-def last_steps(schedule: Schedule, depth: float) -> Schedule:
-    """The less noisy share `depth` of the steps of a process, at least one; depth in (0, 1]."""
-    if not 0 < depth <= 1:
-        raise Refused(f"the share of the steps to take must lie above 0 and be at most 1, not {depth}")
-    return schedule.keep(torch.arange(max(1, round(depth * len(schedule)))))
-
-
-Bind = Callable[[Denoiser, str, Sequence[int], Sequence[int]], Denoiser]
-"""(denoiser, component, rows of the pictures in this call, their seeds) → denoiser."""
-
-
-class _Extra(NamedTuple):
-    """What a manipulation changes in the sampling of one tile; see `UnCLIP.decode`."""
-
-    start: Tensor | None
-    depth: float
-    bind: Bind | None
-    rows: Sequence[int]
-    known: tuple[Tensor, Tensor] | None = None
-
-
-def _tiles(count: int, size: int) -> Iterator[list[int]]:
-    """Row numbers, `size` at a time; the last tile is filled up with its own last row."""
-    for first in range(0, count, size):
-        rows = list(range(first, min(first + size, count)))
-        yield rows + [rows[-1]] * (size - len(rows))
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] → uint8, rounded to the nearest."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -50,10 +50,22 @@ def check_fit(
 def _check_inpainter(inpainter: DecoderConfig, decoder: DecoderConfig) -> None:
     if not inpainter.inpaint:
         raise Refused("this inpainter has no channels for what is known of a picture (inpaint)")
-    for field in ("size", "image", "text"):
+    # The guides and the settings are the decoder's, so the process and its variances must be the same as well.
+    for field in ("size", "image", "text", "schedule", "timesteps", "learned_range"):
         one, other = getattr(inpainter, field), getattr(decoder, field)
         if one != other:
             raise Refused(f"this inpainter has {field} {one}, and the decoder {other}: it cannot draw in its place")
+
+
+def check_gamma(lengths: Mapping[str, int], timesteps: Mapping[str, int | None]) -> None:
+    """Raises Refused for a table of γ (unclip/analytic.py) that is of none of these models' processes.
+
+    lengths: model → entries of its table. timesteps: model → those of its process, None where it has none.
+    """
+    for name, length in lengths.items():
+        if timesteps.get(name) != length:
+            found = f"{timesteps[name]} timesteps" if timesteps.get(name) else "no process of noise"
+            raise Refused(f"gamma has {length} entries for the {name}, and this cascade's {name} has {found}")
 
 
 def check_guides(decoder: DecoderConfig, embedding: int, guides: Mapping[str, HalfUNetConfig]) -> None:

@@ -197,6 +197,20 @@ def dynamically_clipped(
     return clip
 
 
+def known(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, schedule: Schedule) -> Denoiser:
+    """A denoiser that may draw only where free [b, 1, h, w] is True; elsewhere stands `picture` [b, 3, h, w].
+
+    What the network sees of it is noised by `noise` to the step's level; schedule is the timesteps' own.
+    """
+
+    def denoise_free(x: Tensor, t: Tensor) -> Prediction:
+        seen = torch.where(free, x, schedule.q_sample(picture, noise, t))
+        prediction = denoise(seen, t)
+        return _with_x0(prediction, torch.where(free, prediction.x0, picture), x, t, schedule)
+
+    return denoise_free
+
+
 def _with_x0(prediction: Prediction, x0: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
     """Another clean sample, with the ε that agrees with it at x_t."""
     eps = (x - schedule.at("alpha", t, x) * x0) / schedule.at("sigma", t, x)

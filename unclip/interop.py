@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip import release
-from unclip.cascade import Sampling, UnCLIP
+from unclip.cascade import UnCLIP
 from unclip.clip import Clip
 from unclip.decoder import IMAGE_TOKENS, Decoder
 from unclip.errors import Refused
@@ -57,6 +57,7 @@ from unclip.interop_config import (
 )
 from unclip.interop_layout import PRIOR, TEXT_PROJ, UNET
 from unclip.prior import DiffusionPrior
+from unclip.sampling import Sampling
 from unclip.text import NullText
 from unclip.upsampler import Upsampler
 
@@ -95,13 +96,13 @@ class Exported:
     size: int
     """Side of the pictures that the pipelines will draw."""
     left_out: tuple[str, ...]
-    """Upsamplers, inpainter and guides of the release for which a pipeline has no place."""
+    """Tables of γ, upsamplers, inpainter and guides of the release for which a pipeline has no place."""
 
 
 def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported:
     """Writes a release as a folder for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline.
 
-    A pipeline holds one upsampler, no inpainter and no guide: others are left out, and named in the answer. Raises
+    A pipeline holds one upsampler, no inpainter, no guide and no γ: they are left out, and named in the answer. Raises
     Refused, with every reason, for what diffusers cannot hold, and where the folder has something in it already.
     """
     folder = Path(folder)
@@ -136,7 +137,8 @@ def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     inpainter = () if model.inpainter is None else ("inpainter",)
-    return Exported(upsampler.config.size, (*model.components[3:], *inpainter, *model.guides.models))
+    tables = (f"{name}/gamma" for name in model.gamma)
+    return Exported(upsampler.config.size, (*tables, *model.components[3:], *inpainter, *model.guides.models))
 
 
 def import_diffusers(

@@ -5,13 +5,14 @@ again. x_T comes from DDIM inversion under z_i (Song et al. 2020; Dhariwal & Nic
 changes one of the two and draws again.
 
 All functions take pictures as uint8 [n, 3, h, w] (RGB, any size; not square ones are cut to their centre) and return
-uint8 [m, 3, size, size] on the host. `sampling` and `guidance` are as in `UnCLIP.generate`.
+uint8 [m, 3, size, size] on the host. `sampling` and `guidance` are as in `UnCLIP.generate`; what draws from a picture's
+own x_T takes the decoder's steps and percentile of them alone, since x_T means nothing to another sampler or guide.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.cascade import UnCLIP, last_steps
+from unclip.cascade import UnCLIP
 from unclip.decoder import Decoder
+from unclip.draw import last_steps
 from unclip.errors import Refused
-from unclip.guidance import clipped, conditional
+from unclip.guidance import clipped, conditional, known
+from unclip.pictures import check_pictures, resized, square, to_unit
 from unclip.samplers import ddim_invert, noise_for
 from unclip.sampling import Sampling
-from unclip.schedule import Denoiser, Prediction, Schedule
+from unclip.schedule import Denoiser
 from unclip.upsampler import Upsampler
 
 
@@ -39,8 +42,10 @@ class Latents(NamedTuple):
 
 
 def unconditional(model: UnCLIP, n: int, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:
-    """n pictures of anything: the prior and the decoder under the empty text."""
+    """n pictures of anything: prior and decoder under the empty text, and no guide unless `options` name one."""
     _at_least_one(n)
+    if "decoder" not in (options.get("sampling") or {}):
+        options = {"labels": {}, "clip_guidance": 0.0} | options
     if model.prior is not None:
         options["prior_guidance"] = 1.0
     return model.generate([""] * n, seeds=seeds, **options)
@@ -77,7 +82,7 @@ def variations(
     eta from 0 (the picture itself, as far as the decoder can) to 1. Picture i's are rows i·n to i·n + n − 1.
     """
     _at_least_one(n)
-    latents = encode(model, pictures)
+    latents = _latents(model, pictures, options)
     rows = torch.arange(len(pictures)).repeat_interleave(n)
     return _draw(model, latents.embedding[rows], latents.start[rows], eta=eta, seeds=seeds, **options)
 
@@ -89,7 +94,8 @@ def interpolate(
 
     x_T goes along the great circle between theirs, or, if `fixed`, is one noise from `seed` for all of them.
     """
-    latents = encode(model, torch.stack([resized_square(first, model), resized_square(second, model)]))
+    both = torch.stack([resized_square(first, model), resized_square(second, model)])
+    latents = _latents(model, both, options)
     shares = _shares(steps)
     embedding = torch.cat([slerp(latents.embedding[:1], latents.embedding[1:], share) for share in shares])
     if fixed:
@@ -107,9 +113,13 @@ def interpolate_prompts(
     """`steps` pictures between two prompts: the prior's z_i of each, on the great circle between them, one x_T."""
     _check_draws_from_images(model)
     model.clip.tell_cut([first, second])
-    text = model.clip.encode_text([first, second])
-    ends = model.sample_prior(text, [seed, seed], model.sampling["prior"])
+    settings = _settings(model, options)
+    ends = _prior(model, [first, second], [seed, seed], settings)
+    assert ends is not None  # this release has a prior
     embedding = torch.cat([slerp(ends[:1], ends[1:], share) for share in _shares(steps)])
+    # The decoder is told no caption here, so there is none that CLIP could guide towards.
+    settings["decoder"] = replace(settings["decoder"], clip_guidance=0.0)
+    options["sampling"] = settings
     return model.decode(embedding, [""] * steps, seeds=[seed] * steps, **options)
 
 
@@ -123,7 +133,7 @@ def text_diff(
     """
     if not 0 < theta <= 1:
         raise Refused(f"theta is the share of the way toward the text, above 0 and at most 1, not {theta}")
-    latents = encode(model, resized_square(picture, model)[None])
+    latents = _latents(model, resized_square(picture, model)[None], options)
     model.clip.tell_cut([before, after])
     text = model.clip.encode_text([after, before]).embedding
     difference = text[:1] - text[1:]
@@ -147,14 +157,14 @@ def redraw(
     strength in (0, 1]: the share of the decoder's steps that is done again; 1 leaves nothing of the picture.
     """
     check_pictures(pictures)
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    seeds = _one_each(pictures, prompts, seeds)
     settings = _settings(model, options)
     schedule = last_steps(model.decoder.schedule.respace(settings["decoder"].steps), strength)
     base = to_unit(resized(square(pictures.to(model.device)), model.decoder.config.size))
     noise = noise_for(seeds, base.shape[1:], stream="decoder", device=model.device)
     top = torch.full((len(base),), len(schedule) - 1, device=model.device)
     start = schedule.q_sample(base, noise(0), top)
-    embedding = _prior(model, prompts, seeds)
+    embedding = _prior(model, prompts, seeds, settings)
     return model.decode(embedding, prompts, seeds=seeds, start=start, depth=strength, **options)
 
 
@@ -184,7 +194,7 @@ def inpaint(
             f"masks must be bool {(len(pictures), *pictures.shape[2:])}, one a picture, not "
             f"{str(masks.dtype).removeprefix('torch.')} {tuple(masks.shape)}"
         )
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    seeds = _one_each(pictures, prompts, seeds)
     shown = square(pictures.to(model.device))
     drawn = square(masks[:, None].to(model.device))
     networks: dict[str, Decoder | Upsampler] = {"decoder": inpainter or model.decoder, **model.by_side}
@@ -200,7 +210,8 @@ def inpaint(
         return known(denoise, picture, free, noise, network.schedule)
 
     told = at(inpainter.config.size, list(range(len(shown)))) if inpainter is not None else None
-    return model.decode(_prior(model, prompts, seeds), prompts, seeds=seeds, bind=bind, known=told, **options)
+    embedding = _prior(model, prompts, seeds, _settings(model, options))
+    return model.decode(embedding, prompts, seeds=seeds, bind=bind, known=told, **options)
 
 
 def probe(
@@ -211,9 +222,16 @@ def probe(
     basis [m, d], orthonormal rows by falling variance; mean [d] of raw image embeddings; dimensions: each k, at most m.
     x_T stays. Picture i's reconstructions are rows i·len(dimensions) and on.
     """
+    width = model.clip.embedding_width
+    if basis.ndim != 2 or basis.shape[1] != width or mean.shape != (width,):
+        raise Refused(
+            f"a basis of {list(basis.shape)} and a mean of {list(mean.shape)} are not of embeddings of {width}"
+        )
+    if not dimensions:
+        raise Refused("there is nothing to draw: no number of directions to keep")
     if any(not 0 <= k <= len(basis) for k in dimensions):
         raise Refused(f"this basis has {len(basis)} directions; the numbers to keep must lie in 0…{len(basis)}")
-    latents = encode(model, pictures)
+    latents = _latents(model, pictures, options)
     basis, mean = basis.to(model.device), mean.to(model.device)
     centred = latents.embedding - mean
     kept = [mean + (centred @ basis[:k].T) @ basis[:k] for k in dimensions]
@@ -243,54 +261,10 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     return ((left * a + right * b) * ((1 - share) * long_a + share * long_b)).view_as(first)
 
 
-def known(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, schedule: Schedule) -> Denoiser:
-    """A denoiser that may draw only where free [b, 1, h, w] is True; elsewhere stands `picture` [b, 3, h, w].
-
-    What the network sees of it is noised by `noise` to the step's level; schedule is the timesteps' own.
-    """
-
-    def denoise_free(x: Tensor, t: Tensor) -> Prediction:
-        seen = torch.where(free, x, schedule.q_sample(picture, noise, t))
-        prediction = denoise(seen, t)
-        x0 = torch.where(free, prediction.x0, picture)
-        eps = (x - schedule.at("alpha", t, x) * x0) / schedule.at("sigma", t, x)
-        return prediction._replace(x0=x0, eps=eps)
-
-    return denoise_free
-
-
-def check_pictures(pictures: Tensor) -> None:
-    """Raises Refused unless these are uint8 [n, 3, h, w]."""
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8 or 0 in pictures.shape:
-        kind = str(pictures.dtype).removeprefix("torch.")
-        raise Refused(f"pictures must be uint8 [n, 3, h, w], RGB, not {kind} {list(pictures.shape)}")
-
-
-def square(pictures: Tensor) -> Tensor:
-    """The centre of pictures [n, c, h, w], as large as their shorter side."""
-    height, width = pictures.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pictures[:, :, top : top + side, left : left + side]
-
-
-def resized(pictures: Tensor, side: int) -> Tensor:
-    """Square uint8 pictures [n, 3, s, s] at another side, bicubic and antialiased."""
-    if pictures.shape[2] == side:
-        return pictures
-    x = F.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
-    return x.round().clamp(0, 255).to(torch.uint8)
-
-
 def resized_square(picture: Tensor, model: UnCLIP) -> Tensor:
     """One picture [3, h, w] as a square of the release's size, so that two of different sizes go side by side."""
     check_pictures(picture[None])
     return resized(square(picture[None]), model.size)[0]
-
-
-def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
 
 
 def _at_least_one(n: int) -> None:
@@ -312,10 +286,20 @@ def _check_draws_from_images(model: UnCLIP) -> None:
         )
 
 
-def _prior(model: UnCLIP, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor | None:
+def _one_each(pictures: Tensor, prompts: Sequence[str], seeds: Sequence[int] | None) -> list[int]:
+    """The seeds, default 0, 1, 2, …; raises Refused unless each picture has one prompt and one seed."""
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if not len(pictures) == len(prompts) == len(seeds):
+        raise Refused(
+            f"{len(pictures)} pictures with {len(prompts)} prompts and {len(seeds)} seeds: give one of each a picture"
+        )
+    return seeds
+
+
+def _prior(
+    model: UnCLIP, prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Sampling]
+) -> Tensor | None:
     """The prior's z_i of each prompt and seed, in calls of the model's tile like `generate`'s; None without a prior."""
-    if len(prompts) != len(seeds):
-        raise Refused(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt")
     if model.prior is None:
         return None
     found = []
@@ -323,13 +307,20 @@ def _prior(model: UnCLIP, prompts: Sequence[str], seeds: Sequence[int]) -> Tenso
         words, numbers = list(prompts[first : first + model.tile]), list(seeds[first : first + model.tile])
         missing = model.tile - len(words)
         text = model.clip.encode_text(words + words[-1:] * missing)
-        z = model.sample_prior(text, numbers + numbers[-1:] * missing, model.sampling["prior"])
+        z = model.sample_prior(text, numbers + numbers[-1:] * missing, settings["prior"])
         found.append(z[: len(words)])
     return torch.cat(found)
 
 
-def _settings(model: UnCLIP, options: dict[str, Any]) -> dict[str, Sampling]:
-    return model.sampling | dict(options.get("sampling") or {})
+def _settings(model: UnCLIP, options: Mapping[str, Any]) -> dict[str, Sampling]:
+    """Those of each component, as `UnCLIP.decode` will take them from the same options."""
+    return model.settings(options.get("sampling"))
+
+
+def _latents(model: UnCLIP, pictures: Tensor, options: Mapping[str, Any]) -> Latents:
+    """`encode` over as many steps as `_draw` will take with the same options."""
+    _check_draws_from_images(model)
+    return encode(model, pictures, steps=_settings(model, options)["decoder"].steps)
 
 
 def _draw(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.ar_prior import AutoregressivePriorConfig
-from unclip.cascade import Sampling, UnCLIP
+from unclip.cascade import UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
 from unclip.errors import Damaged, Refused
 from unclip.fit import check_fit, check_guides
@@ -36,7 +36,7 @@ from unclip.folder import (
     write_json,
 )
 from unclip.guides import GUIDES, Guides, check_asked
-from unclip.sampling import check_sampling
+from unclip.sampling import Sampling, check_sampling
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"

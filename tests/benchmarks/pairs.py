@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.benchmarks.measure import Call, one_thread, peak_bytes
 from tests.fixtures.plain import shaken
-from unclip.cascade import Sampling, UnCLIP
+from unclip.cascade import UnCLIP
 from unclip.clip import Clip, Preprocess, build
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.interop import export_diffusers
@@ -30,6 +30,7 @@ from unclip.interop_layout import PRIOR, UNET
 from unclip.layers import fold_upsampling
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.samplers import noise_for
+from unclip.sampling import Sampling
 from unclip.upsampler import Upsampler, UpsamplerConfig
 
 SEEN = 24

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -185,3 +186,19 @@ def test_every_command_that_a_message_advises_exists() -> None:
     advised = set(re.findall(r"unclip ((?:data|releases) [a-z]+)", sources))
     assert advised
     assert advised <= known
+
+
+def test_what_is_put_again_is_young_again(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import infra.s3
+
+    monkeypatch.setattr(infra.s3, "RENEW_S", 0)
+    store = open_store(store_uri)
+    store.put_new("a/name", b"bytes")
+    (before,) = store.list("a/name")
+    time.sleep(1.1)  # S3 counts whole seconds
+    assert not store.put_new("a/name", b"others")
+    assert list(store.list("a/name")) == [before]
+    assert store.put_new("a/name", b"bytes")
+    (after,) = store.list("a/name")
+    assert after.modified > before.modified
+    assert store.get("a/name") == b"bytes"

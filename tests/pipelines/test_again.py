@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
-from infra.manifest import Manifest, Record, commit, newest
+from infra.manifest import Manifest, Record, commit, standing
 from infra.rows import KEPT
 from infra.store import Store, open_store
 from pipelines.download import PASSING, Download
@@ -36,7 +36,7 @@ def hasty(data: Data, tmp_path: Path) -> Any:
 
 
 def records(store: Store, stage: Download, listing: Manifest) -> list[Record]:
-    return [record for action in stage.actions(listing) if (record := newest(store, action)) is not None]
+    return [record for action in stage.actions(listing) if (record := standing(store, action)) is not None]
 
 
 def test_the_shards_end_as_if_the_rows_had_been_kept_at_once(data: Data, hasty: Any):

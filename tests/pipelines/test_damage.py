@@ -15,7 +15,7 @@ from infra.manifest import Action, Manifest, Record, commit, object_name, read_o
 from infra.store import LocalStore, open_store
 from pipelines import data, releases
 from pipelines.graph import resolve
-from pipelines.release import open_release
+from pipelines.opening import open_release
 from pipelines.shards import perform
 from tests.pipelines.test_graph import Double, Numbers
 

@@ -22,6 +22,7 @@ from infra.manifest import Action, Manifest, Record, object_name
 from infra.rows import INDEX, KEPT, uid
 from infra.store import Store, open_store
 from pipelines.download import DownloadHow, DownloadSpec, opted_out, user_agent
+from pipelines.inflight import completed
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.server import serve
 from pipelines.source import Columns
@@ -233,6 +234,15 @@ def test_blocked_rows_are_marked_and_their_hosts_not_asked(data: Data, tmp_path)
         for row in index.to_pylist():
             if "//a.shapes.test" in row["url"]:
                 assert row["state"] == "blocked"
+
+
+def test_results_come_as_they_are_done_and_few_wait():
+    started, taken = [], 0
+    for position, result in completed(lambda number: started.append(number) or number * 2, range(100), 4):
+        assert result == position * 2
+        taken += 1
+        assert len(started) - taken <= 8
+    assert taken == 100
 
 
 def headers(*values: str) -> Message:

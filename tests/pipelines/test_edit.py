@@ -12,15 +12,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from infra.errors import Refused
+from infra.manifest import Action, Manifest, Record, commit
+from infra.store import LocalStore
 from pipelines.cli import app
 from pipelines.edit import read_picture
 from pipelines.pictures import FORMATS
+from tests.fixtures.plain import ours, saved
 from tests.fixtures.release import SAMPLING, write_inpainter, write_parts, write_release
-from unclip import release
+from unclip import UnCLIP, manipulate, release
 from unclip.errors import Refused as Impossible
+from unclip.folder import read_json, write_json
+from unclip.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,32 @@ def test_inpainting_uses_the_releases_inpainter_unless_told_otherwise(here: Path
     assert rows["zero-shot"] == rows["without"]
     with pytest.raises(Impossible, match="has no inpainter"):
         edit(folder, "inpaint", "picture.png", "mask.png", "a", "--trained")
+
+
+def test_the_probe_draws_along_the_directions_of_the_releases_data(here: Path, folder: Path) -> None:
+    store, action = LocalStore(Path("store")), Action("statistics/1", {}, ())
+    basis, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
+    Path("out").mkdir()
+    save_file({"pca": basis.contiguous(), "image_mean": torch.full((32,), 3.0)}, "out/statistics.safetensors")
+    manifest = Manifest(action, (commit(store, action, Record.of(action, Path("out")), Path("out")),))
+    made_of = saved(ours(upsamplers=[], sampling={"decoder": Sampling(steps=8)}), here)
+    document = read_json(made_of / "release.json", "release")
+    write_json(made_of / "release.json", document | {"data": {"statistics": manifest.save(store)}})
+    edit(made_of, "probe", "picture.png", "--keep", 0, "--keep", 32)
+    made = np.asarray(Image.open("grid.png"))
+    side, margin, label = 96, 10, 150  # pipelines.grids: pictures of 16 px are shown six times as large
+    assert made.shape[1] == label + margin + 3 * (side + margin)
+    model, shown = UnCLIP.load(made_of), read_picture(Path("picture.png"))[None]
+    mean, itself = manipulate.probe(model, shown, basis, torch.full((32,), 3.0), [0, 32])
+    assert not torch.equal(mean, itself)
+    for place, wanted in ((1, mean), (2, itself)):
+        left, large = label + margin + place * (side + margin), wanted.permute(1, 2, 0).numpy()
+        column = made[:, left : left + side : 6]
+        assert any(np.array_equal(column[top : top + side : 6], large) for top in range(len(column) - side + 1))
+    with pytest.raises(Impossible, match="numbers to keep must lie in 0…32"):
+        edit(made_of, "probe", "picture.png", "--keep", 33)
+    with pytest.raises(Refused, match="says of no statistics in the store"):
+        edit(folder, "probe", "picture.png")
 
 
 @pytest.mark.parametrize(

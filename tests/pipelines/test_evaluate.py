@@ -18,8 +18,8 @@ from infra.manifest import Manifest, object_name
 from infra.store import Store, open_store
 from pipelines import grids, scores
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
+from pipelines.opening import open_release
 from pipelines.prompts import Prompt
-from pipelines.release import open_release
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import prompts
 from pipelines.stage import PoolHow

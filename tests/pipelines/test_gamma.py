@@ -21,7 +21,8 @@ from infra.store import Store, open_store
 from pipelines import recipe, workflow
 from pipelines.embed import load_clip
 from pipelines.gamma import Gamma, GammaSpec
-from pipelines.release import Bundle, BundleSpec, open_release, unfold
+from pipelines.opening import open_release, unfold
+from pipelines.release import Bundle, BundleSpec
 from pipelines.rules import ClipScore
 from pipelines.select import Look, Select
 from pipelines.stage import PoolHow, plain

@@ -17,7 +17,7 @@ from infra.monitor import NullMonitor
 from infra.store import Store, open_store
 from pipelines import recipe, workflow
 from pipelines.embed import Embed, EmbedSpec
-from pipelines.release import open_release
+from pipelines.opening import open_release
 from pipelines.rules import ClipScore, ExactDuplicates
 from pipelines.select import Look, Select
 from pipelines.shapes.links import parse_path

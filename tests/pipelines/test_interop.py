@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from infra.errors import Refused as InfraRefused
 from infra.store import open_store
 from pipelines.cli import app
-from pipelines.release import bundles, open_release
+from pipelines.opening import bundles, open_release
 from tests.fixtures.plain import ours, saved
 from unclip import UnCLIP
 from unclip.errors import Refused

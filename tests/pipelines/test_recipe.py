@@ -99,6 +99,12 @@ def test_a_recipe_has_one_prior() -> None:
         recipe.load("demo", ["prior=null", "ar_prior.train={steps: 7, t_std: 1}"])
 
 
+def test_a_resnets_clip_trains_on_one_worker() -> None:
+    with pytest.raises(Refused, match=r"clip\.workers is 2, and a ResNet's batch norms"):
+        recipe.load("demo", ["clip.workers=2"])
+    assert recipe.load("tiny", ["clip.workers=2"]).clip.workers == 2  # type: ignore[attr-defined]
+
+
 PROMPTS_ONLY = ("prior=null", "sampling.prior=null", "decoder.model={text: own, image: false}")
 
 

@@ -17,8 +17,11 @@ from pipelines import document, recipe, workflow
 from pipelines.explain import blaming
 
 RULES = """[{rule: size, min_side: 64}, {rule: aspect, max_ratio: 2}, {rule: caption}, {rule: exact_duplicates},
-            {rule: clip_score, min_score: 0.1}]"""
-MAY_BE_NEGATIVE = {"t_mean", "min_score", "init_logit_scale"}
+            {rule: clip_score, min_score: 0.1}, {rule: blank}, {rule: language, languages: [en]},
+            {rule: blocked_terms, terms: [x]}, {rule: near_duplicates}, {rule: watermark, column: a, max_score: 1},
+            {rule: nsfw, column: a, max_score: 1}, {rule: aesthetic, column: a, min_score: 1},
+            {rule: semantic_duplicates, min_cosine: 0.9}, {rule: contamination, images: a}]"""
+MAY_BE_NEGATIVE = {"t_mean", "min_score", "max_score", "min_cosine", "init_logit_scale"}
 
 
 def base(*changes: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from infra.ledger import Ledger
 from infra.manifest import Action, Manifest, Record, commit, object_name
 from infra.store import LocalStore, open_store
 from pipelines import releases
-from pipelines.release import Bundle, BundleSpec, Gate, GateSpec, Promote, find, open_release, unfold
+from pipelines.opening import find, open_release, unfold
+from pipelines.release import Bundle, BundleSpec, Gate, GateSpec, Promote
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line
 from tests.fixtures.stages import make, todo
 

@@ -71,6 +71,15 @@ def test_every_row_is_in_one_final_state_and_the_table_adds_up(page: str) -> Non
     assert "does not add up" not in table
 
 
+def test_what_each_rule_took_is_shown_with_its_first_rows(page: str) -> None:
+    table = page[page.index("<h3>What each rule took") : page.index("<h3>Final states")]
+    words = " ".join(Text(table).words)
+    assert "filter caption 4 x 010101010101 filter exact_duplicates 30 said <i>again</i> 000000000000" in words
+    assert "curate clip_score 16" in words
+    assert table.count("data:image/jpeg;base64,") == 1  # the other's bytes are no picture
+    assert "<i>again" not in table
+
+
 def test_the_page_says_scores_with_intervals_beside_ceiling_and_floor(line: Line, page: str) -> None:
     words = " ".join(Text(page).words)
     assert "single: all right at once 0.970 95 % interval 0.915–0.990" in words
@@ -86,7 +95,7 @@ def test_the_page_says_scores_with_intervals_beside_ceiling_and_floor(line: Line
 def test_the_page_is_whole_loads_nothing_and_escapes_what_strangers_wrote(line: Line, page: str) -> None:
     read = Text(page)
     assert read.open == []
-    assert [value.partition(",")[0] for value in read.loads] == ["data:image/png;base64"]
+    assert {value.partition(",")[0] for value in read.loads} == {"data:image/png;base64", "data:image/jpeg;base64"}
     assert line.store.uri not in page
     assert "<b>grey" not in page
 

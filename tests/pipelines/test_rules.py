@@ -1,8 +1,10 @@
-"""What each rule rejects."""
+"""What each rule rejects, and what all rules have in common."""
 
 from __future__ import annotations
 
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,17 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from pipelines.rules import RULES, Aspect, Caption, ClipScore, ExactDuplicates, Rule, Size
-
-
-def rejected(rule: Rule, *shards: dict[str, list]) -> list[list[bool]]:
-    """The rule's verdict over shards of rows."""
-    kinds = {"sha256": pa.binary(32), "width": pa.int32(), "height": pa.int32(), "score": pa.float32()}
-    tables = [
-        pa.table({name: pa.array(values, kinds.get(name, pa.string())) for name, values in shard.items()})
-        for shard in shards
-    ]
-    return [verdict.tolist() for verdict in rule.reject(rule.look(table) for table in tables)]
+from pipelines.rules import (
+    RULES,
+    Aesthetic,
+    Aspect,
+    Blank,
+    BlockedTerms,
+    Caption,
+    ClipScore,
+    Contamination,
+    ExactDuplicates,
+    Language,
+    NearDuplicates,
+    Nsfw,
+    Rule,
+    SemanticDuplicates,
+    Size,
+    Watermark,
+    opened,
+)
+from pipelines.rules.base import DEVIATION, EMBEDDING, PHASH
+from tests.fixtures.rules import linear_head, rejected
 
 
 def test_size_is_of_the_shorter_side_of_the_original():
@@ -84,14 +96,33 @@ def test_growth_changes_no_verdict_of_duplicates(shards, more):
     assert rejected(ExactDuplicates(), *digests)[: len(shards)] == rejected(ExactDuplicates(), *digests[:-1])
 
 
-def test_every_rule_looks_at_an_empty_shard():
-    rules = [Size(1), Aspect(2.0), Caption(), ExactDuplicates(), ClipScore(min_score=0.0)]
+@pytest.fixture
+def every(tmp_path: Path) -> list[Rule]:
+    """One of each rule, opened."""
+    np.save(tmp_path / "set.npy", np.eye(4)[:2])
+    rules = [
+        Size(1), Aspect(2.0), Caption(), ExactDuplicates(), ClipScore(min_score=0.0), Blank(), Language(("en",)),
+        BlockedTerms(terms=("bad",)), NearDuplicates(), Watermark(column="pwatermark", max_score=0.5),
+        Nsfw(column="punsafe", max_score=0.5), Aesthetic(head=linear_head(tmp_path), min_score=5.0),
+        SemanticDuplicates(0.95), Contamination(embeddings=str(tmp_path / "set.npy")),
+    ]  # fmt: skip
     assert {type(rule) for rule in rules} == set(RULES)
-    for rule in rules:
+    return [opened(rule) for rule in rules]
+
+
+def test_every_rule_looks_at_an_empty_shard_and_at_none(every):
+    for rule in every:
         assert rejected(rule, {column: [] for column in rule.columns}) == [[]]
+        assert rejected(rule) == []
 
 
-def test_looks_are_a_few_bytes_a_row():
+def test_no_rule_stumbles_over_rows_of_nulls(every):
+    for rule in every:
+        if not {*rule.columns} & {"width", "height", "sha256", EMBEDDING}:  # these are never null in a kept row
+            assert len(rejected(rule, {column: [None, None] for column in rule.columns})[0]) == 2
+
+
+def test_looks_are_a_few_bytes_a_row(every):
     rows = pa.table(
         {
             "width": pa.array(range(1, 1001), pa.int32()),
@@ -99,10 +130,25 @@ def test_looks_are_a_few_bytes_a_row():
             "caption": ["a long caption " * 20] * 1000,
             "sha256": pa.array([bytes(32)] * 1000, pa.binary(32)),
             "score": pa.array(np.zeros(1000), pa.float32()),
+            "pwatermark": ["0.25"] * 1000,
+            "punsafe": pa.array(np.zeros(1000)),
+            PHASH: pa.array(np.zeros(1000, np.uint64)),
+            DEVIATION: pa.array(np.zeros(1000, np.float32)),
+            EMBEDDING: pa.FixedSizeListArray.from_arrays(pa.array(np.ones(4000, np.float32)), 4),
         }
     )
-    for rule in [Size(1), Aspect(2.0), Caption(), ExactDuplicates(), ClipScore(min_score=0.0)]:
+    for rule in every:
         assert rule.look(rows).nbytes <= 17 * 1000
+
+
+def test_a_rule_that_was_opened_travels_and_decides_the_same(every):
+    rows = {"caption": ["a bad thing", "good"], EMBEDDING: [[1, 0, 0, 0], [0, 0, 0, 1]], "pwatermark": ["1", "0"],
+            "punsafe": [1.0, 0.0], "score": [1.0, -1.0], "sha256": [bytes(32)] * 2, "width": [1, 1], "height": [1, 9],
+            PHASH: [1, 2], DEVIATION: [0, 9]}  # fmt: skip
+    for rule in every:
+        there = pickle.loads(pickle.dumps(rule))
+        wanted = {column: rows[column] for column in rule.columns}
+        assert rejected(there, wanted) == rejected(rule, wanted)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +164,26 @@ def test_looks_are_a_few_bytes_a_row():
         (ClipScore, {"min_score": 25.0}),
         (ClipScore, {"top_fraction": 0.0}),
         (ClipScore, {"min_score": math.nan}),
+        (Blank, {"min_deviation": -1.0}),
+        (Blank, {"min_deviation": 200.0}),
+        (Language, {"languages": ()}),
+        (Language, {"languages": ("english",)}),
+        (Language, {"languages": ("en",), "min_confidence": 1.5}),
+        (BlockedTerms, {}),
+        (BlockedTerms, {"terms": ("+-",)}),
+        (BlockedTerms, {"terms": ("x",), "sha256": "0" * 64}),
+        (NearDuplicates, {"max_distance": 9}),
+        (NearDuplicates, {"max_distance": -1}),
+        (Watermark, {"max_score": 0.5}),
+        (Nsfw, {"max_score": 0.5, "column": "a", "head": "b"}),
+        (Nsfw, {"max_score": 0.5, "column": ""}),
+        (Nsfw, {"max_score": 0.5, "column": "a", "sha256": "0" * 64}),
+        (Aesthetic, {"min_score": math.nan, "column": "a"}),
+        (SemanticDuplicates, {"min_cosine": 1.5}),
+        (SemanticDuplicates, {"min_cosine": 0.9, "clusters": 0}),
+        (Contamination, {}),
+        (Contamination, {"images": "a", "embeddings": "b"}),
+        (Contamination, {"images": "a", "max_distance": 65}),
     ],
 )
 def test_impossible_rules_are_refused(rule, options):

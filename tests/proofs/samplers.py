@@ -30,13 +30,14 @@ from torch import Tensor
 from infra.store import open_store
 from pipelines.embed import base
 from pipelines.grids import pixels
-from pipelines.release import open_release
+from pipelines.opening import open_release
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import picture_of, prompts, scene_of, true_pictures
 from unclip.analytic import estimate_gamma
-from unclip.cascade import UnCLIP, to_uint8
+from unclip.cascade import UnCLIP
 from unclip.guidance import conditional
 from unclip.metrics import cosine
+from unclip.pictures import to_uint8
 from unclip.prior import DiffusionPrior
 from unclip.sampling import Sampling
 

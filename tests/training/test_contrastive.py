@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from infra.errors import Refused
 from tests.training.tiny import CLIP
 from training.contrastive import ClipObjective
 from training.data import Batch
 from training.job import Job
+from training.loop import check_divisible
 from training.parallel import Group
 
 VIT = CLIP | {"vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}}
@@ -44,6 +47,27 @@ def worker(rank: int, root: Path, answers: Any) -> None:
     gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     answers.put((rank, losses.detach().numpy(), gradients))
     torch.distributed.destroy_process_group()
+
+
+def test_a_temperature_at_its_bound_can_still_come_back() -> None:
+    """Of captions that fit no picture a large scale is wrong: the gradient must lead it down, from beyond the bound."""
+    task, model, batch = parts(0, 1)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(task.options.max_scale) + 0.1)
+    losses = task.loss(model, batch, Group())
+    assert model.logit_scale.exp().item() == pytest.approx(task.options.max_scale)
+    losses.loss.mean().backward()
+    assert model.logit_scale.grad.item() > 0
+
+
+def test_batch_norms_are_trained_on_one_worker() -> None:
+    def built(config: dict[str, Any]) -> torch.nn.Module:
+        return ClipObjective(Job("clip", "k", "clip", config, {"steps": 1}, {})).build()
+
+    with pytest.raises(Refused, match=r"clip: this model has batch norms .* 2 workers would train another"):
+        check_divisible("clip", built(CLIP), 2)
+    check_divisible("clip", built(CLIP), 1)
+    check_divisible("clip", built(VIT), 2)
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from pipelines.stage import plain
 from tests.training.tiny import Tiny, tiny
 from training.data import Batch
 from training.job import UpsamplerTrain
-from training.objectives import UpsamplerObjective, to_unit
+from training.objectives import UpsamplerObjective
 from training.parallel import Group
 from unclip.corrupt import gaussian_blur
+from unclip.pictures import to_unit
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ from training.data import Batch, Data
 from training.job import FitHow, InpainterTrain, Job, TrainConfig
 from training.launch import train_local
 from training.masks import random_masks
-from training.objectives import objective, read_clip, to_unit
+from training.objectives import objective, read_clip
 from training.optim import Optimiser
 from training.order import Order
 from training.parallel import Flat, Group
 from unclip.decoder import Decoder
 from unclip.errors import Refused as Impossible
 from unclip.folder import load_model, save_model
+from unclip.pictures import to_unit
 from unclip.presets import TINY
 
 CPU = torch.device("cpu")

@@ -15,10 +15,11 @@ from tests.training.tiny import Tiny, tiny
 from training.data import Batch, Data
 from training.job import FitHow, TrainConfig
 from training.launch import train_local
-from training.objectives import objective, to_unit
+from training.objectives import objective
 from training.optim import Optimiser
 from training.order import Order
 from training.parallel import Flat, Group
+from unclip.pictures import to_unit
 from unclip.schedule import Schedule
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fixtures.release import SAMPLING, shaken, write_parts
-from unclip import release
+from unclip import manipulate, release
 from unclip.cascade import UnCLIP
 from unclip.classifier import Classifier, ClassifierConfig
 from unclip.errors import Refused
@@ -284,6 +284,18 @@ def test_guided_pictures_do_not_depend_on_their_neighbours(model: UnCLIP):
     prompts = [f"a {word} circle" for word in ("red", "green", "blue", "white", "black")]
     together = model.generate(prompts, seeds=[1, 2, 3, 4, 5], **how)
     assert torch.equal(together[4:], model.generate(prompts[4:], seeds=[5], **how))
+
+
+def test_where_no_caption_is_told_none_guides(model: UnCLIP):
+    decoder = replace(model.sampling["decoder"], clip_guidance=1e4, labels={"shape": "circle"}, label_guidance=1e4)
+    settings = model.sampling | {"decoder": decoder}
+    guided = UnCLIP(model.clip, model.prior, model.decoder, model.upsamplers, settings, guides=model.guides)
+    anything = manipulate.unconditional(guided, 1)
+    assert torch.equal(anything, manipulate.unconditional(model, 1))
+    assert not torch.equal(anything, manipulate.unconditional(guided, 1, labels={"shape": "circle"}))
+    towards = {"sampling": {"decoder": replace(decoder, clip_guidance=0.0)}}
+    way = manipulate.interpolate_prompts(guided, "a red circle", "a blue square", steps=2)
+    assert torch.equal(way, manipulate.interpolate_prompts(model, "a red circle", "a blue square", steps=2, **towards))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests.fixtures.plain import VIT, ours, saved, shaken
 from tests.fixtures.release import MODEL
-from unclip.cascade import Sampling, UnCLIP
+from unclip.cascade import UnCLIP
 from unclip.clip import Clip, build
 from unclip.decoder import Decoder
 from unclip.errors import Refused
@@ -27,6 +27,7 @@ from unclip.interop import INDEX, export_diffusers, import_diffusers
 from unclip.presets import TINY
 from unclip.prior import DiffusionPrior
 from unclip.samplers import noise_for
+from unclip.sampling import Sampling
 from unclip.upsampler import Upsampler
 
 PROMPTS = ["a large red circle", "hello world, it's a blue square on a white background"]

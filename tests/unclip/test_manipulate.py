@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tests.fixtures.release import shaken, write_release
 from unclip import UnCLIP, manipulate
-from unclip.cascade import Sampling
 from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.guidance import clipped, conditional
 from unclip.manipulate import slerp
+from unclip.pictures import resized, to_unit
 from unclip.samplers import ddim
+from unclip.sampling import Sampling
 
 STEPS = {"decoder": Sampling("ddim", 10)}
 
@@ -69,7 +70,7 @@ def test_the_two_latents_give_the_picture_back(model: UnCLIP):
     latents = manipulate.encode(model, pictures)
     assert latents.embedding.shape == (3, 32)
     again = base(model, latents)
-    wanted = manipulate.to_unit(manipulate.resized(pictures, 16))
+    wanted = to_unit(resized(pictures, 16))
     assert (again - wanted).abs().max() < 0.02
     other = latents._replace(start=latents.start.roll(1, 0))
     assert (base(model, other) - wanted).abs().max() > 0.1  # so x_T holds the picture, not z_i alone
@@ -132,7 +133,7 @@ def test_inpainting_leaves_what_is_not_masked_and_draws_the_rest(whole: UnCLIP):
 def test_a_weaker_redrawing_stays_nearer_to_the_picture(model: UnCLIP):
     pictures = smooth(2)
     prompts = ["a red circle", "a blue square"]
-    small = manipulate.resized(pictures, 16).float()
+    small = resized(pictures, 16).float()
     distance = []
     for strength in (0.1, 0.5, 1.0):
         drawn = manipulate.redraw(model, pictures, prompts, strength=strength)
@@ -154,6 +155,31 @@ def test_the_probe_with_every_direction_is_the_picture(model: UnCLIP):
     whole = manipulate.variations(model, pictures, n=1, eta=0.0, seeds=[0, 0])
     assert (shown[[2, 5]].int() - whole.int()).abs().max() <= 1
     assert not torch.equal(shown[0], shown[2])
+
+
+def test_a_picture_is_inverted_over_the_steps_that_it_is_drawn_with(model: UnCLIP):
+    pictures = smooth(1)
+    few = {"sampling": {"decoder": Sampling("ddim", 4)}}
+    latents = manipulate.encode(model, pictures, steps=4)
+    drawn = model.decode(latents.embedding, [""], seeds=[0], start=latents.start, **few)
+    assert torch.equal(manipulate.variations(model, pictures, n=1, eta=0.0, **few), drawn)
+    assert not torch.equal(manipulate.encode(model, pictures).start, latents.start)
+
+
+def test_the_priors_settings_are_the_callers_in_every_manipulation(model: UnCLIP):
+    settings = Sampling("ddim", 3, guidance=7.0)
+    other, one = {"sampling": {"prior": settings}}, smooth(1)
+    text = model.clip.encode_text(["a"] * model.tile)
+    z = model.sample_prior(text, [0] * model.tile, settings)[:1]
+    strong = model.decode(z, ["a"], seeds=[0])
+    masks = torch.ones(1, 64, 64, dtype=torch.bool)
+    assert torch.equal(manipulate.inpaint(model, one, masks, ["a"], **other), strong)
+    assert not torch.equal(manipulate.inpaint(model, one, masks, ["a"]), strong)
+    for draw in (
+        lambda **how: manipulate.redraw(model, one, ["a"], **how),
+        lambda **how: manipulate.interpolate_prompts(model, "a", "b", steps=2, **how),
+    ):
+        assert not torch.equal(draw(**other), draw())
 
 
 def test_unconditional_pictures_differ_by_seed(model: UnCLIP):
@@ -203,6 +229,13 @@ def test_slerp_between_near_vectors_is_the_straight_line():
         (lambda m: manipulate.text_diff(m, smooth(1)[0], "a", "b", theta=math.nan), "theta"),
         (lambda m: manipulate.redraw(m, smooth(1), ["a"], strength=math.nan), "share of the steps"),
         (lambda m: manipulate.redraw(m, smooth(2), ["a"], strength=0.5), "one of each"),
+        (lambda m: manipulate.redraw(m, smooth(3), ["a", "b"]), "3 pictures with 2 prompts and 2 seeds"),
+        (lambda m: manipulate.redraw(m, smooth(1), ["a"], seeds=[1, 2]), "1 pictures with 1 prompts and 2 seeds"),
+        (lambda m: manipulate.redraw(m, smooth(1), ["a"], sampling={"unet": Sampling()}), "sampling names unet"),
+        (
+            lambda m: manipulate.inpaint(m, smooth(1), torch.ones(1, 64, 64, dtype=torch.bool), ["a", "b"]),
+            "1 pictures with 2 prompts",
+        ),
         (lambda m: manipulate.inpaint(m, smooth(1), torch.zeros(1, 8, 8, dtype=torch.bool), ["a"]), "masks must be"),
         (lambda m: manipulate.probe(m, smooth(1), torch.eye(32)[:4], torch.zeros(32), [5]), "4 directions"),
     ],

@@ -13,12 +13,12 @@ from torch import Tensor
 from tests.fixtures.plain import ours
 from tests.fixtures.release import SAMPLING, shaken, write_inpainter, write_parts
 from unclip import UnCLIP, manipulate, release
-from unclip.cascade import Sampling
 from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.folder import load_model, save_model, warm_start
 from unclip.interop import export_diffusers
 from unclip.presets import TINY
+from unclip.sampling import Sampling
 
 GLIDE = replace(TINY.decoder, text="own", vocabulary=2000, text_depth=1, text_heads=4, image=False)
 WITHOUT_PRIOR = {name: settings for name, settings in SAMPLING.items() if name != "prior"}
@@ -193,8 +193,15 @@ def test_diffusers_leaves_an_inpainter_out_and_says_so(tmp_path: Path):
 
 def test_an_inpainter_that_cannot_stand_in_for_the_decoder_is_refused(parts: dict[str, Path], tmp_path: Path):
     usual = {name: path for name, path in parts.items() if name not in ("glide", "inpainter")}
-    other = replace(TINY.decoder, size=32, attention=(16,), inpaint=True)
-    for number, (config, said) in enumerate(((TINY.decoder, "no channels for what is known"), (other, "size 32"))):
+    can = replace(TINY.decoder, inpaint=True)
+    cases = (
+        (TINY.decoder, "no channels for what is known"),
+        (replace(can, size=32, attention=(16,)), "size 32"),
+        (replace(can, timesteps=10), "timesteps 10, and the decoder 1000"),
+        (replace(can, schedule="linear"), "schedule linear"),
+        (replace(can, learned_range=not can.learned_range), "learned_range"),
+    )
+    for number, (config, said) in enumerate(cases):
         folder = tmp_path / f"inpainter-{number}"
         save_model(folder, "inpainter", config, Decoder(config).state_dict(), clip=fingerprint(parts))
         with pytest.raises(Refused, match=said):

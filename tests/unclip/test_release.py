@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fixtures.release import SAMPLING, write_parts
-from unclip import release
-from unclip.cascade import Sampling
+from tests.fixtures.release import SAMPLING, write_parts, write_release
+from unclip import UnCLIP, release
 from unclip.errors import Refused
 from unclip.folder import load_model, read_tensors, save_model
 from unclip.presets import TINY
+from unclip.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +130,13 @@ def test_a_model_folder_of_another_kind_or_with_unknown_settings_is_refused(part
     (tmp_path / "prior" / "config.json").write_text(json.dumps(document))
     with pytest.raises(Refused, match="does not know: wings"):
         load_model(tmp_path / "prior", "prior")
+
+
+def test_what_a_cascade_does_to_its_models_changes_no_byte_that_is_saved(tmp_path: Path):
+    folder = write_release(tmp_path / "release")
+    model = UnCLIP.load(folder)
+    model.generate(["a red circle"])
+    for name, part in {"decoder": model.decoder, **model.by_side}.items():
+        save_model(tmp_path / name, name.split("-")[0], part.config, part.state_dict(), clip=None)
+        saved = (tmp_path / name / "model.safetensors").read_bytes()
+        assert saved == (folder / name / "model.safetensors").read_bytes()

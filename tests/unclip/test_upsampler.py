@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from tests.fixtures.release import write_release
 from unclip import UnCLIP
-from unclip.cascade import Sampling
 from unclip.errors import Refused
 from unclip.layers import bfloat16_convolutions
 from unclip.presets import PAPER, TINY
+from unclip.sampling import Sampling
 from unclip.strips import in_strips
 from unclip.unet import UNet
 from unclip.upsampler import Upsampler, UpsamplerConfig, filled_up

@@ -1,0 +1,194 @@
+"""Rules about a number that somebody gave a row: CLIP, the list itself, or a linear head on CLIP's embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.errors import Refused
+from pipelines.rules.base import EMBEDDING, NOT_IN_KEY, Reading, directions, numbers
+from unclip.config import Range, outside
+
+_ANY = Range(-1e30, 1e30)
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Rejects pairs whose picture and caption are far apart in CLIP's eyes: by a threshold, or all but a top fraction.
+
+    The score is the cosine of image and text embedding. A threshold decides about each row alone; the top fraction is
+    taken over all rows, so growth may change old selections and everything behind them. Of equal scores the first
+    stay. A score that is not a number is the lowest.
+    """
+
+    min_score: float | None = None
+    """Cosine, at least."""
+    top_fraction: float | None = None
+    """Fraction of rows that stay, rounded up."""
+    rule: Literal["clip_score"] = "clip_score"
+    columns: ClassVar[tuple[str, ...]] = ("score",)
+
+    def __post_init__(self) -> None:
+        if (self.min_score is None) == (self.top_fraction is None):
+            raise Refused("rule clip_score: give either min_score (a cosine) or top_fraction")
+        if self.min_score is not None and not -1 <= self.min_score <= 1:
+            raise Refused(f"rule clip_score: min_score is {self.min_score}; a cosine lies between -1 and 1")
+        if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
+            raise Refused(f"rule clip_score: top_fraction is {self.top_fraction}; it lies above 0, up to 1")
+
+    def look(self, rows: pa.Table) -> pa.Table:
+        return pa.table({"score": rows["score"].cast(pa.float32())})
+
+    def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:
+        scores = (np.nan_to_num(numbers(look, "score"), nan=-np.inf) for look in looks)
+        if self.top_fraction is None:
+            yield from (one < self.min_score for one in scores)
+            return
+        every = list(scores)
+        joined = np.concatenate(every) if every else np.empty(0)
+        stay = np.argsort(-joined, kind="stable")[: int(np.ceil(self.top_fraction * len(joined)))]
+        rejected = np.ones(len(joined), bool)
+        rejected[stay] = False
+        yield from np.split(rejected, np.cumsum([len(one) for one in every])[:-1]) if every else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored(Reading):
+    """A score a row, from a column that was kept from the list (`source.columns.keep`), or from a linear head.
+
+    The head's score is w·z/‖z‖ + b, z being CLIP's image embedding and w, b the tensors `weight` [1, width] and `bias`
+    [1] of a safetensors file (LAION's aesthetic predictors are of this form: a stack of linear layers is one). It is
+    compared as it is: give the logit of a probability.
+
+    Null, NaN, and texts that are no number are unknown.
+    """
+
+    column: str | None = None
+    """A column of the list."""
+    head: str | None = field(default=None, metadata=NOT_IN_KEY)
+    """A safetensors file with `weight` and `bias`."""
+    unknown: Literal["keep", "reject"] = "reject"
+    """What becomes of rows without a score."""
+    rule: Any = ""
+
+    def __post_init__(self) -> None:
+        if (self.column is None) == (self.head is None):
+            raise Refused(f"rule {self.rule}: give either column (kept from the list) or head (a safetensors file)")
+        if self.column == "":
+            raise Refused(f"rule {self.rule}: column is empty; name one of source.columns.keep")
+        if self.sha256 and self.head is None:
+            raise Refused(f"rule {self.rule}: sha256 is given without head")
+        bounds = {name: _ANY for name in ("min_score", "max_score") if hasattr(self, name)}
+        if wrong := outside(self, **bounds):
+            raise Refused(f"rule {self.rule}: {wrong}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The list's column, or the embedding."""
+        return (EMBEDDING,) if self.column is None else (self.column,)
+
+    def opened(self) -> Any:
+        """With the head's bytes."""
+        if self.head is None:
+            return self
+        rule = self._read(self.head)
+        _ = rule._tensors  # refused here, before anything is started
+        return rule
+
+    def look(self, rows: pa.Table) -> pa.Table:
+        if self.column is None:
+            weight, bias = self._tensors
+            z = directions(rows)
+            if z.shape[1] != len(weight):
+                raise Refused(
+                    f"rule {self.rule}: {self.head} is for embeddings of width {len(weight)}, and CLIP's has "
+                    f"{z.shape[1]}; take a head for this CLIP"
+                )
+            return pa.table({"score": pa.array(z @ weight + bias, pa.float32())})
+        return pa.table({"score": _as_numbers(rows[self.column])})
+
+    def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:
+        for look in looks:
+            scores = numbers(look, "score")
+            yield np.where(np.isnan(scores), self.unknown == "reject", self._bad(scores))
+
+    def _bad(self, scores: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    @cached_property
+    def _tensors(self) -> tuple[np.ndarray, float]:
+        """(w, float32 [width], b)"""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            tensors = load(self.content)
+            weight, bias = tensors["weight"], tensors["bias"]
+        except (SafetensorError, KeyError) as error:
+            raise Refused(f"{self.head} is no safetensors file with `weight` and `bias` ({error})") from None
+        if bias.size != 1 or weight.size != max(weight.shape, default=0) or not np.isfinite(weight).all():
+            raise Refused(
+                f"{self.head}: weight is {list(weight.shape)} and bias {list(bias.shape)}; a head with one score has "
+                "[1, width] and [1], and finite numbers"
+            )
+        return weight.reshape(-1).astype(np.float32), float(bias.reshape(-1)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watermark(_Scored):
+    """Rejects pictures that probably bear a watermark: those with a score above `max_score` (LAION: `pwatermark`)."""
+
+    max_score: float
+    """Score, at most."""
+    rule: Literal["watermark"] = "watermark"
+
+    def _bad(self, scores: np.ndarray) -> np.ndarray:
+        return scores > self.max_score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nsfw(_Scored):
+    """Rejects pictures that are probably not safe for work: those with a score above `max_score` (LAION: `punsafe`)."""
+
+    max_score: float
+    """Score, at most."""
+    rule: Literal["nsfw"] = "nsfw"
+
+    def _bad(self, scores: np.ndarray) -> np.ndarray:
+        return scores > self.max_score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aesthetic(_Scored):
+    """Rejects pictures that few would like: those with a score below `min_score` (LAION: `aesthetic`, 1 … 10)."""
+
+    min_score: float
+    """Score, at least."""
+    rule: Literal["aesthetic"] = "aesthetic"
+
+    def _bad(self, scores: np.ndarray) -> np.ndarray:
+        return scores < self.min_score
+
+
+def _as_numbers(column: pa.ChunkedArray) -> pa.Array:
+    """A column as float32, with null for what is no number."""
+    values = column.combine_chunks()
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return pa.array([_number(text) for text in values.to_pylist()], pa.float32())
+    try:
+        return pc.cast(values, pa.float32(), safe=False)
+    except pa.ArrowException:
+        return pa.nulls(len(values), pa.float32())
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text is not None else None
+    except ValueError:
+        return None
