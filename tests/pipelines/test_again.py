@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
+from infra.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
 from infra.manifest import Manifest, Record, commit, standing
 from infra.rows import KEPT
 from infra.store import Store, open_store
@@ -112,3 +113,17 @@ def test_who_opted_out_is_never_asked_again_and_dead_hosts_hold_no_pass_up(tmp_p
             assert manifest.only.generation == generation
         assert Counter(path for path, _, _ in web.seen) == {"/no.png": 1}
     assert "opt_out" not in PASSING
+
+
+def test_what_was_forgotten_meanwhile_is_neither_asked_nor_kept(hasty: Any):
+    store, listing, server = hasty
+    before = [index.to_pylist() for index in indexes(store, make(store, download(server.port), listing))]
+    number, failed = next((n, row) for n, rows in enumerate(before) for row in rows if row["state"] == "http_503")
+    kept = next(row for row in before[number] if row["state"] == KEPT)
+    add(store, Forgotten.of(Names(uids=frozenset({kept["uid"], failed["uid"]})), salt_of(store)))
+    server.attempts.clear()
+    after = indexes(store, make(store, download(server.port, again=1), listing))[number].to_pylist()
+    assert {row["state"] for row in after if row["uid"] in (kept["uid"], failed["uid"])} == {FORGOTTEN}
+    assert urlsplit(failed["url"]).path not in server.attempts
+    others = [row["uid"] for row in before[number] if row["state"] == KEPT and row is not kept]
+    assert {row["uid"] for row in after if row["state"] == KEPT} >= {*others}
