@@ -36,11 +36,12 @@ from infra.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury
 from infra.generations import newest
 from infra.manifest import Action, Manifest, Record, commit, document, object_name, read_object
 from infra.store import NotFound, Store
-from pipelines.download import TABLE, TAR, completed, shard
+from pipelines.inflight import completed
 from pipelines.opening import bundles
 from pipelines.redact import redact
 from pipelines.releases import views
 from pipelines.report import shows
+from pipelines.tars import TABLE, TAR, shard
 
 DOWNLOADS = "records/download-"
 ROUNDS = 3
