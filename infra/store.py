@@ -110,7 +110,12 @@ def open_store(uri: str, *, create: bool = True, cache: Path | None = None, endp
         raise Refused(f"store {uri!r}: unknown scheme {scheme!r}. Use a folder's path, or s3://bucket/prefix.")
     if not uri:
         raise Refused("the store's name is empty. Use a folder's path, or s3://bucket/prefix.")
-    store = LocalStore(Path(path if separator else uri).expanduser().absolute())
+    folder = Path(path if separator else uri).expanduser().absolute()
+    try:
+        folder.exists()
+    except (OSError, ValueError) as error:  # longer than a path may be, or with a character that none may have
+        raise Refused(f"store {uri[:100]!r} is no folder's path: {error.args[-1]}") from None
+    store = LocalStore(folder)
     store.check(create)
     return store
 

@@ -19,7 +19,7 @@ from infra.forgotten import buried
 from infra.generations import lost_name, newest, split
 from infra.manifest import SCHEMA_VERSION, Manifest, Record, canonical, digest, document, object_name
 from infra.store import NotFound, Store
-from pipelines.download import completed
+from pipelines.inflight import completed
 
 THREADS = 8
 PIECE = 8 << 20

@@ -1,44 +1,52 @@
 """A slice of the list → a shard of pictures: webdataset tar and an index in which every row of the slice has its state.
 
-Fetching is ours (guard, retries, opt-outs), decoding and resizing img2dataset's. How many threads, which ports and how
+Fetching is ours (guard, turns, opt-outs), decoding and resizing img2dataset's. How many threads, which ports and how
 many attempts it took is nowhere in a shard (pack.py writes it).
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, object_name
+from infra.forgotten import FORGOTTEN
+from infra.manifest import Action, Manifest, Record, object_name, standing
 from infra.rows import KEPT, SOURCE
 from infra.store import Store
-from pipelines.guard import Answer, Fault, Guard, networks
-from pipelines.pack import Outcome, pack
+from pipelines.blocklist import Blocklist
+from pipelines.guard import PATIENCE, Fault, Guard, networks
+from pipelines.pack import Earlier, Outcome, pack
 from pipelines.pictures import PictureSpec, prepare, resizer
 from pipelines.stage import plain
-from unclip.config import AMOUNT, COUNT, POSITIVE, WHOLE, Range, outside
-
-if TYPE_CHECKING:
-    from tenacity import Retrying
+from pipelines.turns import Manners, fetched
+from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
 AGENT = "unclip"
-SILENT = ("refused_address", "no_address", "connection", "timeout", "tls", "bad_answer")
+SILENT = ("refused_address", "no_address", "connection", "timeout", "host_timeout", "tls", "bad_answer")
 """States that a row may end in without a word from its server."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+PASSING = (
+    "timeout",
+    "host_timeout",
+    "host_busy",
+    "connection",
+    "no_address",
+    "truncated",
+    *map("http_{}".format, PATIENCE),
+)
+"""States that may be others on another day."""
+FINAL = (KEPT, FORGOTTEN, "opt_out", "blocked", "no_url", "no_caption")
+"""States of rows that are never asked again."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +55,21 @@ class DownloadSpec(PictureSpec):
 
     opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """Directives of an X-Robots-Tag header that make a picture `opt_out`: it is neither read nor kept."""
+    block: tuple[str, ...] = field(default=(), metadata=LATER)
+    """What is never asked, redirects included, and ends as `blocked`: hosts ("ads.test", with all hosts below it), and
+    patterns of whole URLs ("http*://*/ads/*"), which have a slash."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Blocklist(self.block)
 
 
 @dataclass(frozen=True)
-class DownloadHow:
+class DownloadHow(Manners):
     """How pictures are fetched. It may change which rows fail, never the bytes of a row that succeeds."""
 
-    threads: int = 16
-    """Fetches at a time, a task."""
     timeout_s: float = 20.0
     """Seconds for one attempt in all, redirects included."""
-    retries: int = 2
-    """Further attempts after a failure that may pass: timeouts, resets, cut bodies, 429, 5xx."""
-    backoff_s: float = 0.5
-    """The wait before the next attempt is random, up to this many seconds, doubling each time (at most 30)."""
     resolve: dict[str, str] = field(default_factory=dict)
     """Host, or *.suffix → address or address:port to connect to instead, as curl's --resolve."""
     allow: tuple[str, ...] = ()
@@ -71,15 +80,23 @@ class DownloadHow:
     """A shard is not recorded, and the stage fails, where at least so many rows were tried and no server answered a
     single one: then the network or these settings are at fault, not the hosts, and a record would say for good that the
     pictures are gone. 0: recorded all the same. A smaller shard of dead hosts, as at a list's end, holds nobody up."""
+    again: int = 0
+    """How often the failed rows of shards that are there already are asked once more: each pass writes the next
+    generation of the shards that have rows in `again_states`, and touches no other row. The number is the generation
+    to be reached (forgetting makes generations as well): a pass that was made is not made again until it is raised."""
+    again_states: tuple[str, ...] = PASSING
+    """Which failed rows those are. Rows that were kept, blocked or opted out are never asked again."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
 
     def __post_init__(self) -> None:
-        ranges = {"threads": COUNT, "timeout_s": POSITIVE, "retries": Range(0, 100), "backoff_s": AMOUNT}
-        if wrong := outside(self, **ranges, cpus=AMOUNT, silent_rows=WHOLE):
+        super().__post_init__()
+        if wrong := outside(self, timeout_s=POSITIVE, cpus=AMOUNT, silent_rows=WHOLE, again=WHOLE):
             raise Refused(f"download.{wrong}")
         if not self.contact.isprintable() or not self.contact.isascii():
             raise Refused("download.contact goes into an HTTP header: write it in ASCII, on one line")
+        if never := [state for state in self.again_states if state in FINAL]:
+            raise Refused(f"download.again_states names {never[0]!r}: such rows are never asked again")
         networks(self.allow)
 
 
@@ -104,56 +121,52 @@ class Download:
         """Imports what the first picture would otherwise wait for."""
         resizer(self.spec)
 
+    def stale(self, record: Record) -> bool:
+        """Whether the next generation of a record is asked for (`again`), and there is something to ask for."""
+        return record.generation < self.how.again and not record.states.keys().isdisjoint(self.how.again_states)
+
     def run(self, action: Action, store: Store, out: Path) -> Record:
+        before = standing(store, action)
+        if before is not None and not self.stale(before):  # a task that died behind its commit is run once more
+            for name, file in before.files.items():
+                shutil.copyfile(store.local(object_name(file.sha256)), out / name)
+            return before
         table = pq.read_table(store.local(object_name(action.inputs[0])))
-        return pack(action, table, lambda numbers: self._outcomes(table, numbers), store, out, self.spec.format)
-
-    def _outcomes(self, table: pa.Table, numbers: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
-        """(number, outcome) of these rows, as it is known; Refused at the end where no server answered at all."""
         rows = table.select(SOURCE.names).to_pylist()
-        wanted = []
-        for number in numbers:
-            if state := _unfetched(rows[number]):
-                yield number, Outcome(state)
-            else:
-                wanted.append(number)
-        fetch, reached = self._fetcher(), Reached()
-        for which, body in completed(lambda number: fetch(rows[number]["url"]), wanted, self.how.threads):
-            reached.add(rows[wanted[which]]["url"], body)
-            # In this one thread: decoding needs no more, and rows that came early wait for those before them.
-            yield wanted[which], outcome(body, self.spec)
-        reached.check(self.how.silent_rows)
 
-    def _fetcher(self) -> Callable[[str], Body]:
-        """URL → its body, or the state that says why there is none, after as many attempts as are allowed."""
-        guard = Guard(user_agent=user_agent(self.how.contact), resolve=self.how.resolve, allow=self.how.allow)
+        def take(positions: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+            reached = Reached()
+            for position, got in fetched([(at, rows[at]["url"]) for at in positions], self._fetcher(), self.how):
+                reached.add(rows[position]["url"], got)
+                yield position, Outcome(got.state) if isinstance(got, Fault) else got
+            if before is None:  # in a later pass there may well be dead hosts alone
+                reached.check(self.how.silent_rows)
+
+        if before is None:
+            return pack(action, table, _unfetched(rows), take, store, out, self.spec.format)
+        earlier = Earlier.read(store, before)
+        settled = earlier.lines(without=self.how.again_states)
+        return pack(action, table, settled, take, store, out, self.spec.format, earlier)
+
+    def _fetcher(self) -> Callable[[str], Outcome]:
+        """URL → what became of its body; raises the Fault that says why there is none."""
+        guard = Guard(
+            user_agent=user_agent(self.how.contact),
+            resolve=self.how.resolve,
+            allow=self.how.allow,
+            blocks=Blocklist(self.spec.block).blocks,
+        )
 
         def obey(headers: Message) -> None:
             if opted_out(headers, self.spec.opt_out):
                 raise Fault("opt_out")
 
-        def fetch(url: str) -> Body:
-            try:
-                answer: Answer = _retrying(self.how)(
-                    guard.fetch, url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey
-                )
-            except Fault as fault:
-                return Body(fault.state, answered=fault.answered, reason=str(fault))
-            return Body(None, answer.body)
+        def fetch(url: str) -> Outcome:
+            body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body
+            picture = prepare(body, self.spec)  # in the thread that fetched it: decoders let the others run
+            return Outcome(picture.state or KEPT, hashlib.sha256(body).digest(), picture)
 
         return fetch
-
-
-@dataclass(frozen=True)
-class Body:
-    """What came back for a URL: bytes, or the state that says why none did."""
-
-    state: str | None
-    data: bytes = b""
-    answered: bool = True
-    """Whether a server began an HTTP answer (in the last attempt), whatever it said."""
-    reason: str = ""
-    """The state in a few words more, for a person."""
 
 
 @dataclass
@@ -166,12 +179,13 @@ class Reached:
     examples: dict[str, str] = field(default_factory=dict)
     """State → the first such row, as "host (what happened)"."""
 
-    def add(self, url: str, body: Body) -> None:
+    def add(self, url: str, got: Outcome | Fault) -> None:
         """Counts a row. A URL that is none (bad_url, refused_scheme) says nothing about the network."""
-        self.answered = self.answered or body.answered
-        if not body.answered and body.state in SILENT:
-            self.silent[body.state] += 1
-            self.examples.setdefault(body.state, f"{urlsplit(url.strip()).hostname} ({body.reason})")
+        if not isinstance(got, Fault) or got.answered:
+            self.answered = True
+        elif got.state in SILENT:
+            self.silent[got.state] += 1
+            self.examples.setdefault(got.state, f"{urlsplit(url.strip()).hostname} ({got})")
 
     def check(self, rows: int) -> None:
         """Raises Refused, code 5, where so many rows (0: never) and more were tried and none was answered."""
@@ -188,51 +202,20 @@ class Reached:
         )
 
 
-def outcome(body: Body, spec: DownloadSpec) -> Outcome:
-    """What becomes of a row whose URL gave this body."""
-    if body.state:
-        return Outcome(body.state)
-    picture = prepare(body.data, spec)
-    return Outcome(picture.state or KEPT, hashlib.sha256(body.data).digest(), picture)
+def _unfetched(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Position → line of the index, of the rows that have their state without being fetched."""
+    states = (_missing(row) for row in rows)
+    return {
+        position: {**row, "state": state}
+        for position, (row, state) in enumerate(zip(rows, states, strict=True))
+        if state
+    }
 
 
-def _retrying(how: DownloadHow) -> Retrying:
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
-    return Retrying(
-        stop=stop_after_attempt(how.retries + 1),
-        wait=wait_random_exponential(multiplier=how.backoff_s, max=30),
-        retry=retry_if_exception(lambda error: isinstance(error, Fault) and error.transient),
-        reraise=True,
-    )
-
-
-def _unfetched(row: dict[str, Any]) -> str | None:
-    """The state that a row has without being fetched, or None."""
+def _missing(row: dict[str, Any]) -> str | None:
     if not (row["url"] or "").strip():
         return "no_url"
     return None if (row["caption"] or "").strip() else "no_caption"
-
-
-def completed(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[int, Result]]:
-    """(position, result) of each item as it is done; at most twice `threads` are under way or unread at a time."""
-    flying: dict[Future[Result], int] = {}
-    with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
-        try:
-            for position, item in enumerate(items):
-                flying[pool.submit(work, item)] = position
-                while len(flying) >= 2 * threads:
-                    yield from _take(flying)
-            while flying:
-                yield from _take(flying)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _take(flying: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
-    done, _ = wait(flying, return_when=FIRST_COMPLETED)
-    for future in done:
-        yield flying.pop(future), future.result()
 
 
 def opted_out(headers: Message, directives: Iterable[str]) -> bool:

@@ -42,10 +42,10 @@ def interpolate(
 
     check_order(steps, seed=seed, out=out)
     files = [Path(first), Path(second)]
-    if [file.is_file() for file in files].count(True) == 1:
-        missing = first if not files[0].is_file() else second
-        raise Refused(f"there is no file {missing!r}; give two pictures, or two prompts")
-    if files[0].is_file():
+    there = [_is_file(file) for file in files]
+    if there.count(True) == 1:
+        raise Refused(f"there is no file {second if there[0] else first!r}; give two pictures, or two prompts")
+    if all(there):
         model, (one, other) = _ready(store, release, files)
         drawn = manipulate.interpolate(model, one, other, steps=steps, fixed=fixed, seed=seed)
         return _saved(model, [], drawn, f"{files[0].name} to {files[1].name}", out)
@@ -139,6 +139,8 @@ def read_picture(path: Path) -> Tensor:
     import torch
     from PIL import Image, ImageOps
 
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise Refused(f"{path} is no file; give a picture file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS decides
@@ -160,6 +162,14 @@ def read_picture(path: Path) -> Tensor:
     except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise
         raise Refused(f"{path} cannot be read as a picture ({error})") from None
     return torch.from_numpy(np.array(on_white.convert("RGB"))).permute(2, 0, 1)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file lies there; a prompt may be longer than any file's name can be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ class Execution:
             return manifest
         began = time.monotonic()
         resolved = dataclasses.replace(resolved, stage=self.ready(stage))
-        self.console.state(stage.name, "running", len(resolved.present), len(resolved.actions))
+        self.console.state(stage.name, "running", len(resolved.actions) - len(todo), len(resolved.actions))
         manifest = resolved.manifest(self._made(resolved))
         manifest.save(self.store)
         count = len(resolved.actions)
@@ -232,7 +232,8 @@ class Execution:
         return work(resolved, self.store, info, lambda made: self._shards(resolved, made), self._go_on)
 
     def _shards(self, resolved: Resolved, made: int) -> None:
-        self.console.state(resolved.stage.name, "running", len(resolved.present) + made, len(resolved.actions))
+        count = len(resolved.actions)
+        self.console.state(resolved.stage.name, "running", count - len(resolved.todo) + made, count)
 
 
 def first_line(error: BaseException) -> str:

@@ -36,7 +36,7 @@ from infra.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury
 from infra.generations import newest
 from infra.manifest import Action, Manifest, Record, commit, document, object_name, read_object
 from infra.store import NotFound, Store
-from pipelines.download import completed
+from pipelines.inflight import completed
 from pipelines.opening import bundles
 from pipelines.pack import TABLE, TAR, shard
 from pipelines.redact import redact

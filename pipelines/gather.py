@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, object_name
 from infra.rows import KEPT, MEMBER, SOURCE, sample_uid
 from infra.store import Store
-from pipelines.download import completed
+from pipelines.inflight import completed
 from pipelines.pack import Outcome, pack
 from pipelines.pictures import PictureSpec, prepare, resizer
 from pipelines.places import Unreadable, place
@@ -66,21 +65,18 @@ class Gather:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
-        listed = table.drop_columns([MEMBER.name])
-        return pack(action, listed, lambda numbers: self._outcomes(table, numbers), store, out, self.spec.format)
-
-    def _outcomes(self, table: pa.Table, numbers: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         rows = table.select([*SOURCE.names, MEMBER.name]).to_pylist()
-        wanted = []
-        for number in numbers:
-            if state := self._untaken(rows[number]):
-                yield number, Outcome(state)
-            else:
-                wanted.append(number)
+        states = {position: state for position, row in enumerate(rows) if (state := self._untaken(row))}
+        settled = {position: {**rows[position], "state": state} for position, state in states.items()}
+        listed = table.drop_columns([MEMBER.name])
+        return pack(action, listed, settled, lambda wanted: self._taken(rows, wanted), store, out, self.spec.format)
+
+    def _taken(self, rows: Sequence[dict[str, Any]], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+        """(position, outcome) of the rows at these positions, as they are read."""
         there = place(self.how.where)
 
-        def read(number: int) -> bytes:
-            member = rows[number][MEMBER.name]
+        def read(position: int) -> bytes:
+            member = rows[position][MEMBER.name]
             try:
                 return there.get(member["file"], member["start"], member["bytes"])
             except Unreadable as error:

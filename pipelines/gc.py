@@ -38,7 +38,7 @@ from infra.lease import Lease, alive, clock, stands
 from infra.ledger import Ledger
 from infra.manifest import Manifest, document, object_name
 from infra.store import Entry, Store
-from pipelines.download import completed
+from pipelines.inflight import completed
 
 DAY_S = 86_400
 LEASE, STRICT, RUN = "gc", "gc-strict", "run-"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infra.errors import Refused
 from infra.store import Store
 from pipelines.drawing import check_guidance, check_order
 
@@ -44,6 +45,8 @@ def generate(
     from unclip.cascade import UnCLIP
 
     model = UnCLIP.load(folder)
+    if label_guidance is not None and not (labels or model.sampling["decoder"].labels):
+        raise Refused("--label-guidance is how strongly to guide towards labels, and there are none: add --label")
     words = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + k for _ in prompts for k in range(n)]
     guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}

@@ -32,8 +32,11 @@ class Resolved:
 
     @property
     def todo(self) -> tuple[Action, ...]:
-        """Actions without a record."""
-        return tuple(action for action in self.actions if action.key not in self.present)
+        """Actions without a record, and those whose record is to have a next generation (`Download.stale`)."""
+        stale = getattr(self.stage, "stale", lambda record: False)
+        return tuple(
+            action for action in self.actions if action.key not in self.present or stale(self.present[action.key])
+        )
 
     def manifest(self, made: Iterable[Record] = ()) -> Manifest:
         """The stage's manifest, once every action has a record (its own or one `made` just now)."""
@@ -152,7 +155,8 @@ def why(stage: Stage, whole: Action, store: Store) -> str:
             reasons.append(f"{need} changed")
     if len(before["inputs"]) != len(whole.inputs) or (not stage.needs and before["inputs"] != list(whole.inputs)):
         reasons.append("its inputs changed")
-    return "; ".join(reasons) or "records are missing"
+    again = getattr(stage.how, "again", 0)
+    return "; ".join(reasons) or ("failed rows are asked again" if again else "records are missing")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.message import Message
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -37,11 +38,14 @@ class Fault(Exception):
     """Why a URL gave nothing. `state` names the reason; `transient` says whether another attempt may do better.
 
     `answered`: whether any server, also one that redirected, had begun an HTTP answer by then; `fetch` sets it.
+    `retry_after`: seconds for which the server asked to be left alone, if it did.
     """
 
-    def __init__(self, state: str, message: str = "", *, transient: bool = False) -> None:
+    def __init__(
+        self, state: str, message: str = "", *, transient: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(message or state)
-        self.state, self.transient, self.answered = state, transient, False
+        self.state, self.transient, self.answered, self.retry_after = state, transient, False, retry_after
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Guard:
 
     resolve: host, or "*.suffix" for all hosts below it → "address" or "address:port" to connect to in its place, as
     curl's --resolve; an address named there is allowed by that. allow: networks (CIDR) that are allowed though they
-    are not public. user_agent: what we say we are.
+    are not public. user_agent: what we say we are. blocks: (host, URL) → whether it is never asked, redirects included.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class Guard:
         user_agent: str,
         resolve: Mapping[str, str] | None = None,
         allow: Iterable[str] = (),
+        blocks: Callable[[str, str], bool] = lambda host, url: False,
         max_redirects: int = 5,
     ) -> None:
+        self._blocks = blocks
         self._resolve = {host.lower().rstrip("."): endpoint(at) for host, at in (resolve or {}).items()}
         self._allow = networks(allow)
         self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.1", "Connection": "close"}
@@ -97,7 +103,11 @@ class Guard:
                             url = urljoin(url, _location(response.headers["Location"]))
                             continue
                         if response.status != 200:
-                            raise Fault(f"http_{response.status}", transient=response.status in PATIENCE)
+                            raise Fault(
+                                f"http_{response.status}",
+                                transient=response.status in PATIENCE,
+                                retry_after=retry_after(response.headers) if response.status in PATIENCE else None,
+                            )
                         check(response.headers)
                         return Answer(_body(response, max_bytes), response.headers, url)
             raise Fault("too_many_redirects", f"more than {self._max_redirects}")
@@ -107,6 +117,9 @@ class Guard:
 
     def _connect(self, url: str, deadline: float) -> http.client.HTTPConnection:
         scheme, host, port = _parts(url)
+        where = host if port == _PORTS[scheme] else f"{host}:{port}"
+        if self._blocks(host, f"{scheme}://{where}{_target(url)}"):
+            raise Fault("blocked", f"{host}: blocked by download.block")
         sock = _dial(self.addresses(host, port), deadline)
         try:
             sock.settimeout(_left(deadline))
@@ -178,6 +191,17 @@ def public(address: Address) -> bool:
         if address.is_site_local:
             return False
     return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def retry_after(headers: Message) -> float | None:
+    """Seconds until the time that a Retry-After header names, by number or date; None where it names none."""
+    said = (headers["Retry-After"] or "").strip()
+    if said.isascii() and said.isdigit():
+        return float(said[:10])  # centuries are long enough
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def networks(allow: Iterable[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,8 +23,9 @@ def open_release(store: Store, ref: str) -> Path:
     ref: champion, NAME@champion, a version or its first digits, or a folder that holds a release. The folder made for a
     version lies in the user's cache and consists of links to the store's objects.
     """
-    if (Path(ref) / "release.json").is_file():
-        return Path(ref)
+    with contextlib.suppress(OSError, ValueError):  # no path can be as long as `ref`, or holds what it holds
+        if (Path(ref) / "release.json").is_file():
+            return Path(ref)
     version = find(store, ref)
     record = Manifest.load(store, version, "bundle").only
     folder = cache() / digest(store.uri.encode())[:16] / version[:32]

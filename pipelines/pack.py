@@ -1,24 +1,27 @@
-"""Rows and what became of them → a shard: webdataset tar and an index in which every row of the slice has its state.
+"""Rows and what became of them → a shard: a webdataset tar and an index in which every row has its state.
 
-Tars are in the slice's order with times and owners of zero. What was forgotten (infra/forgotten.py) is neither fetched
-nor kept.
+Tars are in list order with times and owners of zero: the same rows give the same bytes, in whatever order they came.
+What was forgotten (infra/forgotten.py) is neither asked for nor kept.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.forgotten import FORGOTTEN, Forgotten
-from infra.manifest import Action, Block, Record, canonical
+from infra.manifest import Action, Block, Record, canonical, object_name
 from infra.rows import INDEX, KEPT, SOURCE
 from infra.store import Store
 from pipelines.pictures import Picture
@@ -26,6 +29,9 @@ from pipelines.redact import redact
 
 TAR, TABLE = "images.tar", "index.parquet"
 BLOCK_ROWS = 256
+
+Members = list[tuple[str, bytes]]
+"""What the tar holds of a row: names and bytes of picture, caption and facts."""
 
 
 @dataclass(frozen=True)
@@ -37,42 +43,153 @@ class Outcome:
     picture: Picture | None = None
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """A shard that is there already, to be gone over again: its index, a line a row, and its tar."""
+
+    index: list[dict[str, Any]]
+    tar: Path
+    generation: int
+
+    @classmethod
+    def read(cls, store: Store, record: Record) -> Earlier:
+        """The shard of a record."""
+        index = pq.read_table(store.local(object_name(record.sha(TABLE)))).select(INDEX.names)
+        return cls(index.to_pylist(), store.local(object_name(record.sha(TAR))), record.generation)
+
+    def lines(self, *, without: Container[str]) -> dict[int, dict[str, Any]]:
+        """Position → line of the index, of the rows that are not in these states."""
+        return {position: line for position, line in enumerate(self.index) if line["state"] not in without}
+
+    def samples(self) -> Iterator[Members]:
+        """(name, bytes) of the three members of each kept row, in list order."""
+        with tarfile.open(self.tar) as tar:
+            members = iter(tar)
+            while sample := list(itertools.islice(members, 3)):
+                yield [(one.name, tar.extractfile(one).read()) for one in sample]  # type: ignore[union-attr]
+
+
+class ShardWriter:
+    """Writes a shard into a folder, rows in list order however they come; a context.
+
+    table: the slice (uid, url, caption, columns to be kept). settled: position → line of the index, of the rows that
+    are not fetched. samples: what the tar holds of those among them that are kept, in list order. A picture that comes
+    before its turn waits in a file without a name, so memory does not grow with the shard.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        out: Path,
+        extension: str,
+        settled: Mapping[int, Mapping[str, Any]],
+        samples: Iterator[Members],
+    ) -> None:
+        self._table, self._out, self._extension = table, out, extension
+        self._rows: list[dict[str, Any]] = table.select(SOURCE.names).to_pylist()
+        self._settled, self._samples = settled, samples
+        self._index: list[dict[str, Any]] = []
+        self._early: dict[int, tuple[Outcome, int, int]] = {}  # without the data; where in the spool, how many bytes
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            self._spool = opened.enter_context(tempfile.TemporaryFile(dir=self._out))
+            self._tar = opened.enter_context(tarfile.open(self._out / TAR, "w", format=tarfile.USTAR_FORMAT))
+            self._opened = opened.pop_all()
+        self._go_on()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def add(self, position: int, got: Outcome) -> None:
+        """What became of the row at that position, which was fetched."""
+        if position == len(self._index):
+            self._write(got)
+            self._go_on()
+            return
+        data = got.picture.data if got.picture else b""
+        self._early[position] = (_holding(got, b""), self._spool.seek(0, io.SEEK_END), len(data))
+        self._spool.write(data)
+
+    def index(self) -> pa.Table:
+        """The index, once every row has its state: ours, and the columns of the slice that are to be kept."""
+        count = len(self._index)
+        if count != len(self._rows):
+            raise RuntimeError(f"{len(self._rows)} rows went in and {count} came out")
+        keep = self._table.drop_columns(SOURCE.names)
+        columns = {name: [line.get(name) for line in self._index] for name in INDEX.names}
+        columns |= {name: keep[name] for name in keep.column_names}
+        return pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
+
+    def _go_on(self) -> None:
+        """Writes all rows that are next in list order and known."""
+        while (position := len(self._index)) < len(self._rows):
+            if position in self._settled:
+                line = dict(self._settled[position])
+                if line["state"] == KEPT:
+                    line["offset"] = self._put(next(self._samples))
+                self._index.append(line)
+            elif position in self._early:
+                got, at, length = self._early.pop(position)
+                self._spool.seek(at)
+                self._write(_holding(got, self._spool.read(length)))
+            else:
+                return
+
+    def _write(self, got: Outcome) -> None:
+        """Picture, caption and facts into the tar, a line into the index."""
+        row = self._rows[len(self._index)]
+        line: dict[str, Any] = {name: row[name] for name in ("uid", "url", "caption")}
+        line |= {"state": got.state, "sha256": got.sha256}
+        if got.picture is not None:
+            line |= {"width": got.picture.original_width, "height": got.picture.original_height}
+            if got.state == KEPT:
+                line["length"] = len(got.picture.data)
+                line["offset"] = self._put(_members(line, got.picture, self._extension))
+        self._index.append(line)
+
+    def _put(self, members: Members) -> int:
+        """Adds a sample; returns where the first member's bytes begin in the tar."""
+        offset = self._tar.offset + tarfile.BLOCKSIZE  # behind that member's header of one block
+        for name, data in members:
+            member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, and owners have no names
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+        return offset
+
+
 def pack(
     action: Action,
     table: pa.Table,
-    outcomes: Callable[[Sequence[int]], Iterable[tuple[int, Outcome]]],
+    settled: Mapping[int, Mapping[str, Any]],
+    take: Callable[[Sequence[int]], Iterable[tuple[int, Outcome]]],
     store: Store,
     out: Path,
     extension: str,
+    earlier: Earlier | None = None,
 ) -> Record:
     """Writes `images.tar` and `index.parquet` to `out`. Blocks are ranges of the index.
 
-    table: the slice, columns of SOURCE and then those to carry along. outcomes: from the numbers of the rows that are
-    not forgotten to (number, outcome) of each, in any order; what comes early waits for the rows before it. extension:
-    jpg, png or webp, of the kept pictures. Raises RuntimeError where a row has no outcome.
+    table, settled, extension: as for ShardWriter. take: from the positions of the rows that are neither settled nor
+    forgotten to (position, outcome) of each, in any order. earlier: the shard that has the settled rows' pictures, and
+    whose next generation this is. Raises RuntimeError where a row has no outcome.
     """
-    rows = table.select(SOURCE.names).to_pylist()
     gone = Forgotten.load(store).among(table)
-    index: list[dict[str, Any]] = []
-    early = {number: Outcome(FORGOTTEN) for number in range(len(rows)) if gone[number]}
-    with tarfile.open(out / TAR, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, got in outcomes([number for number in range(len(rows)) if not gone[number]]):
-            early[number] = got
-            _flush(early, rows, tar, index, extension)
-        _flush(early, rows, tar, index, extension)
-    if len(index) != len(rows):
-        raise RuntimeError(f"{len(rows)} rows went in and {len(index)} came out")
-    keep = table.drop_columns(SOURCE.names)
-    columns = {name: [line.get(name) for line in index] for name in INDEX.names}
-    columns |= {name: keep[name] for name in keep.column_names}
-    made = pa.table(columns, schema=pa.schema([*INDEX, *keep.schema]))
+    rows = table.select(SOURCE.names).to_pylist()
+    lines = {position: {**row, "state": FORGOTTEN} for position, row in enumerate(rows) if gone[position]}
+    lines |= {position: dict(line) for position, line in settled.items()}  # with what is in the tar; redacted below
+    with ShardWriter(table, out, extension, lines, earlier.samples() if earlier else iter(())) as writer:
+        for position, got in take([position for position in range(len(rows)) if position not in lines]):
+            writer.add(position, got)
+        index = writer.index()
     # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
-    gone |= Forgotten.load(store).among(made)
+    gone |= Forgotten.load(store).among(index)
     if gone.any():
         whole = (out / TAR).rename(out / "whole.tar")
-        made = redact(whole, made, gone, out / TAR)
+        index = redact(whole, index, gone, out / TAR)
         whole.unlink()
-    return shard(action, made, out)
+    return shard(action, index, out, earlier.generation + 1 if earlier else 0)
 
 
 def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Record:
@@ -84,28 +201,8 @@ def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Re
     return Record.of(action, out, states=states, blocks=blocks, generation=generation)
 
 
-def _flush(
-    early: dict[int, Outcome],
-    rows: Sequence[dict[str, Any]],
-    tar: tarfile.TarFile,
-    index: list[dict[str, Any]],
-    extension: str,
-) -> None:
-    """Writes all rows that are next in list order: picture, caption and facts into the tar, a line into the index."""
-    while len(index) in early:
-        got, row = early.pop(len(index)), rows[len(index)]
-        line: dict[str, Any] = {name: row[name] for name in ("uid", "url", "caption")}
-        line |= {"state": got.state, "sha256": got.sha256}
-        if got.picture is not None:
-            line |= {"width": got.picture.original_width, "height": got.picture.original_height}
-            if got.state == KEPT:
-                line["length"] = len(got.picture.data)
-                line["offset"] = _add_sample(tar, line, got.picture, extension)
-        index.append(line)
-
-
-def _add_sample(tar: tarfile.TarFile, line: dict[str, Any], picture: Picture, extension: str) -> int:
-    """Adds the three members of a webdataset sample and returns where the picture's bytes begin in the tar."""
+def _members(line: Mapping[str, Any], picture: Picture, extension: str) -> Members:
+    """The three members of a webdataset sample."""
     name = line["uid"].hex()
     facts = {
         "uid": name,
@@ -117,15 +214,10 @@ def _add_sample(tar: tarfile.TarFile, line: dict[str, Any], picture: Picture, ex
         "original_height": picture.original_height,
         "sha256": line["sha256"].hex(),
     }
-    offset = _add(tar, f"{name}.{extension}", picture.data)
-    _add(tar, f"{name}.txt", line["caption"].encode())
-    _add(tar, f"{name}.json", canonical(facts))
-    return offset
+    texts = ((f"{name}.txt", line["caption"].encode()), (f"{name}.json", canonical(facts)))
+    return [(f"{name}.{extension}", picture.data), *texts]
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, and owners have no names
-    member.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE  # behind the member's header of one block
-    tar.addfile(member, io.BytesIO(data))
-    return offset
+def _holding(got: Outcome, data: bytes) -> Outcome:
+    """The outcome with these bytes as its picture's."""
+    return got if got.picture is None else replace(got, picture=replace(got.picture, data=data))

@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-import sys
 import threading
 import warnings
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra.errors import Refused
-from unclip.config import SEED, SIDE, Range, outside
+from unclip.config import LATER, SEED, SIDE, Range, outside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +29,10 @@ RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop
 LARGE = Range(1, SEED.most)
 QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
 
-# img2dataset's resizer points the process's standard streams elsewhere while it works: one at a time.
-_STREAMS = threading.Lock()
+_ORIENTATION = 0x0112  # EXIF's tag
+_ONE_LARGE = threading.Lock()
+_LARGE_PIXELS = 1 << 22
+"""Pictures with more pixels are decoded one at a time: threads full of the largest would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class PictureSpec:
     """Shorter bodies are `too_few_bytes`."""
     max_bytes: int = 32 << 20
     """Longer bodies are `too_many_bytes`; reading stops there."""
+    upright: bool = field(default=False, metadata=LATER)
+    """Whether pictures are turned and mirrored as their EXIF orientation says; else they stay as they are stored."""
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES:
@@ -87,7 +91,9 @@ def prepare(body: bytes, spec: PictureSpec) -> Picture:
     state, width, height = _judge(body, spec)
     if state:
         return Picture(state, original_width=width, original_height=height)
-    with _STREAMS:
+    with _room(width, height):
+        if spec.upright:
+            body = _turned(body)
         data, *sides, error = resizer(spec)(io.BytesIO(body))
     if error:  # Pillow could read it and OpenCV cannot
         return Picture("broken", original_width=width, original_height=height)
@@ -111,7 +117,8 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             return "too_deep", width, height  # more than 8 bits a channel: the resizer would keep them
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG: all bytes are read, at an eighth the work
-        image.load()
+        with _room(width, height):
+            image.load()
     except UnidentifiedImageError:
         return "not_an_image", None, None
     except Image.DecompressionBombError:
@@ -119,6 +126,52 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise; the row's state says so
         return "truncated" if "truncated" in str(error) else "broken", width, height
     return None, width, height
+
+
+def _turned(body: bytes) -> bytes:
+    """The picture as its EXIF orientation has it, encoded without loss; the same bytes where it says nothing."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(body), formats=FORMATS) as image:
+        if image.getexif().get(_ORIENTATION, 1) not in range(2, 9):
+            return body
+        out = io.BytesIO()
+        turned = ImageOps.exif_transpose(image)
+        (turned.convert("RGB") if turned.mode in ("CMYK", "YCbCr", "LAB", "HSV") else turned).save(out, "PNG")
+    return out.getvalue()
+
+
+def _room(width: int | None, height: int | None) -> AbstractContextManager[Any]:
+    """What a thread holds while it decodes a picture of these sides."""
+    return _ONE_LARGE if (width or 0) * (height or 0) > _LARGE_PIXELS else nullcontext()
+
+
+class _Quiet:
+    """In the place of the resizer's own class, which sends the process's standard streams to nowhere while OpenCV
+    decodes: as a whole, and back as they were before, so that two threads could leave them there for good. Here the
+    first of many threads sends them away, and the last brings them back."""
+
+    _lock = threading.Lock()
+    _inside = 0
+    _kept: tuple[int, ...] = ()
+
+    def __enter__(self) -> None:
+        with _Quiet._lock:
+            if not _Quiet._inside:
+                _Quiet._kept = (os.dup(1), os.dup(2))
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
+                os.close(nowhere)
+            _Quiet._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with _Quiet._lock:
+            _Quiet._inside -= 1
+            if not _Quiet._inside:
+                for number, kept in zip((1, 2), _Quiet._kept, strict=True):
+                    os.dup2(kept, number)
+                    os.close(kept)
 
 
 def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
@@ -154,8 +207,6 @@ def _resizer_module() -> Any:
     `import img2dataset.resizer` runs the package's __init__ first, which imports Ray, torch, pandas and wandb: 10 s in
     every worker, for a module that needs OpenCV and albumentations only.
     """
-    if "img2dataset.resizer" in sys.modules:
-        return sys.modules["img2dataset.resizer"]
     package = importlib.util.find_spec("img2dataset")
     if package is None or package.origin is None:
         raise Refused("img2dataset is not installed; install unclip with its dependencies", code=5)
@@ -169,4 +220,5 @@ def _resizer_module() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports imghdr
         spec.loader.exec_module(module)
+    module.SuppressStdoutStderr = _Quiet  # type: ignore[attr-defined]
     return module

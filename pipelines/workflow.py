@@ -155,6 +155,8 @@ def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
             check_sampling(name, one, written=timesteps is None, gamma=name == "prior")
             if timesteps is not None and one.steps > timesteps:
                 raise Refused(f"steps is {one.steps}, and the model has {timesteps} timesteps; take at most as many")
+            if timesteps is not None and one.gamma and len(one.gamma) != timesteps:
+                raise Refused(f"gamma has {len(one.gamma)} numbers, and the model {timesteps} timesteps; give one each")
 
 
 def _priors(recipe: Recipe) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from unclip.config import POSITIVE, WIDTH, Range, outside
+from unclip.config import DEPTH, POSITIVE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.guidance import join
 from unclip.layers import KeyValues, TransformerBlock
@@ -50,7 +50,7 @@ class AutoregressivePriorConfig(CaptionTransformer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranges = {"context_width": WIDTH, "text_heads": WIDTH, "text_depth": Range(0, WIDTH.most)}
+        ranges = {"context_width": WIDTH, "text_heads": WIDTH, "text_depth": Range(0, DEPTH.most)}
         buckets = Range(2, WIDTH.most)
         if wrong := outside(self, **ranges, explained=Range(0, 1, above=True), buckets=buckets, reach=POSITIVE):
             raise Refused(f"{self.called}: {wrong}")

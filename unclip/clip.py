@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.clip_text import Text, TextTower, foreign_settings
+from unclip.documents import read_text
 from unclip.errors import Refused
 from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, understood, write_json, write_tensors
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
@@ -182,8 +183,8 @@ class Clip:
         if document.get("kind") != "clip":
             raise Refused(f"{folder} holds a {document.get('kind')!r}, and a CLIP was asked for")
         try:
-            merges = (folder / MERGES).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+            merges = read_text(folder / MERGES).splitlines()
+        except (OSError, ValueError) as error:
             raise Refused(f"CLIP's tokeniser cannot be read: {error}") from None
         with understood(folder / CONFIG, "configuration of a CLIP"):
             settings: dict[str, Any] = {

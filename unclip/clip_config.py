@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unclip.config import AMOUNT, POSITIVE, SHARE, SIDE, WIDTH, Range, outside
+from unclip.config import AMOUNT, DEPTH, POSITIVE, SHARE, SIDE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.tokenizer import CLIP_VOCABULARY, FIXED
 
@@ -69,9 +69,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         ranges = {"image_size": SIDE, "patch_size": SIDE, "mlp_ratio": POSITIVE, "patch_dropout": SHARE}
-        sizes = dict.fromkeys(("layers", "width", "head_width", "attn_pooler_queries", "attn_pooler_heads"), WIDTH)
+        sizes = dict.fromkeys(("width", "head_width", "attn_pooler_queries", "attn_pooler_heads"), WIDTH)
         drops = dict.fromkeys(("timm_drop", "timm_drop_path"), SHARE)
-        if wrong := outside(self, **ranges, **sizes, **drops, ls_init_value=AMOUNT):
+        if wrong := outside(self, **ranges, **sizes, **drops, layers=DEPTH, ls_init_value=AMOUNT):
             raise Refused(f"vision_cfg.{wrong}")
         for name, known in (("pool_type", ("tok", "avg")), ("pos_embed_type", ("learnable", "sin_cos_2d"))):
             if getattr(self, name) not in known:
@@ -113,8 +113,8 @@ class TextConfig:
     """A bias in the projection to the embedding."""
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("width", "heads", "layers"), WIDTH)
-        ranges = {"context_length": MOST_TOKENS, "vocab_size": Range(FIXED, CLIP_VOCABULARY)}
+        sizes = dict.fromkeys(("width", "heads"), WIDTH)
+        ranges = {"layers": DEPTH, "context_length": MOST_TOKENS, "vocab_size": Range(FIXED, CLIP_VOCABULARY)}
         if wrong := outside(self, **sizes, **ranges, mlp_ratio=POSITIVE, ls_init_value=AMOUNT):
             raise Refused(f"text_cfg.{wrong}")
         if self.width % self.heads:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 LATER = {"later": True}
 """Metadata of a field that came after models were trained: at its default it stands in no key, so that theirs hold."""
@@ -44,6 +46,8 @@ COUNT = Range(1, 2**31 - 1)
 WHOLE = Range(0, 2**31 - 1)
 WIDTH = Range(1, 2**20)
 """Widths, depths, heads and channels: far beyond any model, and far below what overflows when multiplied."""
+DEPTH = Range(1, 1024)
+"""Layers or blocks one after another; unlike a width, which memory bounds, each costs time when a model is built."""
 SIDE = Range(1, 2**16)
 """Pixels of a side."""
 TIMESTEPS = Range(1, 100_000)
@@ -68,6 +72,36 @@ def outside(config: Any, **ranges: Range) -> str:
                 shown = list(value) if isinstance(value, tuple) else value
                 return f"{name} is {shown}; it must be {wanted}"
     return ""
+
+
+def mistyped(config_type: type, values: Mapping[str, Any]) -> str:
+    """What is wrong with the first value that is not of its field's type: "steps is 'many'; …"; else "".
+
+    For values out of JSON, in which 1 may stand for 1.0, and true is no number.
+    """
+    hints = get_type_hints(config_type)
+    for name, value in values.items():
+        if name in hints and not _fits(hints[name], value):
+            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            return f"{name} is {value!r}; it must be of type {kind}"
+    return ""
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(choice, value) for choice in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return isinstance(value, tuple) and all(_fits(inner[0], item) for item in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, inner, value))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(inner[0], key) and _fits(inner[1], item) for key, item in value.items()
+        )
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (int, bool, str, type(None)) else True
 
 
 def _shown(bound: float) -> str:

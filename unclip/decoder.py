@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.config import TIMESTEPS, UNSAID, WHOLE, WIDTH, Range, outside
+from unclip.config import DEPTH, TIMESTEPS, UNSAID, WHOLE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.schedule import Prediction, Schedule, check_process
 from unclip.text import NullText, NullTokens, TextEncoder, TokenEncoder
@@ -86,7 +86,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("embedding", "text_width", "context", "text_heads"), WIDTH)
-        if wrong := outside(self, **sizes, text_depth=Range(0, WIDTH.most), timesteps=TIMESTEPS, vocabulary=WHOLE):
+        if wrong := outside(self, **sizes, text_depth=Range(0, DEPTH.most), timesteps=TIMESTEPS, vocabulary=WHOLE):
             raise Refused(f"decoder: {wrong}")
         check_process("decoder", self.prediction, self.schedule)
         if self.first_stage != "identity":

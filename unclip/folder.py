@@ -14,11 +14,14 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.classifier import Classifier, ClassifierConfig
+from unclip.config import mistyped
 from unclip.decoder import Decoder, DecoderConfig
+from unclip.documents import read_document
 from unclip.errors import Refused
 from unclip.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.prior import DiffusionPrior, PriorConfig
@@ -54,7 +57,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads `write_json`'s document; raises Refused where it is missing, unreadable or of another schema version."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_document(path)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist, so {path.parent} holds no {what}") from None
     except (OSError, ValueError) as error:
@@ -75,8 +78,11 @@ def understood(path: Path, what: str) -> Iterator[None]:
         yield
     except Refused:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise Refused(f"{path} is no {what} that this unclip understands ({type(error).__name__}: {error})") from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        # RuntimeError is what torch says of layers that no memory holds.
+        raise Refused(
+            f"{path} is no {what} that this unclip understands ({type(error).__name__}: {shorten(str(error), 300)})"
+        ) from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -91,12 +97,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path} is no regular file")
     try:
         tensors = load_file(path)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise Refused(f"{path} is no readable safetensors file: {error}") from None
+    except (SafetensorError, OSError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        # The last four are torch's, for a header of impossible shapes.
+        raise Refused(f"{path} is no readable safetensors file: {shorten(str(error), 300)}") from None
     if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
         raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
     return tensors
@@ -134,8 +143,11 @@ def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
     known = {field.name for field in fields(config_type)}
     if unknown := sorted(set(values) - known):
         raise Refused(f"{where} has settings that this unclip's {kind} does not know: {', '.join(unknown)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if wrong := mistyped(config_type, values):
+        raise Refused(f"{where}: {wrong}")
     try:
-        return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return config_type(**values)
     except TypeError as error:
         raise Refused(f"{where} is no configuration of a {kind}: {error}") from None
 
@@ -149,11 +161,21 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     kind, _ = _kind(folder, kinds)
     with understood(folder / CONFIG, f"configuration of a {kind}"):
         model = KINDS[kind][1](config)
+    tensors, needed = read_tensors(folder / WEIGHTS), model.state_dict()
+    for name, tensor in tensors.items():
+        # Copying would round, cut off an imaginary part, or take any number for True, without a word.
+        if name in needed and _number_kind(tensor) != _number_kind(needed[name]):
+            raise Refused(f"{folder / WEIGHTS} holds {tensor.dtype} in {name}, and {needed[name].dtype} is needed")
     try:
-        model.load_state_dict(read_tensors(folder / WEIGHTS))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {shorten(str(error), 300)}") from None
     return model.requires_grad_(False).eval()
+
+
+def _number_kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Tells floating-point, complex and boolean tensors from each other and from integers, whatever their width."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def warm_start(model: nn.Module, folder: Path, *kinds: str, clip: str | None = None) -> None:

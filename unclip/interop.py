@@ -27,9 +27,10 @@ from unclip import release
 from unclip.cascade import UnCLIP
 from unclip.clip import Clip
 from unclip.decoder import IMAGE_TOKENS, Decoder
+from unclip.documents import read_document
 from unclip.errors import Refused
 from unclip.fit import check_fit
-from unclip.folder import read_tensors, save_model
+from unclip.folder import read_tensors, save_model, understood
 from unclip.interop_clip import (
     processor_document,
     read_clip,
@@ -113,7 +114,10 @@ def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported
         raise Refused("diffusers' UnCLIPPipeline cannot hold this release: " + "; ".join(why))
     prior, decoder, upsampler, clip = model.prior, model.decoder, model.upsamplers[0], model.clip
     assert isinstance(prior, DiffusionPrior)  # any other was refused above
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be made: {error.strerror}") from None
     _write(folder / "prior", prior_document(prior.config), PRIOR.theirs(_without_null_text(prior)))
     _write(folder / "text_proj", text_proj_document(decoder.config), TEXT_PROJ.theirs(_folded(decoder)))
     _write(folder / "decoder", decoder_document(decoder.config), UNET.theirs(decoder.unet.state_dict()))
@@ -160,8 +164,9 @@ def import_diffusers(
             f"{folder / INDEX} names the pipeline {index.get('_class_name')!r}; a release needs the prior of {PIPELINE}"
         )
     _check_classes(index, CLASSES, folder)
-    clip = _read_clip(folder, Path(images) if images is not None else None)
-    models = _read_models(folder, clip)
+    with understood(folder, "folder of diffusers'"):
+        clip = _read_clip(folder, Path(images) if images is not None else None)
+        models = _read_models(folder, clip)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parts:
         clip.save(Path(parts) / "clip")
@@ -322,7 +327,7 @@ def _check_classes(index: Document, classes: dict[str, str], folder: Path) -> No
 
 def _read(path: Path) -> Document:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_document(path)
     except FileNotFoundError:
         raise Refused(f"{path} does not exist, so this is no folder of {PIPELINE}, or an incomplete one") from None
     except (OSError, ValueError) as error:

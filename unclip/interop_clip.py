@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from unclip.clip import Clip, Preprocess
 from unclip.clip_text import TextTower, foreign_settings
+from unclip.config import DEPTH, WIDTH
+from unclip.documents import read_text
 from unclip.errors import Refused
 from unclip.interop_layout import CLIP_TEXT, CLIP_VISION
 from unclip.tokenizer import FIXED, Tokenizer
@@ -22,6 +24,11 @@ RESAMPLE = {"bilinear": 2, "bicubic": 3}
 """Pillow's numbers, which image processors store."""
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 """transformers' hidden_act → open_clip's quick_gelu."""
+SIZES = dict.fromkeys(
+    ("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads", "max_position_embeddings",
+     "vocab_size", "eos_token_id", "image_size", "patch_size"), WIDTH,
+) | {"num_hidden_layers": DEPTH}  # fmt: skip
+"""What config.json says in whole numbers, and their ranges."""
 LOGIT_SCALE = math.log(100)
 """Where CLIP's training ends (Radford et al. 2021, section 2.5); transformers' two halves of CLIP do not carry it."""
 _VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "timm_model_pretrained"}
@@ -149,8 +156,8 @@ def read_merges(folder: Path, read: Any, text: Document) -> list[str]:
     else:
         vocabulary = read(folder / "vocab.json")
         try:
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+            lines = read_text(folder / "merges.txt").splitlines()
+        except (OSError, ValueError) as error:
             raise Refused(f"the tokeniser's merges cannot be read: {error}") from None
         merges = [line for line in lines if line and not line.startswith("#version")]
     context, size = text.get("max_position_embeddings", 77), text.get("vocab_size", 49_408)
@@ -186,6 +193,14 @@ def read_clip(
     for document, what in ((text, "text_encoder"), (vision or text, "image_encoder")):
         if document.get("hidden_act", "quick_gelu") not in ACTIVATIONS or document.get("layer_norm_eps", 1e-5) != 1e-5:
             raise Refused(f"{what}/config.json has an activation or a layer_norm_eps that is not CLIP's")
+        for key in sorted(SIZES.keys() & document.keys()):
+            if type(document[key]) is not int or SIZES[key].refuses(document[key]):
+                raise Refused(
+                    f"{what}/config.json has {key} = {document[key]!r}; it must be a whole number from 1 to "
+                    f"{SIZES[key].most:,}"
+                )
+        if document.get("hidden_size", 512) % (document.get("num_attention_heads") or 1):
+            raise Refused(f"{what}/config.json has a hidden_size that its num_attention_heads do not divide")
     # 2 is what old configurations say whatever the vocabulary; transformers then pools at the largest id, as CLIP does.
     if (end := text.get("eos_token_id", 49_407)) not in (2, size - 1):
         raise Refused(f"text_encoder/config.json pools at token {end}, and CLIP at its vocabulary's last, {size - 1}")

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unclip.config import LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
+from unclip.config import DEPTH, LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
 from unclip.guidance import clipped
 from unclip.layers import KeyValues, Remembered, TimeEmbedding, TransformerBlock
@@ -44,8 +44,8 @@ class CaptionTransformer:
     """What a refusal calls the model."""
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("embedding", "text_width", "context", "width", "depth", "heads"), WIDTH)
-        if wrong := outside(self, **sizes, dropout=SHARE):
+        sizes = dict.fromkeys(("embedding", "text_width", "context", "width", "heads"), WIDTH)
+        if wrong := outside(self, **sizes, depth=DEPTH, dropout=SHARE):
             raise Refused(f"{self.called}: {wrong}")
         if self.width % self.heads:
             raise Refused(f"{self.called}: a width of {self.width} does not divide into {self.heads} heads")

@@ -21,6 +21,7 @@ from typing import Any
 from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.cascade import UnCLIP
 from unclip.clip import MERGES, Clip, clip_widths
+from unclip.config import mistyped
 from unclip.errors import Damaged, Refused
 from unclip.fit import check_fit, check_guides
 from unclip.folder import (
@@ -154,6 +155,10 @@ def _parsed(path: Path, document: dict[str, Any]) -> Release:
     sampled = {name for name in document["components"] if _part(name).sampled}
     if set(document["sampling"]) != sampled:
         raise Refused(f"{path} says how to sample {sorted(document['sampling'])}, and its models are {sorted(sampled)}")
+    for component, settings in document["sampling"].items():
+        told = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        if wrong := mistyped(Sampling, told):
+            raise Refused(f"{path}: sampling of {component}: {wrong}")
     try:
         sampling = {component: Sampling(**settings) for component, settings in document["sampling"].items()}
     except TypeError as error:

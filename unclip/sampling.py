@@ -61,6 +61,8 @@ class Sampling:
         object.__setattr__(self, "gamma", tuple(self.gamma))
         if self.interval is not None:
             object.__setattr__(self, "interval", tuple(self.interval))
+            if len(self.interval) != 2:
+                raise Refused(f"interval is {list(self.interval)}; it must be two timesteps, the first and the last")
         if self.sampler not in SAMPLERS:
             raise Refused(f"sampler {self.sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
         for name in ("steps", "candidates"):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import SHARE, SIDE, WIDTH, Range, outside
+from unclip.config import DEPTH, SHARE, SIDE, WIDTH, Range, outside
 from unclip.errors import Refused
 from unclip.layers import ContextAttention, Conv2d, ResBlock, TimeEmbedding, zeroed
 
@@ -39,9 +39,8 @@ class UNetConfig:
     beside: int = 0
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(
-            ("channels", "multiples", "depth", "head_channels", "groups", "unshuffle", "time_multiple"), WIDTH
-        )
+        sizes = dict.fromkeys(("channels", "multiples", "head_channels", "groups", "unshuffle", "time_multiple"), WIDTH)
+        sizes["depth"] = DEPTH
         if wrong := outside(
             self, size=SIDE, attention=SIDE, context_width=Range(0, WIDTH.most), dropout=SHARE, **sizes
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from infra.errors import Refused
+from infra.store import open_store
 from pipelines import cli
+from pipelines.opening import open_release
 from tests.fixtures.release import write_release
 from unclip.folder import write_json
 
@@ -36,6 +40,7 @@ def unclip(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     Image.new("1", (18_000, 10_000)).save("bomb.png")
     Path("cut.png").write_bytes(Path("picture.png").read_bytes()[:300])
     Path("empty.png").write_bytes(b"")
+    os.mkfifo("pipe.png")
 
     def run(*words: object) -> tuple[int, str, str]:
         asked = [*map(str, words), "--release", "release", "--out", "out.png"]
@@ -71,6 +76,8 @@ def refused(result: tuple[int, str, str], said: str, expected: int = 2) -> None:
         (["edit", "vary", "bomb.png"], "bomb.png"),
         (["edit", "vary", "cut.png"], "cut.png cannot be read as a picture"),
         (["edit", "vary", "empty.png"], "empty.png cannot be read as a picture"),
+        (["edit", "vary", "pipe.png"], "pipe.png is no file"),
+        (["generate", "a", "--label-guidance", 2], "there are none: add --label"),
         (["edit", "vary", "picture.png", "-n", -1], "nothing to draw"),
         (["edit", "interpolate", "a", "b", "--steps", 1], "at least 2 pictures"),
         (["edit", "diff", "picture.png", "a", "b", "--theta", "nan"], "theta"),
@@ -137,6 +144,18 @@ def _resign(release: Path) -> None:
 def test_a_damaged_release_is_one_paragraph(unclip: Run, harm: Callable[[Path], None], said: str, code: int) -> None:
     harm(Path("release"))
     refused(unclip("generate", "a red circle", "-n", 1), said, code)
+
+
+def test_prompts_longer_than_any_files_name_are_still_prompts(unclip: Run) -> None:
+    code, _, err = unclip("edit", "interpolate", "a red circle, " * 30, "a blue square, " * 30, "--steps", 2)
+    assert (code, err) == (0, "") or "is not seen" in err
+    assert Path("out.png").exists()
+
+
+def test_names_that_no_path_can_have_are_refused(unclip: Run) -> None:
+    refused(unclip("generate", "a", "--store", "s" * 5000), "is no folder's path")
+    with pytest.raises(Refused, match="names no release"):
+        open_release(open_store("store"), "n" * 5000)
 
 
 def test_an_empty_prompt_draws_and_a_long_one_says_what_was_cut(unclip: Run) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from email.message import Message
 from urllib.parse import urlsplit
 
@@ -20,10 +21,12 @@ from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, object_name
 from infra.rows import INDEX, KEPT, uid
 from infra.store import Store, open_store
-from pipelines.download import DownloadHow, DownloadSpec, completed, opted_out, user_agent
+from pipelines.download import DownloadHow, DownloadSpec, opted_out, user_agent
+from pipelines.inflight import completed
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.server import serve
 from pipelines.source import Columns
+from pipelines.stage import plain
 from tests.fixtures.stages import PICTURES, Data, download, make, source
 
 GOLDEN = "c11e05f342"
@@ -216,6 +219,23 @@ def test_each_slice_is_an_action_of_its_own(data: Data):
     assert len(inputs) > 2
 
 
+def test_what_is_blocked_is_in_the_key_and_nothing_is_by_default():
+    assert "block" not in plain(DownloadSpec())
+    assert plain(DownloadSpec(block=("a.shapes.test",)))["block"] == ["a.shapes.test"]
+
+
+def test_blocked_rows_are_marked_and_their_hosts_not_asked(data: Data, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    spec = replace(PICTURES, block=("a.shapes.test",))
+    with serve(slow=0.0) as server:
+        manifest = make(store, download(server.port, spec), make(store, source(data.rows)))
+        assert server.attempts
+    for index in indexes(store, manifest):
+        for row in index.to_pylist():
+            if "//a.shapes.test" in row["url"]:
+                assert row["state"] == "blocked"
+
+
 def test_results_come_as_they_are_done_and_few_wait():
     started, taken = [], 0
     for position, result in completed(lambda number: started.append(number) or number * 2, range(100), 4):
@@ -264,6 +284,10 @@ def test_we_say_who_we_are():
         {"allow": ("10.0.0.0/99",)},
         {"contact": "a\r\nX: b"},
         {"silent_rows": -1},
+        {"per_host": 0},
+        {"give_up": -1},
+        {"again": -1},
+        {"again_states": ("timeout", "opt_out")},
     ],
 )
 def test_impossible_hows_are_refused(options):

@@ -6,11 +6,8 @@ import datetime
 import ipaddress
 import socket
 import ssl
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +15,14 @@ import pytest
 
 from infra.errors import Refused
 from pipelines.guard import Fault, Guard, endpoint, public
-
-BODY = b"picture" * 1000
-
-
-class Web(ThreadingHTTPServer):
-    """A web server on loopback whose answers are functions by path; it remembers who asked for what."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, Callable[[Any], None]] = {}
-        self.seen: list[tuple[str, str, str]] = []
-
-    @property
-    def port(self) -> int:
-        return int(self.server_address[1])
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients of these tests hang up in the middle."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Web
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.server.seen.append((self.path, self.headers["Host"], self.headers["User-Agent"]))
-        self.server.answers.get(self.path, lambda asked: give(asked, 404))(self)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet."""
-
-
-def give(asked: Any, status: int = 200, body: bytes = BODY, length: int | None = None, **headers: str) -> None:
-    asked.send_response(status)
-    asked.send_header("Content-Length", str(len(body) if length is None else length))
-    for name, value in headers.items():
-        asked.send_header(name.replace("_", "-"), value)
-    asked.end_headers()
-    asked.wfile.write(body)
-    asked.close_connection = True
+from tests.fixtures.web import BODY, Web, cut_chunk, endless, give, reset, serving, trickle
 
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    server = Web()
-    server.answers["/ok.png"] = give
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        server.answers["/ok.png"] = give
+        yield server
 
 
 def guard(web: Web, **options: Any) -> Guard:
@@ -231,22 +182,11 @@ def test_bodies_that_are_too_long_are_not_read(web):
     assert guard(web).fetch("http://a.web.test/ok.png", max_bytes=len(BODY), seconds=5).body == BODY
 
 
-def endless(asked: Any) -> None:
-    asked.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-    while True:
-        asked.wfile.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
-
-
 def test_bodies_that_end_early_are_truncated(web):
     web.answers["/short.png"] = lambda asked: give(asked, length=len(BODY) * 2)
     web.answers["/chunk.png"] = cut_chunk
     assert state(guard(web), "http://a.web.test/short.png") == "truncated"
     assert state(guard(web), "http://a.web.test/chunk.png") == "truncated"
-
-
-def cut_chunk(asked: Any) -> None:
-    asked.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n400\r\n" + b"x" * 100)
-    asked.close_connection = True
 
 
 @pytest.mark.parametrize(
@@ -257,14 +197,6 @@ def test_seconds_bound_the_whole_answer_however_it_trickles(web, head):
     began = time.monotonic()
     assert state(guard(web), "http://a.web.test/slow.png", seconds=0.3) == "timeout"
     assert time.monotonic() - began < 5  # each byte comes well within 0.3 s; all of them would take minutes
-
-
-def trickle(asked: Any, head: bytes) -> None:
-    asked.wfile.write(head)
-    for _ in range(1000):
-        time.sleep(0.1)
-        asked.wfile.write(b"H" if not head else b"x")
-        asked.wfile.flush()
 
 
 def test_redirects_share_one_budget_of_time(web):
@@ -301,12 +233,6 @@ def test_failures_have_names_and_say_whether_to_try_again(web):
             assert fault.value.state == name, url
             assert transient is None or fault.value.transient is transient, url  # a resolver's silence may be either
             assert fault.value.answered == any(word in url for word in ("busy", "gone", "astray")), url
-
-
-def reset(asked: Any) -> None:
-    asked.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    asked.connection.close()
-    asked.close_connection = True
 
 
 def test_headers_can_be_judged_before_the_body_is_read(web):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infra.errors import Refused
 from pipelines.pictures import PictureSpec, prepare
@@ -61,6 +63,31 @@ def test_pictures_are_brought_down_to_size(resize, size):
 def test_pictures_are_never_made_larger(resize):
     made = prepare(encode(image()), PictureSpec(size=500, resize=resize))
     assert decode(made.data).size == (64, 48)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_pictures_are_turned_upright_where_asked_for_and_else_stay_as_stored(orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    body = encode(image().resize((6, 5)).resize((60, 50)).convert(mode), "JPEG", exif=exif, quality=100)
+    stored = prepare(body, PictureSpec(resize="none", format="png"))
+    upright = prepare(body, PictureSpec(resize="none", format="png", upright=True))
+    assert (stored.width, stored.height) == (60, 50)
+    expected = np.asarray(ImageOps.exif_transpose(decode(body)).convert("RGB"), float)
+    got = np.asarray(decode(upright.data), float)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).mean() < 8  # two decoders, and two ways from CMYK to RGB
+    if orientation == 1:
+        assert upright == stored
+
+
+def test_many_threads_prepare_at_once_and_leave_the_streams_as_they_were():
+    body, spec = encode(image(300, 200), "JPEG"), PictureSpec(size=64)
+    alone, before = prepare(body, spec), (os.fstat(1), os.fstat(2))
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: prepare(body, spec), range(200))) == {alone}
+    assert (os.fstat(1).st_ino, os.fstat(2).st_ino) == tuple(one.st_ino for one in before)
 
 
 def test_transparency_is_laid_over_white():

@@ -125,6 +125,10 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(bad: Any) -> None:
         (["upsamplers.64.train.crop=20"], r"upsamplers\.64: train\.crop is 20; it must divide by 16"),
         (["upsamplers.-64={}"], r"upsamplers\.-64"),
         (["sampling.decoder.steps=5000"], r"sampling\.decoder: steps is 5000, and the model has 1000 timesteps"),
+        (
+            ["sampling.prior={sampler: analytic_dpm, gamma: [1]}"],
+            r"sampling\.prior: gamma has 1 numbers",
+        ),
         (["sampling.prior.temperature=0.5"], r"sampling\.prior: .*only an autoregressive prior has a temperature"),
         (["models=huge"], r"models: preset 'huge' is unknown; use one of paper"),
         (["world.module=a b"], r"world\.module is 'a b'"),

@@ -433,6 +433,13 @@ def pickled(folder: Path) -> None:
     (folder / "decoder/diffusion_pytorch_model.safetensors").unlink()
 
 
+def sharded(folder: Path) -> None:
+    """An index of shards whose names cannot be put in order."""
+    weights = folder / "prior/diffusion_pytorch_model.safetensors"
+    weights.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a", "b": 5}}))
+    weights.unlink()
+
+
 def not_a_number(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -464,6 +471,10 @@ BAD = {
     "variances": (lambda f: change(f / DECODER_SCHEDULER, variance_type="fixed_small_log"), "variance"),
     "two shapes": (lambda f: change(f / "super_res_last/config.json", layers_per_block=1), "different shapes"),
     "an activation": (lambda f: change(f / "text_encoder/config.json", hidden_act="relu"), "activation"),
+    "a hidden size": (lambda f: change(f / "text_encoder/config.json", hidden_size=1.5), "hidden_size = 1.5"),
+    "a dropout": (lambda f: change(f / "prior/config.json", dropout="a"), "understands"),
+    "shards": (sharded, "understands|outside its folder|does not exist"),
+    "nested": (lambda f: (f / INDEX).write_text("[" * 100_000), "nested too deeply"),
     "a pickle": (pickled, "pickle"),
     "NaN": (not_a_number, "not finite"),
 }  # fmt: skip
