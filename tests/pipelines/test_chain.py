@@ -101,8 +101,8 @@ def test_diffusers_draws_from_the_export_what_the_champion_draws(
     unguided = {"prior": 1.0, "decoder": 1.0}
     pictures = beside_diffusers.drawn(model, unguided)
     assert beside_diffusers.far(beside_diffusers.theirs(pipe, monkeypatch, unguided), pictures) < 1e-4
-    # The first step divides rounding by an α of 5e-5, guidance multiplies it, and clipping to ±1 hides it but in the odd
-    # pixel that lies between: one of 6,144 was off by 2.5e-4, the mean by 8e-8.
+    # The first step divides rounding by an α of 5e-5, guidance multiplies it, and clipping to ±1 hides it but in the
+    # odd pixel that lies between: one of 6,144 was off by 2.5e-4, the mean by 8e-8.
     pictures = beside_diffusers.drawn(model, beside_diffusers.SCALES)
     apart = (beside_diffusers.theirs(pipe, monkeypatch, beside_diffusers.SCALES) - pictures).abs()
     assert float(apart.mean()) < 1e-6
