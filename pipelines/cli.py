@@ -99,7 +99,9 @@ def generate(
     prior_guidance: Annotated[str | None, typer.Option(help="Prior's ω, likewise; 1 is unguided.")] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL=CLASS", help="Guide towards a class, by the release's classifier."),
+        typer.Option(
+            metavar="LABEL=CLASS", help="Guide towards a class, by the release's classifier; may be repeated."
+        ),
     ] = None,
     label_guidance: Annotated[str | None, typer.Option(help="Scale of that guidance; 0 is unguided.")] = None,
     clip_guidance: Annotated[

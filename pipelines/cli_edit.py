@@ -97,7 +97,7 @@ def edit_redraw(
 @edit.command("inpaint")
 def edit_inpaint(
     picture: PictureArgument,
-    mask: Annotated[Path, typer.Argument(help="A picture as large, white where to draw.")],
+    mask: Annotated[Path, typer.Argument(help="A picture as large: white (or transparent) is drawn anew.")],
     prompt: PromptArgument,
     number: NumberOption = 4,
     trained: Annotated[

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unclip.cascade import UnCLIP
+    from unclip.sampling import Sampling
 
-__all__ = ["UnCLIP", "__version__"]
+__all__ = ["Sampling", "UnCLIP", "__version__"]
 __version__ = "0.1.0"
 
 
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from unclip.cascade import UnCLIP
 
         return UnCLIP
+    if name == "Sampling":
+        from unclip.sampling import Sampling
+
+        return Sampling
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -188,7 +188,7 @@ def inpaint(
     check_pictures(pictures)
     inpainter = model.inpainter if trained in (None, True) else None
     if trained and inpainter is None:
-        raise Refused("this release has no inpainter; without `trained` any release fills in, if less well")
+        raise Refused("this release has no inpainter; the zero-shot way (the default then) fills in with any")
     if masks.shape != (len(pictures), *pictures.shape[2:]) or masks.dtype != torch.bool:
         raise Refused(
             f"masks must be bool {(len(pictures), *pictures.shape[2:])}, one a picture, not "

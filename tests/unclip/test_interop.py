@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.fixtures.beside_diffusers import PROMPTS, SCALES, SEEDS, STEPS, Fed, drawn, exact, far, pipeline, theirs
 from tests.fixtures.plain import VIT, ours, saved, shaken
 from tests.fixtures.release import MODEL
 from unclip.cascade import UnCLIP
@@ -26,28 +25,8 @@ from unclip.guidance import clipped
 from unclip.interop import INDEX, export_diffusers, import_diffusers
 from unclip.presets import TINY
 from unclip.prior import DiffusionPrior
-from unclip.samplers import noise_for
 from unclip.sampling import Sampling
 from unclip.upsampler import Upsampler
-
-PROMPTS = ["a large red circle", "hello world, it's a blue square on a white background"]
-SEEDS = [3, 4]
-STEPS = {"prior": 5, "decoder": 6, "upsampler": 4}
-SCALES = {"prior": 3.0, "decoder": 2.0}
-
-
-def pipeline(folder: Path, name: str = "UnCLIPPipeline") -> Any:
-    from diffusers.pipelines.deprecated import unclip
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = getattr(unclip, name).from_pretrained(folder)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -56,79 +35,6 @@ def exported(tmp_path_factory) -> tuple[UnCLIP, Path, Any]:
     told = export_diffusers(saved(ours(), folder), folder / "diffusers")
     assert (told.size, told.left_out) == (32, ("upsampler-64",))
     return UnCLIP.load(folder / "release"), folder / "diffusers", pipeline(folder / "diffusers")
-
-
-class Fed:
-    """What a pipeline draws instead of its own noise: the noises of our samplers, stream after stream, from step 1."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, streams: dict[str, tuple[int, tuple[int, ...]]]) -> None:
-        from diffusers.schedulers import scheduling_unclip
-
-        self.noises = {name: noise_for(SEEDS, shape, stream=name) for name, (_, shape) in streams.items()}
-        self.due = [(name, k) for name, (steps, _) in streams.items() for k in range(1, steps)]
-        monkeypatch.setattr(scheduling_unclip, "randn_tensor", self.draw)
-
-    def draw(self, shape: Any, **_: Any) -> Tensor:
-        name, k = self.due.pop(0)
-        noise = self.noises[name](k)
-        assert tuple(shape) == tuple(noise.shape)
-        return noise
-
-    def first(self, name: str) -> Tensor:
-        return self.noises[name](0)
-
-
-def exact(pipe: Any) -> None:
-    """Its schedulers' tables in double; in float32 the last of 1000 steps multiplies by 0.99947 (see below)."""
-    for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
-        scheduler = getattr(pipe, name, None)
-        if scheduler is not None:
-            from diffusers.schedulers.scheduling_unclip import betas_for_alpha_bar
-
-            steps = scheduler.config.num_train_timesteps
-            single = betas_for_alpha_bar(steps)
-            bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-            scheduler.betas = torch.from_numpy(np.minimum(1 - bar[1:] / bar[:-1], 0.999))
-            assert torch.allclose(scheduler.betas.float(), single, rtol=1e-4)
-            scheduler.alphas = 1 - scheduler.betas
-            scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
-
-
-def theirs(pipe: Any, monkeypatch: pytest.MonkeyPatch, scales: dict[str, float]) -> Tensor:
-    """Pictures [b, 3, s, s] in [0, 1] of UnCLIPPipeline, from our noise."""
-    shapes = {"prior/0": (32,), "decoder": (3, 16, 16), "upsampler-32": (3, 32, 32)}
-    fed = Fed(monkeypatch, {name: (STEPS[name.split("/")[0].split("-")[0]], shape) for name, shape in shapes.items()})
-    pictures = pipe(
-        PROMPTS,
-        prior_num_inference_steps=STEPS["prior"],
-        decoder_num_inference_steps=STEPS["decoder"],
-        super_res_num_inference_steps=STEPS["upsampler"],
-        prior_latents=fed.first("prior/0"),
-        decoder_latents=fed.first("decoder"),
-        super_res_latents=fed.first("upsampler-32"),
-        prior_guidance_scale=scales["prior"],
-        decoder_guidance_scale=scales["decoder"],
-        output_type="np",
-    ).images
-    assert not fed.due
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
-
-
-def drawn(model: UnCLIP, scales: dict[str, float]) -> Tensor:
-    """The same of our cascade, up to its first upsampler."""
-    text = model.clip.encode_text(PROMPTS)
-    z = model.sample_prior(text, SEEDS, Sampling("ddpm", STEPS["prior"], guidance=scales["prior"]))
-    x = model.sample_decoder(z, text, SEEDS, Sampling("ddpm", STEPS["decoder"], guidance=scales["decoder"]))
-    x = model.sample_upsampler(model.upsamplers[0], x, SEEDS, Sampling("ddpm", STEPS["upsampler"]))
-    return (x * 0.5 + 0.5).clamp(0, 1)
-
-
-def far(a: Tensor, b: Tensor) -> float:
-    """Largest difference; the two must be alive, so that agreement means something."""
-    assert a.shape == b.shape
-    assert a.std() > 0.05
-    assert bool(torch.isfinite(a).all())
-    return float((a - b).abs().max())
 
 
 def states(model: UnCLIP) -> tuple[Any, Tensor, Tensor, Tensor]:
