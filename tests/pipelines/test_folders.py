@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tarfile
 from collections import Counter
 
 import pyarrow as pa
@@ -12,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
+from infra.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.manifest import object_name
 from infra.rows import INDEX
 from infra.store import open_store
 from pipelines.data import reconcile
@@ -94,6 +98,28 @@ def test_captions_stand_beside_the_pictures_and_strange_files_end_in_their_state
     captions = {row["url"]: row["caption"] for row in table_of(store, listed, "")}
     assert (captions["a.png"], captions["a/b.c.JPG"]) == ("eins", "zwei")
     assert "not to be read" not in captions.values()
+
+
+def test_what_was_forgotten_is_not_read_and_not_kept(tmp_path):
+    folder = write_folder(tmp_path / "folder", plain(range(4)))
+    store, how = open_store(str(tmp_path / "store")), SourceHow(folder=str(folder))
+    listed = make(store, source_of(how))
+    uids = {str(row["url"]): row["uid"] for row in table_of(store, listed, "")}
+    sha256 = hashlib.sha256(picture(2)).digest()
+    names = Names(uids=frozenset({uids["000001.png"]}), pictures=frozenset({sha256}))
+    add(store, Forgotten.of(names, salt_of(store)))
+    (folder / "000001.png").unlink()  # to read it would be refused
+    manifest = make(store, gather_of(how), listed)
+    rows = table_of(store, manifest, "index.parquet")
+    assert {row["uid"]: row["state"] for row in rows} == {
+        uids["000000.png"]: "kept",
+        uids["000001.png"]: FORGOTTEN,
+        uids["000002.png"]: FORGOTTEN,
+        uids["000003.png"]: "kept",
+    }
+    with tarfile.open(store.local(object_name(manifest.only.sha("images.tar")))) as tar:
+        held = {name.partition(".")[0] for name in tar.getnames()}
+    assert held == {row["uid"].hex() for row in rows if row["state"] == "kept"}
 
 
 METADATA = {
