@@ -143,13 +143,18 @@ def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
     known = {field.name for field in fields(config_type)}
     if unknown := sorted(set(values) - known):
         raise Refused(f"{where} has settings that this unclip's {kind} does not know: {', '.join(unknown)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    values = {name: _tuples(value) for name, value in values.items()}
     if wrong := mistyped(config_type, values):
         raise Refused(f"{where}: {wrong}")
     try:
         return config_type(**values)
     except TypeError as error:
         raise Refused(f"{where} is no configuration of a {kind}: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a configuration has, also inside of one another."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def load_model(folder: Path, *kinds: str) -> nn.Module:
