@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,7 +60,7 @@ class ClipScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scored(Reading):
+class _Scored(Reading, ABC):
     """A score a row, from a column that was kept from the list (`source.columns.keep`), or from a linear head.
 
     The head's score is w·z/‖z‖ + b, z being CLIP's image embedding and w, b the tensors `weight` [1, width] and `bias`
@@ -118,8 +119,9 @@ class _Scored(Reading):
             scores = numbers(look, "score")
             yield np.where(np.isnan(scores), self.unknown == "reject", self._bad(scores))
 
+    @abstractmethod
     def _bad(self, scores: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """bool [rows], which scores do not stay; NaN is judged by `unknown`."""
 
     @cached_property
     def _tensors(self) -> tuple[np.ndarray, float]:
