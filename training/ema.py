@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.parallel import Flat
+from training.parallel import Vectors
 
 
 def ema_decay(decay: float, ramp: float, updates: int) -> float:
@@ -17,7 +17,7 @@ def ema_decay(decay: float, ramp: float, updates: int) -> float:
 class Ema:
     """A moving average of a model's weights and floating-point buffers (batch norms have such)."""
 
-    def __init__(self, model: nn.Module, flat: Flat, decay: float, ramp: float) -> None:
+    def __init__(self, model: nn.Module, flat: Vectors, decay: float, ramp: float) -> None:
         self._model, self._flat, self._decay, self._ramp = model, flat, decay, ramp
         self._weights = flat.weights.detach().clone()
         self._buffers = {
@@ -35,13 +35,11 @@ class Ema:
         for name, buffer in self._buffers.items():
             buffer.lerp_(live[name], weight)
 
-    def state(self) -> dict[str, Tensor]:
-        """The averaged model: a state dict that the model's class can load."""
-        averaged = self._flat.split(self._weights) | self._buffers
-        return {name: averaged.get(name, tensor) for name, tensor in self._model.state_dict().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by name, of parameters and of floating-point buffers: views, to be saved or to be read into."""
+        return self._flat.tensors(self._weights) | self._buffers
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        for name, view in (self._flat.split(self._weights) | self._buffers).items():
-            view.copy_(state[name])
+    def state(self) -> dict[str, Tensor]:
+        """The averaged model: a state dict that the model's class can load, with what is not averaged as it is."""
+        averaged = self.tensors()
+        return {name: averaged.get(name, tensor) for name, tensor in self._model.state_dict().items()}

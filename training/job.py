@@ -14,6 +14,7 @@ from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE,
 
 KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 DECAYS = ("cosine", "constant")
+SHARDS = ("auto", "flat", "fsdp")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
 LOGIT = Range(-100, 100)
 
@@ -257,12 +258,18 @@ class Job:
 class FitHow:
     """How a fit is run. None of it is in a key.
 
-    `threads` is the exception that DESIGN allows: sums on a CPU depend on it, so "identical when recomputed" means at
-    the same number of threads (and workers, and on the same type of device).
+    `threads`, `workers` and `shard` are the exception that DESIGN allows: the order of sums depends on them, so
+    "identical when recomputed" means at the same ones (and on the same type of device).
     """
 
     workers: int = 1
     """Processes that train together."""
+    least_workers: int = 0
+    """As few of them as this begin or go on where the cluster holds no more, and more join once it does; 0: all or
+    none."""
+    shard: str = "auto"
+    """`flat`: every worker holds the whole model. `fsdp`: a shard of each of its tensors. `auto`: fsdp for a model that
+    one GPU does not hold."""
     threads: int = 1
     """Torch threads of each."""
     cpus: float = 1
@@ -271,6 +278,12 @@ class FitHow:
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
     """Seconds between checkpoints; 0: one after every step."""
+    keep: int = 2
+    """Newest checkpoints that are kept while it trains."""
+    keep_best: str = ""
+    """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
+    overlap: bool = True
+    """Training goes on while a checkpoint is written."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30
@@ -284,11 +297,15 @@ class FitHow:
     """Restarts after a worker dies."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("workers", "threads", "prefetch"), COUNT)
+        counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
         amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
-        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE}
+        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
+        if self.shard not in SHARDS:
+            raise Refused(f"shard is {self.shard!r}; use one of {', '.join(SHARDS)}")
+        if self.least_workers > self.workers:
+            raise Refused(f"least_workers is {self.least_workers}, more than the {self.workers} workers")
 
 
 def _check(config: TrainConfig, **ranges: Range) -> None:

@@ -6,6 +6,7 @@ number of samples. So a run that was stopped anywhere and resumed gives, on one 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from infra.errors import Refused, Stopped
 from infra.store import Store
-from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished
+from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished, identity
 from training.data import Batch, Data
 from training.ema import Ema
 from training.feed import Feed
@@ -25,11 +26,15 @@ from training.muon import is_inner
 from training.objectives import Losses, Objective, objective
 from training.optim import Optimiser, learning_rate
 from training.order import Order
-from training.parallel import Flat, Group
-from unclip.folder import read_tensors, write_tensors
+from training.parallel import Flat, Group, Vectors
+from training.saving import Saver
+from training.sharded import Learner, is_sharded, shard, whole
 from unclip.layers import bfloat16_convolutions
 
 QUARTILES = 4
+EXTRA = 2
+STOP, SAVE = range(EXTRA)
+"""What the ranks agree on with each gradient: whether any was asked to stop, whether rank 0 finds a save due."""
 ALONE = Group()
 CPU = torch.device("cpu")
 
@@ -55,11 +60,11 @@ def train(
 ) -> None:
     """Trains to the end, on from the newest valid checkpoint; the last one holds the finished model under `RELEASE`.
 
-    Every rank calls it. `stop` is asked after each step; if any rank says yes, rank 0 saves and all raise Stopped.
+    Every rank calls it. `stop` is asked at each step; if any rank says yes, all save after it and raise Stopped.
     """
     config = job.config
     torch.set_num_threads(how.threads)
-    checkpoints = Checkpoints(store, job.key, lease)
+    checkpoints = Checkpoints(store, job.key, lease, keep=how.keep, best=how.keep_best, job=identity(job))
     found = newest(checkpoints, group)
     if found and finished(found, job):
         return
@@ -69,11 +74,17 @@ def train(
             f"{job.stage}: {config.lanes} micro-batches do not divide among {group.ranks} workers; change train.micro"
         )
     torch.manual_seed(config.seed)
-    model = task.build().to(device).train()
+    model = task.build().train()
     check_divisible(job.stage, model, group.ranks)
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
-    state = State(config, model)
+    learner = Learner(model, task, group)
+    vectors = None
+    if is_sharded(how, config, task, model, group.ranks, device):
+        vectors = shard(learner, device, group.ranks, EXTRA)
+    else:
+        model.to(device)
+    state = State(config, model, vectors)
     if found:
         state.load(found)
     data = Data(
@@ -82,7 +93,10 @@ def train(
     order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None)
-    with Feed(data, order, [lane for lane, _ in lanes], state.step, config.steps, how.prefetch, how.threads) as feed:
+    with (
+        Saver(checkpoints, group, overlap=how.overlap) as saver,
+        Feed(data, order, [lane for lane, _ in lanes], state.step, config.steps, how.prefetch, how.threads) as feed,
+    ):
         while state.step < config.steps:
             state.flat.wire.zero_()
             micros = [(feed.next().to(device), weight) for _, weight in lanes]
@@ -90,21 +104,23 @@ def train(
                 micros = [(Batch.joined([batch for batch, weight in micros if weight]), 1.0)]
             for batch, weight in micros:
                 torch.manual_seed(batch.seed)  # for dropout
-                losses = task.loss(model, batch, group)
+                losses = learner(batch)
                 (losses.loss.sum() * (weight / config.batch)).backward()
                 clock.note(losses, weight)
-            state.flat.extra[0] = float(stop())
-            group.add(state.flat.wire)
-            stopping = bool(state.flat.extra[0])
+            state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(clock.checkpoint_due())
+            state.flat.add(group)
+            stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
             lr = learning_rate(config, state.step)
+            saver.before_update()
             norm = state.update(lr)
             clock.tick(state.step, state.optimiser.skipped, lr, norm)
-            if group.rank == 0 and state.step < config.steps and (stopping or clock.checkpoint_due()):
-                save(checkpoints, store, state)
+            if (stopping or saving) and state.step < config.steps:
+                saver.save(state.samples, state.tensors(), state.head | {"metrics": clock.told})
             if stopping and state.step < config.steps:
+                saver.wait()
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
-    if group.rank == 0:
-        finish(checkpoints, store, state, job, task)
+        saver.wait()
+    finish(checkpoints, store, state, job, task, group)
 
 
 def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
@@ -117,11 +133,14 @@ def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
 
 
 class State:
-    """All that a run is: the model, the optimiser, the moving average, and how many steps were done."""
+    """All that a run is: the model, the optimiser, the moving average, and how many steps were done.
 
-    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
+    vectors: what this rank has of the model where it is sharded; default the whole.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, vectors: Vectors | None = None) -> None:
         self.config, self.model = config, model
-        self.flat = Flat(model, extra=1, inner=is_inner if config.muon else None)
+        self.flat = vectors or Flat(model, extra=EXTRA, inner=is_inner if config.muon else None)
         self.optimiser = Optimiser(self.flat, config)
         self.ema = Ema(model, self.flat, config.ema, config.ema_ramp)
         self.step = 0
@@ -145,13 +164,35 @@ class State:
         """The counters, for a checkpoint's manifest."""
         return {"updates": self.optimiser.updates, "skipped": self.optimiser.skipped}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes while it trains, by name: views of what is there, to be saved or to be read into.
+
+        Buffers that a forward pass changes (batch norms') are copies, since a save goes on during the next one.
+        """
+        weights = self.flat.tensors(self.flat.weights)
+        parts = {
+            "weights": weights | {name: buffer.clone() for name, buffer in self._buffers()},
+            "average": self.ema.tensors(),
+            "optimiser": self.optimiser.state(),
+        }
+        return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+
+    @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Goes to where a checkpoint was written."""
-        self.model.load_state_dict(read_tensors(checkpoint.files["weights.safetensors"]))
-        self.ema.load(read_tensors(checkpoint.files["average.safetensors"]))
-        moments = read_tensors(checkpoint.files["optimiser.safetensors"])
-        self.optimiser.load(moments, checkpoint.head["updates"], checkpoint.head["skipped"])
+        """Goes to where a checkpoint was written, by however many workers."""
+        from training.dcp import load  # resuming pays for the import of torch.distributed.checkpoint, starting does not
+
+        tensors = self.tensors()
+        load(checkpoint, tensors)
+        for name, buffer in self._buffers():
+            buffer.copy_(tensors[f"weights.{name}"])
+        self.flat.publish()
+        self.optimiser.resume(checkpoint.head["updates"], checkpoint.head["skipped"])
         self.step = checkpoint.samples // self.config.batch
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        kept = self.model.state_dict(keep_vars=True)
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in kept]
 
 
 def newest(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
@@ -162,17 +203,11 @@ def newest(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
     return checkpoints.read(place) if place and group.rank else found
 
 
-def save(checkpoints: Checkpoints, store: Store, state: State) -> None:
-    """A checkpoint in the midst of a run."""
-    with store.scratch() as folder:
-        write_tensors(folder / "weights.safetensors", state.model.state_dict())
-        write_tensors(folder / "average.safetensors", state.ema.state())
-        write_tensors(folder / "optimiser.safetensors", state.optimiser.state())
-        checkpoints.save(state.samples, folder, state.head)
-
-
-def finish(checkpoints: Checkpoints, store: Store, state: State, job: Job, task: Objective) -> None:
-    """The last checkpoint: the model as it is released, and the facts of its record. Nothing here depends on time."""
+def finish(
+    checkpoints: Checkpoints, store: Store, state: State, job: Job, task: Objective, group: Group = ALONE
+) -> None:
+    """The last checkpoint, by rank 0: the model as it is released, and the facts of its record. Nothing here depends on
+    time."""
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "samples": state.samples,
@@ -180,8 +215,11 @@ def finish(checkpoints: Checkpoints, store: Store, state: State, job: Job, task:
         "data": job.data,
         **task.facts,
     }
+    average = whole(state.ema.state().items(), keep=group.rank == 0)
+    if group.rank:
+        return
     with store.scratch() as folder:
-        facts |= task.save(folder / RELEASE, state.ema.state(), facts)
+        facts |= task.save(folder / RELEASE, average, facts)
         if not checkpoints.save(state.samples, folder, state.head | {"facts": facts}):
             raise Refused(f"{job.stage}: its finished model could not be stored under checkpoints/{job.key}/", code=5)
 
@@ -201,6 +239,8 @@ class Clock:
     _sums: Tensor = field(default_factory=lambda: torch.zeros(QUARTILES, 2, dtype=torch.float64))
     _reported: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
+    told: dict[str, float] = field(default_factory=dict)
+    """What was last reported, as far as it is finite."""
 
     def note(self, losses: Losses, weight: float) -> None:
         """Adds a micro-batch's losses, by quartile of the timestep."""
@@ -230,14 +270,15 @@ class Clock:
                 f"loss_q{number}": (row[0] / row[1]) for number, row in enumerate(self._sums.tolist()) if row[1]
             }
             values |= quartiles
+        self.told = {name: value for name, value in values.items() if math.isfinite(value)}
         self.monitor.metrics(self.job.stage, step, values)
         self.monitor.progress(self.job.stage, step, self.config.steps, "steps", rate / self.config.batch)
         self._sums.zero_()
         self._reported, self.step = now, step
 
     def checkpoint_due(self) -> bool:
-        """True once every `checkpoint_seconds`."""
-        if time.monotonic() - self._saved < self.how.checkpoint_seconds:
+        """True once every `checkpoint_seconds`, on the rank that reports."""
+        if self.step is None or time.monotonic() - self._saved < self.how.checkpoint_seconds:
             return False
         self._saved = time.monotonic()
         return True
