@@ -81,9 +81,7 @@ class Checkpoints:
     stays too. job: the digest of what is fitted (`identity`); a checkpoint of another job is passed over.
     """
 
-    def __init__(
-        self, store: Store, key: str, lease: int = 0, *, keep: int = 2, best: str = "", job: str = ""
-    ) -> None:
+    def __init__(self, store: Store, key: str, lease: int = 0, *, keep: int = 2, best: str = "", job: str = "") -> None:
         self.store, self._root, self._lease = store, f"checkpoints/{key}/", lease
         self._keep, self._best, self._job = keep, best, job
 
@@ -103,9 +101,7 @@ class Checkpoints:
         log.warning("checkpoint %s: other bytes lie there already; it is not written", place)
         return None
 
-    def commit(
-        self, samples: int, head: dict[str, Any], files: list[Written], tensors: Mapping[str, Stored]
-    ) -> bool:
+    def commit(self, samples: int, head: dict[str, Any], files: list[Written], tensors: Mapping[str, Stored]) -> bool:
         """Puts the manifest with the digests of all files and head (JSON), and drops what need not stay.
 
         False, with a warning, where there is another manifest already.
@@ -171,7 +167,7 @@ class Checkpoints:
         return f"{self._root}{samples:012d}-{self._lease}/"
 
     def _retain(self) -> None:
-        """Keeps the newest and the best, and removes the rest and what killed writers left half-written before those."""
+        """Keeps the newest and the best; removes the others, and what killed writers left half-written before them."""
         places = self._places()
         kept = places[: self._keep]
         oldest = _age(kept[-1])
