@@ -54,6 +54,11 @@ class Saver:
         if not self._overlap:
             self.wait()
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._written is not None and not self._written.done()
+
     def before_update(self) -> None:
         """Waits until nothing is copied any more of what an update changes."""
         staged, self._staged = self._staged, None

@@ -125,8 +125,8 @@ def test_a_worker_told_to_end_saves_and_its_successor_goes_on_from_there(world, 
 def test_a_fit_begins_with_fewer_workers_than_it_wants_and_goes_on_with_another_number(world, tmp_path):
     job = world.job("prior", "elastic", **SHORT)
     request_stop(world.store, job.key, 5)
+    wants = FitHow(workers=3, least_workers=1, cpus=1)  # of which the cluster holds two
     with pytest.raises(Stopped):
-        wants = FitHow(workers=3, least_workers=1, cpus=1)  # of which the cluster holds two
         fit(job, wants, world.store.uri, tmp_path, NullMonitor(), 5)
     saved = Checkpoints(world.store, job.key).newest()
     assert set(saved.files) == {"00000-of-00002.safetensors", "00001-of-00002.safetensors"}
