@@ -2,9 +2,9 @@
 
     python -m tests.proofs.interrupt --out DIR [--minutes 60]
 
-Workers: the whole model on 1, 2 or 3 (flat), shards of it on 2 (FSDP2). Moments: between two micro-batches of a step,
-at an epoch's edge, while a checkpoint is written. Ends: kill -9 of a worker, SIGTERM to a worker, and 3 workers of which
-one is killed, two that go on until one gets SIGTERM, and three again. What is compared: weights, averages and moments
+Workers: the whole model on 1, 2 or 3 (flat), shards of it on 2 (FSDP2). Moments: between two micro-batches,
+at an epoch's edge, while a checkpoint is written. Ends: kill -9 of a worker, SIGTERM to a worker, and 3 of which one is
+killed, two that go on until one gets SIGTERM, and three again. What is compared: weights, averages and moments
 one step before the end, the released model, metrics by step, and the uids of every micro-batch. All must be bitwise the
 undisturbed run's where the number of workers stays; where it changes, uids are, and numbers agree to `CLOSE`.
 
