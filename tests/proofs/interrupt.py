@@ -72,10 +72,10 @@ def cells(edges: tuple[int, int]) -> list[Cell]:
 
 
 def job_of(folder: Path) -> Job:
-    """A decoder with dropout on the tiny store, which is made in that folder."""
+    """A prior with dropout on the tiny store, which is made in that folder."""
     data = tiny(folder)
     train = {"steps": STEPS, "batch": BATCH, "micro": MICRO, "warmup": 3, "window": 3, "eps": 1e-3}
-    made = data.job("decoder", "fit", **train)
+    made = data.job("prior", "fit", **train)
     return replace(made, model={**made.model, "dropout": 0.2})
 
 
