@@ -181,7 +181,7 @@ def _worker(config: dict[str, Any]) -> Refused | None:
     group = Group(context.get_world_rank(), context.get_world_size())
     device = torch.device("cuda", torch.cuda.current_device()) if how.gpus else torch.device("cpu")
     stop = StopFlag(store, _stop_name(job.key, config["lease"]))
-    draining = Draining(ray._private.state.state.get_draining_nodes, ray.get_runtime_context().get_node_id())
+    draining = Draining(_draining_nodes, ray.get_runtime_context().get_node_id())
     if how.nice:
         os.nice(how.nice)
     try:
@@ -203,3 +203,14 @@ def _worker(config: dict[str, Any]) -> Refused | None:
             raise
         return error if isinstance(error, Refused) else Refused(str(error), code=5)
     return None
+
+
+def _draining_nodes() -> dict[str, int]:
+    """The nodes that are about to be taken away, by id; none where the cluster's head does not say."""
+    from ray._private.state import state
+    from ray.exceptions import RayError
+
+    try:
+        return state.get_draining_nodes()
+    except RayError:
+        return {}

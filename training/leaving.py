@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from infra.store import Store
@@ -70,6 +69,5 @@ class Draining:
         if self._saved or time.monotonic() - self._looked < POLL_SECONDS:
             return False
         self._looked = time.monotonic()
-        with suppress(RuntimeError, OSError):  # a head that does not answer tells nothing
-            self._saved = self._node in self._nodes()
+        self._saved = self._node in self._nodes()
         return self._saved
