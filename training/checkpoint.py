@@ -3,6 +3,8 @@
     checkpoints/<key>/<samples, zero padded>-<lease number>/<file>
     checkpoints/<key>/<samples, zero padded>-<lease number>/manifest.json   digests of the files, written last
 
+What else lies under the key is not theirs: the request to stop, the snapshots of averages (averages.py).
+
 The lease number keeps two drivers apart, of which one believes that it still holds the lease. No tensor is known here:
 the driver reads a finished model's files without importing torch.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ MANIFEST = "manifest.json"
 KEPT = 2
 RELEASE = "release/"
 """The last checkpoint holds the finished model alone, its files under this name."""
+
+_NAME = re.compile(r"\d+-\d+/")
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +94,8 @@ class Checkpoints:
         """Committed checkpoints, newest first."""
         ends = f"/{MANIFEST}"
         found = [entry.name for entry in self._store.list(self._root) if entry.name.endswith(ends)]
-        return sorted((name.removesuffix(MANIFEST) for name in found), key=_age, reverse=True)
+        places = (name.removesuffix(MANIFEST) for name in found)
+        return sorted((place for place in places if self._is_place(place)), key=_age, reverse=True)
 
     def _retain(self) -> None:
         """Keeps the newest two, and removes the rest and what killed writers left half-written before those."""
@@ -98,8 +104,11 @@ class Checkpoints:
         below = (entry.name.removeprefix(self._root).partition("/") for entry in self._store.list(self._root))
         there = {f"{self._root}{folder}/" for folder, slash, _ in below if slash}
         for place in there - set(kept):
-            if _age(place) < oldest:
+            if self._is_place(place) and _age(place) < oldest:
                 self._remove(place)
+
+    def _is_place(self, place: str) -> bool:
+        return bool(_NAME.fullmatch(place.removeprefix(self._root)))
 
     def _remove(self, place: str) -> None:
         names = [entry.name for entry in self._store.list(place)]

@@ -51,7 +51,7 @@ class ClassifierObjective(Noised):
         t, noise = self._noise(classifier.schedule, x0, batch)
         logits = classifier(classifier.schedule.q_sample(x0, noise, t), t)
         each = [
-            F.cross_entropy(of_label, right, reduction="none", ignore_index=MISSING)
+            F.cross_entropy(of_label.float(), right, reduction="none", ignore_index=MISSING)
             for of_label, right in zip(logits, rows["labels"].T, strict=True)
         ]
         return Losses(torch.stack(each).sum(0), t / len(classifier.schedule))

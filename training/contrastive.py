@@ -21,6 +21,7 @@ from training.data import Batch, Reads, decode, picture
 from training.job import ClipTrain, Job
 from training.objectives import Losses, Noised
 from training.parallel import Group
+from training.precision import in_float32
 from unclip.clip import Clip, Preprocess, build, check, clip_widths
 from unclip.folder import CONFIG, read_json
 from unclip.noised_clip import MAX_SCALE, NoisedClip
@@ -39,8 +40,10 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor, group: Group) -> T
     so that sums over ranks are the loss and the gradient of the whole batch.
     """
     right = torch.arange(len(images), device=images.device) + group.rank * len(images)
-    by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
-    by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
+    with in_float32(images.device):
+        images, texts = images.float(), texts.float()
+        by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
+        by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
     return (by_image + by_text) / 2
 
 
@@ -78,7 +81,9 @@ class ClipObjective:
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         network = cast(Any, model)
         pictures = self._noised(batch) if self.options.noised else batch.tensors["image"]
-        images = network.encode_image(self.preprocess(pictures), normalize=True)
+        with in_float32(pictures.device):
+            pictures = self.preprocess(pictures)
+        images = network.encode_image(pictures, normalize=True)
         texts = network.encode_text(batch.tensors["tokens"], normalize=True)
         bound_(network.logit_scale, self.options.max_scale)
         return Losses(contrastive(images, texts, network.logit_scale.exp(), group))

@@ -14,6 +14,7 @@ from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE,
 
 KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 DECAYS = ("cosine", "constant")
+PRECISIONS = ("float32", "bfloat16", "float16")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
 LOGIT = Range(-100, 100)
 
@@ -54,17 +55,31 @@ class TrainConfig:
     """Blocks whose rows are shuffled together."""
     seed: int = 0
     """Seed of the weights, the order and all noise."""
+    precision: str = field(default="float32", metadata=LATER)
+    """What convolutions and matrix products are computed in: `float32`, or by autocast `bfloat16` or `float16`, whose
+    loss is scaled. Weights, moments and averages stay float32."""
+    ema_lengths: tuple[float, ...] = field(default=(), metadata=LATER)
+    """Release an average of one of these relative lengths σ_rel (0.01–0.28, fractions of the whole training;
+    arXiv 2312.02696) in place of `ema`'s: of several, the one whose loss on held-out rows is least."""
+    ema_snapshots: int = field(default=32, metadata=LATER)
+    """Snapshots that `ema_lengths` are reconstructed from, over the run; each holds two copies of the weights."""
+    ema_validation: int = field(default=512, metadata=LATER)
+    """Rows, about, that are held out of training to choose among several `ema_lengths`."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("steps", "batch", "micro", "window"), COUNT)
+        counts = dict.fromkeys(("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation"), COUNT)
         decays = dict.fromkeys(("beta1", "beta2", "ema"), SHARE) | {"ema_ramp": Range(0, 1, above=True)}
         positive = dict.fromkeys(("lr", "eps"), POSITIVE)
         amounts = dict.fromkeys(("muon", "weight_decay", "clip_norm"), AMOUNT)
-        _check(self, **counts, **decays, **positive, **amounts, warmup=WHOLE, seed=SEED)
+        object.__setattr__(self, "ema_lengths", tuple(self.ema_lengths))  # out of JSON it comes as a list
+        lengths = {"ema_lengths": Range(0.01, 0.28)}
+        _check(self, **counts, **decays, **positive, **amounts, **lengths, warmup=WHOLE, seed=SEED)
         if self.micro is not None and self.batch % self.micro:
             raise Refused(f"train.micro is {self.micro}, which does not divide train.batch ({self.batch})")
         if self.decay not in DECAYS:
             raise Refused(f"train.decay is {self.decay!r}; use one of {', '.join(DECAYS)}")
+        if self.precision not in PRECISIONS:
+            raise Refused(f"train.precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
 
     @property
     def micro_size(self) -> int:
@@ -93,6 +108,8 @@ class NoisedTrain(TrainConfig):
         _check(self, t_mean=LOGIT, t_std=AMOUNT)
         if self.t_mean and not self.t_std:
             raise Refused(f"train.t_std is {self.t_std}; it must be positive for a train.t_mean of {self.t_mean}")
+        if self.bfloat16_convolutions and self.precision != "float32":
+            raise Refused(f"train.bfloat16_convolutions is for float32; train.precision is {self.precision}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ number of samples. So a run that was stopped anywhere and resumed gives, on one 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from infra.errors import Refused, Stopped
 from infra.store import Store
+from training.averages import Averages
 from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished
 from training.data import Batch, Data
 from training.ema import Ema
@@ -26,10 +28,14 @@ from training.objectives import Losses, Objective, objective
 from training.optim import Optimiser, learning_rate
 from training.order import Order
 from training.parallel import Flat, Group
+from training.precision import Precision
+from training.validate import choose, split
 from unclip.folder import read_tensors, write_tensors
 from unclip.layers import bfloat16_convolutions
 
 QUARTILES = 4
+POWERS = "powers.safetensors"
+"""A checkpoint's file of the averages that `ema_lengths` are made of, where there are any."""
 ALONE = Group()
 CPU = torch.device("cpu")
 
@@ -79,6 +85,7 @@ def train(
     data = Data(
         store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text, cache=how.cache_bytes
     )
+    data, held = split(data, config)
     order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None)
@@ -90,8 +97,9 @@ def train(
                 micros = [(Batch.joined([batch for batch, weight in micros if weight]), 1.0)]
             for batch, weight in micros:
                 torch.manual_seed(batch.seed)  # for dropout
-                losses = task.loss(model, batch, group)
-                (losses.loss.sum() * (weight / config.batch)).backward()
+                with state.precision.autocast():
+                    losses = task.loss(model, batch, group)
+                (losses.loss.sum() * (weight / config.batch * state.precision.scale)).backward()
                 clock.note(losses, weight)
             state.flat.extra[0] = float(stop())
             group.add(state.flat.wire)
@@ -99,12 +107,14 @@ def train(
             lr = learning_rate(config, state.step)
             norm = state.update(lr)
             clock.tick(state.step, state.optimiser.skipped, lr, norm)
+            if group.rank == 0 and state.averages.due(state.step, state.optimiser.updates):
+                state.averages.snapshot(store, job.key, state.optimiser.updates)
             if group.rank == 0 and state.step < config.steps and (stopping or clock.checkpoint_due()):
                 save(checkpoints, store, state)
             if stopping and state.step < config.steps:
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
     if group.rank == 0:
-        finish(checkpoints, store, state, job, task)
+        finish(checkpoints, store, state, job, task, held)
 
 
 def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
@@ -124,6 +134,8 @@ class State:
         self.flat = Flat(model, extra=1, inner=is_inner if config.muon else None)
         self.optimiser = Optimiser(self.flat, config)
         self.ema = Ema(model, self.flat, config.ema, config.ema_ramp)
+        self.averages = Averages(model, self.flat, config)
+        self.precision = Precision(config.precision, self.flat.weights.device)
         self.step = 0
 
     @property
@@ -134,16 +146,20 @@ class State:
     def update(self, lr: float) -> float:
         """One step on the gradient that stands in `flat`; returns its norm."""
         updates = self.optimiser.updates
+        self.precision.unscale_(self.flat.gradient)
         norm = self.optimiser.step(lr)
+        self.precision.update(finite=math.isfinite(norm))
         if self.optimiser.updates > updates:
             self.ema.update(self.optimiser.updates)
+            self.averages.update(self.optimiser.updates)
         self.step += 1
         return norm
 
     @property
     def head(self) -> dict[str, Any]:
         """The counters, for a checkpoint's manifest."""
-        return {"updates": self.optimiser.updates, "skipped": self.optimiser.skipped}
+        counters = {"updates": self.optimiser.updates, "skipped": self.optimiser.skipped}
+        return counters | self.precision.head | self.averages.head
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Goes to where a checkpoint was written."""
@@ -151,6 +167,9 @@ class State:
         self.ema.load(read_tensors(checkpoint.files["average.safetensors"]))
         moments = read_tensors(checkpoint.files["optimiser.safetensors"])
         self.optimiser.load(moments, checkpoint.head["updates"], checkpoint.head["skipped"])
+        self.precision.load(checkpoint.head)
+        powers = checkpoint.files.get(POWERS)
+        self.averages.load(read_tensors(powers) if powers else {}, checkpoint.head)
         self.step = checkpoint.samples // self.config.batch
 
 
@@ -168,10 +187,12 @@ def save(checkpoints: Checkpoints, store: Store, state: State) -> None:
         write_tensors(folder / "weights.safetensors", state.model.state_dict())
         write_tensors(folder / "average.safetensors", state.ema.state())
         write_tensors(folder / "optimiser.safetensors", state.optimiser.state())
+        if powers := state.averages.state():
+            write_tensors(folder / POWERS, powers)
         checkpoints.save(state.samples, folder, state.head)
 
 
-def finish(checkpoints: Checkpoints, store: Store, state: State, job: Job, task: Objective) -> None:
+def finish(checkpoints: Checkpoints, store: Store, state: State, job: Job, task: Objective, held: Data | None) -> None:
     """The last checkpoint: the model as it is released, and the facts of its record. Nothing here depends on time."""
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
@@ -180,8 +201,12 @@ def finish(checkpoints: Checkpoints, store: Store, state: State, job: Job, task:
         "data": job.data,
         **task.facts,
     }
+    released = state.ema.state()
+    if job.config.ema_lengths:
+        released, chosen = choose(task, state.model, state.averages, held, job, store, state.precision)
+        facts |= chosen
     with store.scratch() as folder:
-        facts |= task.save(folder / RELEASE, state.ema.state(), facts)
+        facts |= task.save(folder / RELEASE, released, facts)
         if not checkpoints.save(state.samples, folder, state.head | {"facts": facts}):
             raise Refused(f"{job.stage}: its finished model could not be stored under checkpoints/{job.key}/", code=5)
 

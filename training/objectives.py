@@ -25,6 +25,7 @@ from training.data import Batch, Data, Reads, ReadText, matrix, picture, read_ro
 from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain
 from training.order import derived
 from training.parallel import Group
+from training.precision import in_float32
 from unclip import folder as model_folder
 from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import clip_widths
@@ -153,7 +154,7 @@ class Diffusion(Noised):
         kind = self.config.prediction
         weight = weights(schedule, t, kind, self.options.weighting, self.options.snr_cap)
         learned = getattr(self.config, "learned_range", False)
-        loss = (hybrid_loss if learned else simple_loss)(schedule, output, x0, noise, t, kind, weight)
+        loss = (hybrid_loss if learned else simple_loss)(schedule, output.float(), x0, noise, t, kind, weight)
         return Losses(loss, t / len(schedule))
 
 
@@ -232,11 +233,12 @@ class AutoregressivePriorObjective(Conditioned):
             cast(AutoregressivePriorTrain, self.options),
             batch.tensors,
         )
-        tokens = prior.tokenise(rows["image_embedding"], rows["text_embedding"])
+        with in_float32(rows["image_embedding"].device):  # a bucket more or less is another target
+            tokens = prior.tokenise(rows["image_embedding"], rows["text_embedding"])
         drop = self._drop(batch, options.drop_text, tokens.device)
         context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"], drop)
         logits = prior(tokens[:, :-1], *context)
-        return Losses(F.cross_entropy(logits.mT, tokens, reduction="none").mean(1))
+        return Losses(F.cross_entropy(logits.float().mT, tokens, reduction="none").mean(1))
 
 
 class UpsamplerObjective(Diffusion):
@@ -257,7 +259,8 @@ class UpsamplerObjective(Diffusion):
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         upsampler, options = cast(Upsampler, model), cast(UpsamplerTrain, self.options)
         x0 = to_unit(batch.tensors["image"])
-        low = self._corrupted(F.avg_pool2d(x0, self.config.factor), batch)
+        with in_float32(x0.device):
+            low = self._corrupted(F.avg_pool2d(x0, self.config.factor), batch)
         if options.crop is not None and options.crop < self.config.size:
             x0, low = self._cropped(x0, low, options.crop, batch)
         t, noise = self._noise(upsampler.schedule, x0, batch)
