@@ -20,8 +20,9 @@ from infra.manifest import digest_file
 from infra.store import NotFound, Store
 from training.ema import PowerEma
 from training.job import TrainConfig
-from training.parallel import Flat
+from training.parallel import Group, Vectors
 from training.posthoc import Average, combination, combined
+from training.sharded import whole
 from unclip.folder import read_tensors, write_tensors
 
 TRACKED = (0.05, 0.10)
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 class Averages:
     """The tracked averages of a run and the list of its snapshots; nothing where `ema_lengths` is empty."""
 
-    def __init__(self, model: nn.Module, flat: Flat, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, flat: Vectors, config: TrainConfig) -> None:
         self._config = config
         self._tracked = [PowerEma(model, flat, length) for length in TRACKED] if config.ema_lengths else []
         self.snapshots: list[tuple[int, str]] = []
@@ -50,16 +51,19 @@ class Averages:
         fresh = updates > (self.snapshots[-1][0] if self.snapshots else 0)
         return bool(self._tracked) and fresh and step * count // steps > (step - 1) * count // steps
 
-    def snapshot(self, store: Store, key: str, updates: int) -> None:
-        """Writes one, after that many updates."""
-        with store.scratch() as folder:
-            write_tensors(folder / "snapshot", self.state())
-            sha = digest_file(folder / "snapshot")
-            store.put_new(_name(key, sha), folder / "snapshot")
-        self.snapshots.append((updates, sha))
+    def snapshot(self, store: Store, key: str, updates: int, group: Group) -> None:
+        """Rank 0 writes one, after that many updates; every rank calls it, since each may have a part of it."""
+        sha = ""
+        tensors = whole(self.tensors().items(), keep=group.rank == 0)
+        if group.rank == 0:
+            with store.scratch() as folder:
+                write_tensors(folder / "snapshot", tensors)
+                sha = digest_file(folder / "snapshot")
+                store.put_new(_name(key, sha), folder / "snapshot")
+        self.snapshots = [*self.snapshots, (updates, group.agreed(sha))]
 
-    def state(self) -> dict[str, Tensor]:
-        """The tracked averages, by length and name; empty where none is tracked."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The tracked averages by length and name, views as `Ema.tensors`; empty where none is tracked."""
         return {f"{one.length}/{name}": tensor for one in self._tracked for name, tensor in one.tensors().items()}
 
     @property
@@ -67,10 +71,8 @@ class Averages:
         """The snapshots of this run, for a checkpoint's head; empty where none is tracked."""
         return {"averages": self.snapshots} if self._tracked else {}
 
-    def load(self, state: dict[str, Tensor], head: dict[str, Any]) -> None:
-        """The inverse of `state` and `head`."""
-        for one in self._tracked:
-            one.load(_of(state, one.length))
+    def load(self, head: dict[str, Any]) -> None:
+        """The inverse of `head`; the averages are read into the views that `tensors` gives."""
         if self._tracked:
             self.snapshots = [(updates, sha) for updates, sha in head["averages"]]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from training import posthoc
-from training.parallel import Flat
+from training.parallel import Vectors
 
 
 def ema_decay(decay: float, ramp: float, updates: int) -> float:
@@ -18,7 +18,7 @@ def ema_decay(decay: float, ramp: float, updates: int) -> float:
 class Ema:
     """A moving average of a model's weights and floating-point buffers (batch norms have such)."""
 
-    def __init__(self, model: nn.Module, flat: Flat, decay: float, ramp: float) -> None:
+    def __init__(self, model: nn.Module, flat: Vectors, decay: float, ramp: float) -> None:
         self._model, self._flat, self._decay, self._ramp = model, flat, decay, ramp
         self._weights = flat.weights.detach().clone()
         self._buffers = {
@@ -42,24 +42,18 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by name, of parameters and of floating-point buffers: views, to be saved or to be read into."""
-        return self._flat.split(self._weights) | self._buffers
+        return self._flat.tensors(self._weights) | self._buffers
 
     def state(self) -> dict[str, Tensor]:
         """The averaged model: a state dict that the model's class can load."""
         averaged = self.tensors()
         return {name: averaged.get(name, tensor) for name, tensor in self._model.state_dict().items()}
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`, and of `tensors`."""
-        for name, view in self.tensors().items():
-            view.copy_(state[name])
-
 
 class PowerEma(Ema):
     """A power-function average of a relative length: its reach grows with the training."""
 
-    def __init__(self, model: nn.Module, flat: Flat, length: float) -> None:
+    def __init__(self, model: nn.Module, flat: Vectors, length: float) -> None:
         super().__init__(model, flat, 0.0, 1.0)
         self.length = length
 

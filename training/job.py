@@ -15,6 +15,7 @@ from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE,
 KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 DECAYS = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
+SHARDS = ("auto", "flat", "fsdp")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
 LOGIT = Range(-100, 100)
 
@@ -65,12 +66,21 @@ class TrainConfig:
     """Snapshots that `ema_lengths` are reconstructed from, over the run; each holds two copies of the weights."""
     ema_validation: int = field(default=512, metadata=LATER)
     """Rows, about, that are held out of training to choose among several `ema_lengths`."""
+    spike: float = field(default=0.0, metadata=LATER)
+    """A step is skipped whose loss or gradient norm lies, in the logarithm, this many deviations above the last 128's
+    median (6 to 10 is usual); 0: only a gradient that is not finite is skipped."""
+    rollback_after: int = field(default=10, metadata=LATER)
+    """Bad steps in a row after which, under `spike`, training returns to an earlier state, and goes on with new
+    samples."""
+    rollback_every: int = field(default=1000, metadata=LATER)
+    """Steps between the states that it may return to; each is a checkpoint."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation"), COUNT)
+        names = ("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation")
+        counts = dict.fromkeys((*names, "rollback_after", "rollback_every"), COUNT)
         decays = dict.fromkeys(("beta1", "beta2", "ema"), SHARE) | {"ema_ramp": Range(0, 1, above=True)}
         positive = dict.fromkeys(("lr", "eps"), POSITIVE)
-        amounts = dict.fromkeys(("muon", "weight_decay", "clip_norm"), AMOUNT)
+        amounts = dict.fromkeys(("muon", "weight_decay", "clip_norm", "spike"), AMOUNT)
         object.__setattr__(self, "ema_lengths", tuple(self.ema_lengths))  # out of JSON it comes as a list
         lengths = {"ema_lengths": Range(0.01, 0.28)}
         _check(self, **counts, **decays, **positive, **amounts, **lengths, warmup=WHOLE, seed=SEED)
@@ -274,12 +284,18 @@ class Job:
 class FitHow:
     """How a fit is run. None of it is in a key.
 
-    `threads` is the exception that DESIGN allows: sums on a CPU depend on it, so "identical when recomputed" means at
-    the same number of threads (and workers, and on the same type of device).
+    `threads`, `workers` and `shard` are the exception that DESIGN allows: the order of sums depends on them, so
+    "identical when recomputed" means at the same ones (and on the same type of device).
     """
 
     workers: int = 1
     """Processes that train together."""
+    least_workers: int = 0
+    """As few of them as this begin or go on where the cluster holds no more, and more join once it does; 0: all or
+    none."""
+    shard: str = "auto"
+    """`flat`: every worker holds the whole model. `fsdp`: a shard of each of its tensors. `auto`: fsdp for a model that
+    one GPU does not hold."""
     threads: int = 1
     """Torch threads of each."""
     cpus: float = 1
@@ -288,6 +304,12 @@ class FitHow:
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
     """Seconds between checkpoints; 0: one after every step."""
+    keep: int = 2
+    """Newest checkpoints that are kept while it trains."""
+    keep_best: str = ""
+    """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
+    overlap: bool = True
+    """Training goes on while a checkpoint is written."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30
@@ -301,11 +323,15 @@ class FitHow:
     """Restarts after a worker dies."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("workers", "threads", "prefetch"), COUNT)
+        counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
         amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
-        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE}
+        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
+        if self.shard not in SHARDS:
+            raise Refused(f"shard is {self.shard!r}; use one of {', '.join(SHARDS)}")
+        if self.least_workers > self.workers:
+            raise Refused(f"least_workers is {self.least_workers}, more than the {self.workers} workers")
 
 
 def _check(config: TrainConfig, **ranges: Range) -> None:

@@ -103,7 +103,7 @@ def test_a_random_walks_averages_of_other_lengths_are_reconstructed(tmp_path: Pa
         for average in (averages, *direct.values()):
             average.update(update)
         if averages.due(update, update):
-            averages.snapshot(store, "walk", update)
+            averages.snapshot(store, "walk", update, Group())
     assert len(averages.snapshots) == config.ema_snapshots
     errors = {length: relative(averages.reconstructed(store, "walk", length)[0], direct[length]) for length in OTHERS}
     assert max(errors.values()) < 1e-3, errors
@@ -121,7 +121,7 @@ def test_a_trainings_averages_of_other_lengths_are_reconstructed(world: Tiny, tm
         for average in (averages, *direct.values()):
             average.update(step)
         if averages.due(step, step):
-            averages.snapshot(world.store, "training", step)
+            averages.snapshot(world.store, "training", step, Group())
     for length in OTHERS:
         found, _ = averages.reconstructed(world.store, "training", length)
         assert relative(found, direct[length]) < 1e-3
@@ -186,7 +186,7 @@ def test_a_damaged_snapshot_is_left_out(world: Tiny, tmp_path: Path, caplog):
     for update in (1, 2):
         flat.weights.data.add_(1)
         averages.update(update)
-        averages.snapshot(world.store, f"damaged-{tmp_path.name}", update)
+        averages.snapshot(world.store, f"damaged-{tmp_path.name}", update, Group())
     path = world.store.local(f"checkpoints/damaged-{tmp_path.name}/averages/{averages.snapshots[0][1]}")
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1] + b"!")

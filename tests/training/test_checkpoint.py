@@ -18,7 +18,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def put(checkpoints: Checkpoints, samples: int, text: str = "weights") -> bool:
-    with checkpoints._store.scratch() as folder:
+    with checkpoints.store.scratch() as folder:
         (folder / "a").write_text(f"{text} at {samples}")
         (folder / "below").mkdir()
         (folder / "below" / "b").write_text("more")
