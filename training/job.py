@@ -284,8 +284,8 @@ class Job:
 class FitHow:
     """How a fit is run. None of it is in a key.
 
-    `threads`, `workers` and `shard` are the exception that DESIGN allows: the order of sums depends on them, so
-    "identical when recomputed" means at the same ones (and on the same type of device).
+    `threads`, `workers`, `shard`, `compile` and `channels_last` are the exception that DESIGN allows: the order of sums
+    depends on them, so "identical when recomputed" means at the same ones (and on the same type of device).
     """
 
     workers: int = 1
@@ -310,6 +310,15 @@ class FitHow:
     """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
     overlap: bool = True
     """Training goes on while a checkpoint is written."""
+    compile: bool = False
+    """The network is compiled (torch.compile), which takes minutes at each start, and a C++ compiler on a CPU."""
+    channels_last: bool = False
+    """Convolutions have their channels last in memory, as GPUs with tensor cores like them."""
+    recompute: bool = False
+    """Blocks keep their input alone and are computed a second time for the gradient: the same bytes in less memory and
+    about a third more time (activation checkpointing)."""
+    deterministic: bool = False
+    """Operations whose result depends on chance, as some do on GPUs, are replaced or refused; slower there."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30

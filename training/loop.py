@@ -32,6 +32,7 @@ from training.parallel import Flat, Group, Vectors
 from training.precision import Precision
 from training.saving import Saver
 from training.sharded import Learner, is_sharded, shard, whole
+from training.speed import determinism, prepare
 from training.spikes import Spikes
 from training.validate import choose, split
 from unclip.layers import bfloat16_convolutions
@@ -80,8 +81,9 @@ def train(
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
     learner = Learner(model, task, group)
-    vectors = None
-    if is_sharded(how, config, task, model, group.ranks, device):
+    vectors, sharded = None, is_sharded(how, config, task, model, group.ranks, device)
+    prepare(model, how, sharded=sharded)
+    if sharded:
         vectors = shard(learner, device, group.ranks, EXTRA)
     else:
         model.to(device)
@@ -96,6 +98,7 @@ def train(
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None)
     with (
+        determinism(how.deterministic),
         Saver(checkpoints, group, overlap=how.overlap) as saver,
         Feed(data, order, [lane for lane, _ in lanes], state.step, config.steps, how.prefetch, how.threads) as feed,
     ):
