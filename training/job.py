@@ -17,6 +17,8 @@ DECAYS = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDS = ("auto", "flat", "fsdp")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
+START = "start"
+"""The role, in a job's data, of the version that a fit goes on from."""
 LOGIT = Range(-100, 100)
 
 
@@ -265,7 +267,8 @@ class Job:
     """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
     data: dict[str, str]
     """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
-    inpainter, clip for a noised CLIP; start for the inpainter: the finished decoder that it goes on from."""
+    inpainter, clip for a noised CLIP; start, which an inpainter needs and any may have: the finished model, or the
+    release with one, that it goes on from (training/warm.py)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

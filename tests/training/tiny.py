@@ -137,6 +137,17 @@ def stored(store: Store, folder: Path) -> str:
     return _manifest(store, [_commit(store, folder.name, {path.name: path.read_bytes() for path in folder.iterdir()})])
 
 
+def stored_tree(store: Store, folder: Path) -> str:
+    """The same of a folder with folders in it, such as a release."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    action = Action("test/1", {"name": folder.as_posix()}, ())
+    with store.scratch() as out:
+        for name, path in files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(path.read_bytes())
+        return _manifest(store, [commit(store, action, Record.of(action, out), out)])
+
+
 def _shard(
     random: np.random.Generator,
     shard: int,
