@@ -80,5 +80,5 @@ def test_a_release_without_that_model_or_of_another_shape_is_refused(world: Tiny
         train_local(on(world.job("decoder", "none", **SHORT)), HOW, world.store, tmp_path / "x", NullMonitor())
     other = on(world.job("prior", "wide", **SHORT))
     other.model["depth"] += 1
-    with pytest.raises(Impossible, match="warm start.*depth"):
+    with pytest.raises(Impossible, match=r"warm start.*depth"):
         train_local(other, HOW, world.store, tmp_path / "x", NullMonitor())
