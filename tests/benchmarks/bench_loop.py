@@ -1,8 +1,8 @@
 """What the training loop costs on top of the bare model: the same prior, decoder and upsampler, of the demo's size.
 
 Run with `make bench`. The loop reads real shards, decodes pictures, averages weights, logs and tells a monitor; the
-bare one multiplies tensors that lie in memory, by the same loss, with the frozen text tower, torch's own fused AdamW and
-an average. What counts is processor time of all threads, so decoding is added to the bare side: once a row an epoch.
+bare one multiplies tensors that lie in memory, by the same loss, with the frozen text tower, torch's own fused AdamW
+and an average. What counts is processor time of all threads, so decoding is added to the bare side: once a row an epoch.
 Medians of interleaved rounds, since machines differ and are noisy.
 """
 
