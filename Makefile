@@ -33,10 +33,10 @@ demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, 
 	$(BIN)/unclip run demo --store $(STORE)
 
 test: $(STAMP)  ## every test (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest tests -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## tests without Ray and long training (under 2 minutes)
-	$(BIN)/python -m pytest tests -q -m "not slow and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup -m "not slow and not ray"
 
 lint: $(STAMP)  ## ruff, import floors, types
 	$(BIN)/ruff check .
@@ -52,6 +52,9 @@ proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result
 
 proof-parallel: $(STAMP)  ## trainers in parallel against one after another, three repeats
 	$(BIN)/python -m tests.proofs.parallel --store $(STORE)-proof-parallel
+
+proof-interrupt: $(STAMP)  ## fits killed, terminated and resized at bad moments end as undisturbed ones; under an hour
+	$(BIN)/python -m tests.proofs.interrupt --out $(STORE)-proof-interrupt
 
 proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
 	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -35,6 +36,20 @@ from training.checkpoint import Checkpoint, Checkpoints, Part, Stored, Written
 from training.saving import put_tensors
 
 
+def save(
+    checkpoints: Checkpoints,
+    samples: int,
+    state: dict[str, Tensor],
+    head: dict[str, Any],
+    peers: torch.distributed.ProcessGroup | None,
+) -> None:
+    """Writes a checkpoint of all ranks of `peers`, each of which calls it. Raises Refused where one could not."""
+    try:
+        dcp_save(dict(state), storage_writer=Writer(checkpoints, samples, head), process_group=peers)
+    except CheckpointException as error:
+        raise Refused(f"a checkpoint could not be written: {_why(error)}", code=5) from error
+
+
 def load(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     """Reads a checkpoint into tensors that are there, by name: each rank the boxes that it has of them, on its own.
 
@@ -45,20 +60,14 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
             warnings.simplefilter("ignore")  # that it takes this for a single process
             dcp_load(dict(state), storage_reader=Reader(checkpoint), no_dist=True)
     except CheckpointException as error:
-        raise Refused(f"checkpoint {checkpoint.place} does not fit this model: {why(error)}", code=5) from error
-
-
-def why(error: CheckpointException) -> str:
-    """What went wrong, on each rank once."""
-    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))
+        raise Refused(f"checkpoint {checkpoint.place} does not fit this model: {_why(error)}", code=5) from error
 
 
 class Writer(StorageWriter):
-    """Each rank puts one file; then rank 0 commits the manifest. `committed` says there whether it did."""
+    """Each rank puts one file; then rank 0 commits the manifest."""
 
     def __init__(self, checkpoints: Checkpoints, samples: int, head: dict[str, Any]) -> None:
         self._checkpoints, self._samples, self._head = checkpoints, samples, head
-        self.committed = False
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -106,7 +115,7 @@ class Writer(StorageWriter):
             )
             tensors[name] = Stored(str(about.properties.dtype).removeprefix("torch."), tuple(about.size), parts)
         files = list(dict.fromkeys(lies.values()))
-        self.committed = self._checkpoints.commit(self._samples, self._head, files, tensors)
+        self._checkpoints.commit(self._samples, self._head, files, tensors)
 
 
 class Reader(StorageReader):
@@ -164,3 +173,8 @@ class Reader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _why(error: CheckpointException) -> str:
+    """What went wrong, each way once."""
+    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))

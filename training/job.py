@@ -345,6 +345,11 @@ class FitHow:
         if self.least_workers > self.workers:
             raise Refused(f"least_workers is {self.least_workers}, more than the {self.workers} workers")
 
+    @property
+    def fewest(self) -> int:
+        """Workers without which it does not begin."""
+        return self.least_workers or self.workers
+
 
 def _check(config: TrainConfig, **ranges: Range) -> None:
     if wrong := outside(config, **ranges):

@@ -59,10 +59,12 @@ def train(
     group: Group = ALONE,
     device: torch.device = CPU,
     stop: Callable[[], bool] = lambda: False,
+    save: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains to the end, on from the newest valid checkpoint; the last one holds the finished model under `RELEASE`.
 
-    Every rank calls it. `stop` is asked at each step; if any rank says yes, all save after it and raise Stopped.
+    Every rank calls it. `stop` and `save` are asked at each step; if any rank says yes, all save after it, and for
+    `stop` raise Stopped.
     """
     config = job.config
     torch.set_num_threads(how.threads)
@@ -115,7 +117,7 @@ def train(
                 (loss * (weight / config.batch * state.precision.scale)).backward()
                 state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
                 clock.note(losses, weight)
-            state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(clock.checkpoint_due())
+            state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(clock.checkpoint_due() or save())
             state.flat.add(group)
             stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
             lr = learning_rate(config, state.step)

@@ -1,19 +1,19 @@
-"""Saving while the model trains: the loop stands still for the copy at most, the rest is a thread's.
+"""Saving while the model trains: the loop stands still for the rest of a copy at most, the writing is a thread's.
 
-A copy of the state (staging) is taken while the next micro-batches are computed, which do not change it; before the
-weights change, the loop waits for it. Then it is written while training goes on. A second save waits for the first.
+The state is copied (staged) while the next micro-batches are computed, which do not change it; before the weights
+change, the loop waits for the copy. It is written while training goes on. A second save waits for the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from infra.errors import Refused
 from training.checkpoint import Checkpoints, Part, Stored, Written
 from training.parallel import Group
 
@@ -22,101 +22,100 @@ ONE = "00000-of-00001.safetensors"
 
 
 class Saver:
-    """Writes checkpoints in the background. Every rank has one, and they save at the same steps.
+    """Writes checkpoints in the background, one at a time: `with Saver(...) as saver`. Every rank has one, and they
+    save at the same steps.
 
-    `overlap` False waits for each checkpoint instead, as the measure of what it saves.
+    It keeps a copy of the state on the host (pinned, where the state is on a GPU). overlap False waits for each
+    checkpoint instead, which is what the benchmark measures against.
     """
 
     def __init__(self, checkpoints: Checkpoints, group: Group, *, overlap: bool = True) -> None:
         self._checkpoints, self._ranks, self._overlap = checkpoints, group.ranks, overlap
-        self._staged: Future[Any] | None = None
-        self._written: Future[Any] | None = None
-        self._stager: Any = None
+        self._staged: Future[None] | None = None
+        self._written: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         # Collectives of its own: those of training go on meanwhile.
-        self._peers = torch.distributed.new_group(backend="gloo") if group.ranks > 1 else None
-
-    def save(self, samples: int, state: dict[str, Tensor], head: dict[str, Any]) -> None:
-        """Begins a checkpoint of these tensors, once the one before is written; raises what that met with."""
-        self.wait()
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the copy is made on a stream of its own
-        if self._ranks > 1:
-            self._save_together(samples, state, head)
-        else:
-            self._staged = Future()
-            self._written = self._threads.submit(self._save_alone, samples, state, head, self._staged)
-        if not self._overlap:
-            self.wait()
-
-    def before_update(self) -> None:
-        """Waits until nothing is copied any more from what an update changes."""
-        if self._staged is not None:
-            self._staged.result()
-            self._staged = None
-
-    def wait(self) -> None:
-        """Waits until all is written; raises Refused where it could not be."""
-        self.before_update()
-        written, self._written = self._written, None
-        if written is None:
-            return
-        if self._ranks == 1:
-            return written.result()
-        from training.dcp import CheckpointException, why
-
-        try:
-            written.result()
-        except CheckpointException as error:
-            raise Refused(f"a checkpoint could not be written: {why(error)}", code=5) from error
+        self._peers: Any = torch.distributed.new_group(backend="gloo") if group.ranks > 1 else None
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, *raised: object) -> None:
         """Lets what is being written end, whatever comes of it: who wants to know has waited."""
-        for pending in (self._staged, self._written):
-            if pending is not None:
-                pending.exception(timeout=60)
-        if self._stager is not None:
-            self._stager.close()
         self._threads.shutdown()
 
-    def _save_alone(self, samples: int, state: dict[str, Tensor], head: dict[str, Any], staged: Future[Any]) -> None:
+    def save(self, samples: int, state: dict[str, Tensor], head: dict[str, Any]) -> None:
+        """Begins a checkpoint of these tensors, once the one before is written; raises what that one met with."""
+        self.wait()
+        self._staged = Future()
+        self._written = self._threads.submit(self._save, samples, state, head, self._staged, self._after())
+        if not self._overlap:
+            self.wait()
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._written is not None and not self._written.done()
+
+    def before_update(self) -> None:
+        """Waits until nothing is copied any more of what an update changes."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.result()
+
+    def wait(self) -> None:
+        """Waits until all is written; raises what it met with, Refused where the store would not take it."""
+        self.before_update()
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _after(self) -> AbstractContextManager[Any]:
+        """Where copies are made: on a stream of their own, behind what the GPU was told to do so far."""
+        if not torch.cuda.is_available():
+            return nullcontext()
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._stream)
+
+    def _save(
+        self,
+        samples: int,
+        state: dict[str, Tensor],
+        head: dict[str, Any],
+        staged: Future[None],
+        stream: AbstractContextManager[Any],
+    ) -> None:
         try:
-            for name, tensor in state.items():
-                if name not in self._copies:
-                    self._copies[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-                self._copies[name].copy_(tensor)
+            with torch.no_grad(), stream:
+                copies = {name: self._copy(name, tensor) for name, tensor in state.items()}
+                if self._stream is not None:
+                    self._stream.synchronize()
         except BaseException as error:
             staged.set_exception(error)
             raise
         staged.set_result(None)
-        if written := put_tensors(self._checkpoints, samples, ONE, self._copies):
-            tensors = {name: _whole(name, tensor) for name, tensor in self._copies.items()}
+        if self._ranks > 1:
+            from training.dcp import save
+
+            return save(self._checkpoints, samples, copies, head, self._peers)
+        if written := put_tensors(self._checkpoints, samples, ONE, copies):
+            tensors = {name: _whole(name, tensor) for name, tensor in copies.items()}
             self._checkpoints.commit(samples, head, [written], tensors)
 
-    def _save_together(self, samples: int, state: dict[str, Tensor], head: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint import async_save
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, or this rank's shard of it, on the host; the copy's memory serves the next save again."""
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if name not in self._copies:
+            self._copies[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        self._copies[name].copy_(local, non_blocking=True)
+        if local is tensor:
+            return self._copies[name]
+        from training.sharded import placed
 
-        from training.dcp import Writer
-
-        if self._stager is None:
-            cuda = torch.cuda.is_available()
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
-                )
-            )
-        begun = async_save(
-            dict(state),
-            storage_writer=Writer(self._checkpoints, samples, head),
-            async_stager=self._stager,
-            process_group=self._peers,
-        )
-        self._staged, self._written = begun.staging_completion, begun.upload_completion  # type: ignore[union-attr]
+        return placed(self._copies[name], tensor)
 
 
 def put_tensors(checkpoints: Checkpoints, samples: int, name: str, tensors: Mapping[str, Tensor]) -> Written | None:

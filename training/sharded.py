@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,14 +133,7 @@ class Shards:
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
         """See `Vectors`."""
-        from torch.distributed.tensor import DTensor
-
-        return {
-            name: DTensor.from_local(
-                view, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-            )
-            for (name, view), whole in zip(self.split(vector).items(), self._parameters.values(), strict=True)
-        }
+        return {name: placed(view, self._parameters[name]) for name, view in self.split(vector).items()}
 
     def add(self, group: Group) -> None:
         """See `Vectors`: the backward passes have summed the gradient, shard by shard."""
@@ -156,6 +150,14 @@ class Shards:
         """See `Vectors`."""
         parts = [parameter.to_local() for parameter in self._parameters.values()]
         torch._foreach_copy_(parts, list(self.split(self.weights).values()))
+
+
+def placed(local: Tensor, like: Any) -> Tensor:
+    """A rank's shard as part of a whole that is cut as the DTensor `like` is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _collect(into: Tensor, parameter: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Run with `make bench`. The loop reads real shards, decodes pictures, averages weights, logs and tells a monitor; the
 bare one multiplies tensors that lie in memory, by the same loss, with the frozen text tower, torch's own fused AdamW
-and an average. What counts is processor time of all threads, so decoding is added to the bare side: once a row an epoch.
-Medians of interleaved rounds, since machines differ and are noisy.
+and an average. What counts is processor time of all threads, so decoding is added to the bare side: each row once an
+epoch. Medians of interleaved rounds, since machines differ and are noisy.
 """
 
 from __future__ import annotations

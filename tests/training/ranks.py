@@ -14,6 +14,9 @@ from infra.monitor import NullMonitor
 from infra.store import LocalStore
 from training.job import FitHow, Job
 
+PRELOADED = ["training.loop", "training.dcp", "torch.distributed.fsdp", "torch.distributed.tensor", "pyarrow.parquet"]
+"""What one process imports for all ranks, which are forked from it; it computes nothing."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -33,11 +36,12 @@ def stopping_after(steps: int | None) -> Any:
 
 def together(root: Path, ranks: int, asks: Sequence[Ask]) -> list[str]:
     """Does the fits one after the other, all ranks at each; what rank 0 met with in each: "", or what was raised."""
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    answers = server.Queue()
     with tempfile.TemporaryDirectory() as meeting:
         processes = [
-            spawn.Process(target=_rank, args=(rank, ranks, root, Path(meeting), list(asks), answers))
+            server.Process(target=_rank, args=(rank, ranks, root, Path(meeting), list(asks), answers))
             for rank in range(ranks)
         ]
         for process in processes:

@@ -20,11 +20,12 @@ from training.objectives import objective
 from training.sharded import is_sharded
 from unclip.folder import read_tensors
 
-SHORT = {"steps": 6, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "lr": 1e-3, "weight_decay": 0.1}
+SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}
+"""With Adam's usual ε the last bits of a gradient that is nearly 0 (a key's bias) would decide a step's sign."""
 KINDS = ("prior", "decoder", "upsampler")
 FLAT, FSDP = FitHow(shard="flat", checkpoint_seconds=1000), FitHow(shard="fsdp", checkpoint_seconds=1000)
-CLOSE = {"rtol": 2e-3, "atol": 2e-5}
-"""Sums are added in another order; Adam's division by the root of small second moments enlarges the last bits."""
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+"""Sums are added in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +48,23 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
     asks = [Ask(job(world, kind, how.shard), how) for how in (FLAT, FSDP) for kind in KINDS]
     # what a checkpoint holds fits another number of workers, and the other way to hold the model
     asks += [Ask(job(world, "decoder", f"from-{how.shard}"), how, 1, 3) for how in (FLAT, FSDP)]
-    for one in ("to-flat", "to-fsdp"):
-        with pytest.raises(Stopped):
-            train_local(job(world, "decoder", one), FLAT, world.store, tmp_path, NullMonitor(), stop=stopping_after(3))
-    asks += [Ask(job(world, "decoder", "to-flat"), FLAT, 1), Ask(job(world, "decoder", "to-fsdp"), FSDP, 1)]
-    met = together(Path(world.store.uri), 2, asks)
-    assert met == [""] * 6 + ["decoder stopped at step 3 of 6"] * 2 + [""] * 2
+    with pytest.raises(Stopped):
+        train_local(job(world, "decoder", "to"), FLAT, world.store, tmp_path, NullMonitor(), stop=stopping_after(3))
+    met = together(Path(world.store.uri), 2, [*asks, Ask(job(world, "decoder", "to"), FSDP, 1)])
+    assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""]
     for kind in KINDS:
         train_local(job(world, kind, "one"), FLAT, world.store, tmp_path / kind, NullMonitor())
         alone = read_tensors(tmp_path / kind / "model.safetensors")
         for how in ("flat", "fsdp"):
             torch.testing.assert_close(delivered(world, job(world, kind, how), tmp_path), alone, **CLOSE)
     alone = read_tensors(tmp_path / "decoder" / "model.safetensors")
-    for how in ("flat", "fsdp"):
+    torch.testing.assert_close(delivered(world, job(world, "decoder", "to"), tmp_path), alone, **CLOSE)
+    for how, parts in (("flat", {1}), ("fsdp", {1, 2})):
         saved = Checkpoints(world.store, f"decoder-from-{how}").newest()
-        assert [len(stored.parts) for stored in saved.tensors.values()].count(2) > 0 if how == "fsdp" else True
+        assert {len(stored.parts) for stored in saved.tensors.values()} == parts
         assert set(saved.files) == {"00000-of-00002.safetensors", "00001-of-00002.safetensors"}
         train_local(job(world, "decoder", f"from-{how}"), FLAT, world.store, tmp_path / how, NullMonitor())
         torch.testing.assert_close(read_tensors(tmp_path / how / "model.safetensors"), alone, **CLOSE)
-        torch.testing.assert_close(delivered(world, job(world, "decoder", f"to-{how}"), tmp_path), alone, **CLOSE)
 
 
 @pytest.mark.parametrize(("kind", "train"), [("decoder", {"muon": 0.02}), ("noised_clip", {})])
