@@ -6,14 +6,16 @@
 The manifest says what every file's digest is, and which part of which tensor lies in it: so it can be read by another
 number of workers, whole or in shards. The lease number keeps two drivers apart, of which one believes that it still
 holds the lease. No tensor is known here: the driver reads a finished model's files without importing torch.
+What else lies under the key is not theirs: the request to stop, the snapshots of averages (averages.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ EARLIER = ("weights", "average", "optimiser")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 """Types of numbers by their name in a safetensors header."""
+
+_NAME = re.compile(r"\d+-\d+/")
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +127,19 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are all there and intact; damaged ones are passed over with a warning."""
-        for place in self._places():
+        return self._first_intact(self._places())
+
+    def _first_intact(self, places: Iterable[str]) -> Checkpoint | None:
+        for place in places:
             try:
                 return self.read(place)
             except (NotFound, Refused, ValueError, KeyError, TypeError) as error:
                 log.warning("checkpoint %s is passed over: %s", place, error)
         return None
+
+    def at(self, samples: int) -> Checkpoint | None:
+        """The newest intact checkpoint of that many samples, if there is one."""
+        return self._first_intact(place for place in self._places() if _age(place)[0] == samples)
 
     def read(self, place: str) -> Checkpoint:
         """The checkpoint of that place; raises NotFound or Refused where it is not whole, or not of this job."""
@@ -153,7 +164,11 @@ class Checkpoints:
         """Committed checkpoints, newest first."""
         ends = f"/{MANIFEST}"
         found = [entry.name for entry in self.store.list(self._root) if entry.name.endswith(ends)]
-        return sorted((name.removesuffix(MANIFEST) for name in found), key=_age, reverse=True)
+        places = (name.removesuffix(MANIFEST) for name in found)
+        return sorted((place for place in places if self._is_place(place)), key=_age, reverse=True)
+
+    def _is_place(self, place: str) -> bool:
+        return bool(_NAME.fullmatch(place.removeprefix(self._root)))
 
     def _document(self, place: str) -> dict[str, Any]:
         """A manifest; Refused where it does not have the digest that it says. (Those of earlier releases say none.)"""
@@ -167,28 +182,35 @@ class Checkpoints:
         return f"{self._root}{samples:012d}-{self._lease}/"
 
     def _retain(self) -> None:
-        """Keeps the newest and the best; removes the others, and what killed writers left half-written before them."""
+        """Keeps the newest, those that they may return to (`head["anchor"]`) and the best; removes the rest, and what
+        killed writers left half-written before those."""
         places = self._places()
         kept = places[: self._keep]
         oldest = _age(kept[-1])
         best = self._least(places) if self._best else None
         below = (entry.name.removeprefix(self._root).partition("/") for entry in self.store.list(self._root))
         there = {f"{self._root}{folder}/" for folder, slash, _ in below if slash}
-        for place in there - {*kept, best}:
-            if _age(place) < oldest:
+        anchors = {self._head(place).get("anchor") for place in kept}
+        needed = {place for place in places if _age(place)[0] in anchors}
+        for place in there - {*kept, best} - needed:
+            if self._is_place(place) and _age(place) < oldest:
                 self._remove(place)
 
     def _least(self, places: list[str]) -> str | None:
         """The checkpoint whose metric is least, of those that say it."""
         scores = {}
         for place in places:
-            try:
-                score = self._document(place)["head"].get("metrics", {}).get(self._best)
-            except (NotFound, Refused, ValueError, KeyError):
-                continue
+            score = self._head(place).get("metrics", {}).get(self._best)
             if score is not None:
                 scores[place] = float(score)
         return min(scores, key=scores.__getitem__, default=None)
+
+    def _head(self, place: str) -> dict[str, Any]:
+        """What the writer of a checkpoint said; empty where its manifest is damaged."""
+        try:
+            return dict(self._document(place)["head"])
+        except (NotFound, Refused, ValueError, KeyError):
+            return {}
 
     def _remove(self, place: str) -> None:
         names = [entry.name for entry in self.store.list(place)]

@@ -21,7 +21,7 @@ from training.leaving import Draining, StopFlag, heed_sigterm
 from unclip.errors import Refused as Impossible
 
 if TYPE_CHECKING:
-    from training.loop import Monitor
+    from training.clock import Monitor
 
 __all__ = ["FitHow", "Job", "discard", "fit", "request_stop", "train_local"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -43,15 +43,15 @@ class Optimiser:
         self._in_a_row = 0
         self.first, self.second = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights)
 
-    def step(self, lr: float) -> float:
-        """Clips the gradient, updates the weights unless it is not finite; returns its norm before clipping."""
+    def step(self, lr: float, unwanted: Callable[[float], bool] = lambda norm: False) -> float:
+        """Clips the gradient, updates the weights unless its norm is not finite or is unwanted; returns that norm."""
         norm = self.flat.norm(self.flat.gradient)
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or unwanted(norm):
             self.skipped += 1
             self._in_a_row += 1
             if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
-                    f"the gradient was not finite in {self._in_a_row} steps in a row: training diverged. "
+                    f"the gradient was not finite, or leapt, in {self._in_a_row} steps in a row: training diverged. "
                     "Lower train.lr, or lengthen train.warmup.",
                     code=5,
                 )
@@ -70,7 +70,7 @@ class Optimiser:
 
     def resume(self, updates: int, skipped: int) -> None:
         """Goes on from these counters; the averages are read into the views that `state` gives."""
-        self.updates, self.skipped = updates, skipped
+        self.updates, self.skipped, self._in_a_row = updates, skipped, 0
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, vector in (("first", self.first), ("second", self.second)):

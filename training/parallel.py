@@ -109,7 +109,7 @@ class Flat:
 
     First come the `inner` matrices, those of one shape together, so that each of `stacks` is (place, [k, m, n]); then
     at `matrices` all others; then at `vectors` biases and norms. `extra` numbers stand behind the gradient in `wire`
-    and travel with it through the all-reduce.
+    and travel with it through the all-reduce. A convolution whose channels lie last in memory keeps them there.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Flat:
 
         names = sorted(named, key=place)  # stable: registration order among equals
         self.shapes = {name: named[name].shape for name in names}
+        self._last = {name for name in names if _channels_last(named[name])}
         self.stacks: list[tuple[slice, tuple[int, int, int]]] = []
         start = 0
         for (part, shape), group in groupby(names, key=place):
@@ -150,7 +151,12 @@ class Flat:
         views, start = {}, 0
         for name, shape in self.shapes.items():
             stop = start + shape.numel()
-            views[name] = vector[start:stop].view(shape)
+            part = vector[start:stop]
+            if name in self._last:
+                out, channels, height, width = shape
+                views[name] = part.view(out, height, width, channels).permute(0, 3, 1, 2)
+            else:
+                views[name] = part.view(shape)
             start = stop
         return views
 
@@ -168,3 +174,12 @@ class Flat:
 
     def publish(self) -> None:
         """Nothing: the parameters are views of the weights."""
+
+
+def _channels_last(parameter: Tensor) -> bool:
+    """Whether it is a convolution's of that layout and of no other (1×1 ones are of both)."""
+    return (
+        parameter.ndim == 4
+        and not parameter.is_contiguous()
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+    )

@@ -42,6 +42,8 @@ def is_sharded(
     why = ""
     if config.muon:
         why = "train.muon multiplies whole matrices, of which a rank would have a part"
+    elif len(config.ema_lengths) > 1:
+        why = "choosing among several train.ema_lengths needs the whole model on one device"
     elif task.whole_batch:
         why = "a contrastive model bounds its temperature, a single number, in place"
     if how.shard == "fsdp" and why:
