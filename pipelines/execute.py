@@ -26,7 +26,7 @@ from pipelines.admission import Admission, check_room
 from pipelines.console import Console
 from pipelines.fitting import Fits, settle
 from pipelines.graph import Resolved, order, resolve, unfinished
-from pipelines.shards import perform, run_actors, run_tasks
+from pipelines.shards import first_line, perform, run_actors, run_tasks
 from pipelines.stage import Stage
 from unclip.errors import Refused as Impossible
 
@@ -234,11 +234,6 @@ class Execution:
     def _shards(self, resolved: Resolved, made: int) -> None:
         count = len(resolved.actions)
         self.console.state(resolved.stage.name, "running", count - len(resolved.todo) + made, count)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text: of Ray's, what happened; the rest is about its log files."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
 
 
 def last_line(error: BaseException) -> str:

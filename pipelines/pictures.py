@@ -1,7 +1,8 @@
 """Bytes from the web → a picture that is worth keeping, resized and encoded, or the name of what is wrong with it.
 
-Bytes are judged by their headers first (kind, sides, depth), so that nothing huge is decoded, then decoded to their
-end by Pillow, since OpenCV takes half a picture for a whole one. img2dataset's resizer does the rest.
+Bytes are judged by their headers first (kind, sides, depth), so that nothing huge is decoded. Since OpenCV takes half a
+picture for a whole one, Pillow then decodes them to their end, unless they are a JPEG whose markers show that it is
+whole. img2dataset's resizer does the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra.errors import Refused
+from pipelines.jpeg_end import goes_to_its_end
 from unclip.config import LATER, SEED, SIDE, Range, outside
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
             return "too_large", width, height
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             return "too_deep", width, height  # more than 8 bits a channel: the resizer would keep them
+        if goes_to_its_end(body):
+            return None, width, height  # a JPEG; what else may be wrong with it, the resizer finds as well
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG: all bytes are read, at an eighth the work
         with _room(width, height):
             image.load()

@@ -177,7 +177,7 @@ else:
         columns=optional(section("source columns", Columns, partial=True)),
         **{name: optional(str) for name in ("urls", "tars", "folder")},
     )
-    Download = section("download", DownloadSpec, DownloadHow)
+    Download = section("download", DownloadSpec, DownloadHow, drop={"block_sha256"})
     Embed = section("embed", EmbedSpec, PoolHow)
     Clip = section(
         "clip", FitHow, model=optional(OpenClip), train=optional(CLIP_TRAIN), pretrained=optional(PRETRAINED)

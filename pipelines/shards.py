@@ -16,7 +16,11 @@ from pipelines.graph import Resolved
 from pipelines.stage import Stage
 from unclip.errors import Refused as Impossible
 
+RETRIES = 2
+"""How often Ray tries a task again whose worker, or node, died."""
+
 _ready: set[str] = set()
+log = logging.getLogger(__name__)
 
 
 def perform(stage: Stage, action: Action, store: Store) -> Record:
@@ -67,25 +71,39 @@ def run_tasks(
 ) -> list[Record]:
     """One Ray task a shard, a bounded number in flight. Ray is connected.
 
-    told hears how many shards are done; go_on raises to give up what is in flight.
+    told hears how many shards are done; go_on raises to give up what is in flight. A shard whose workers die is tried
+    again; one that goes on ending them is done carefully, where its stage knows how. Refused where that is no use.
     """
     import ray
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
+    died = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, LocalRayletDiedError)
     stage = resolved.stage
     cpus = getattr(stage.how, "cpus", 1)
-    work = ray.remote(num_cpus=cpus, max_retries=3)(perform)
+    work = ray.remote(num_cpus=cpus, max_retries=RETRIES)(perform)
     shared = ray.put(stage)
+    careful = stage.carefully() if hasattr(stage, "carefully") else None
     todo, made = list(resolved.todo), list[Record]()
     flying: dict[Any, Action] = {}
+    suspects = set[str]()
     try:
         while todo or flying:
             while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
                 action = todo.pop(0)
-                flying[work.remote(shared, action, store)] = action
+                flying[work.remote(careful if action.key in suspects else shared, action, store)] = action
             ready, _ = ray.wait(list(flying), timeout=1.0)
             for reference in ready:
-                del flying[reference]
-                made.append(ray.get(reference))
+                action = flying.pop(reference)
+                try:
+                    made.append(ray.get(reference))
+                except died as error:
+                    shard = f"shard {resolved.actions.index(action) + 1} of {len(resolved.actions)}"
+                    if careful is None or action.key in suspects:
+                        raise Refused(_hopeless(shard, error), code=5) from error
+                    log.warning("%s: %s ended its workers; it is done again, picture by picture", stage.name, shard)
+                    suspects.add(action.key)
+                    todo.insert(0, action)
+                    continue
                 told(len(made))
             if todo or flying:
                 go_on()
@@ -95,6 +113,19 @@ def run_tasks(
         if flying:
             ray.wait(list(flying), num_returns=len(flying), timeout=10.0)
     return made
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: of Ray's, what happened; the rest is about its log files."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
+
+
+def _hopeless(shard: str, error: BaseException) -> str:
+    return (
+        f"{shard} ended its worker {RETRIES + 1} times in a row ({type(error).__name__}: {first_line(error)}). Mostly "
+        "memory or disk is short, or nodes go away: give its tasks more room (more `cpus` each, fewer `threads`) and "
+        "run again. Ray's logs, in its session's folder, say more."
+    )
 
 
 def run_actors(

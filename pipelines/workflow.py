@@ -17,7 +17,7 @@ from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
-from pipelines.gather import Gather, GatherHow
+from pipelines.gather import Gather, GatherHow, check_unused
 from pipelines.pictures import PictureSpec
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler
@@ -207,10 +207,11 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
     where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
     if samples := where.samples:
-        how = GatherHow(samples, recipe.download.threads, recipe.download.cpus)
+        check_unused(recipe.download, "source.tars" if where.tars else "source.folder")
+        how = GatherHow(samples, recipe.download.threads, recipe.download.cpus, recipe.download.apart)
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
-        pictures = Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
+        pictures = Download.of(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
     with blaming("filter.rules"):
         filtering = tuple(opened(rule) for rule in recipe.filter.rules)
     with blaming("curate.rules"):

@@ -43,14 +43,17 @@ async def serve(hosts: int, hanging: int) -> None:
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            if writer.get_extra_info("sockname")[0] in mute:
-                await reader.read()  # until the client hangs up
-                return
-            body = bodies[int(head.split(b" ", 2)[1][1:].partition(b".")[0]) % PICTURES]
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nConnection: close\r\n")
-            writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            await writer.drain()
+            last = False
+            while not last:  # as web servers do: a connection stays until its client says, or hangs up
+                head = await reader.readuntil(b"\r\n\r\n")
+                if writer.get_extra_info("sockname")[0] in mute:
+                    await reader.read()  # until the client hangs up
+                    return
+                last = b"connection: close" in head.lower()
+                body = bodies[int(head.split(b" ", 2)[1][1:].partition(b".")[0]) % PICTURES]
+                lines = [b"HTTP/1.1 200 OK", b"Content-Type: image/jpeg", b"Content-Length: %d" % len(body)]
+                writer.write(b"\r\n".join([*lines, *[b"Connection: close"] * last, b"", b""]) + body)
+                await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
             pass  # a client that hung up
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
-from infra.manifest import Action, Manifest, Record
+from infra.manifest import Action, Manifest, Record, digest
 from infra.store import Store, open_store
 from pipelines.console import Console
 from pipelines.execute import Execution
@@ -96,7 +97,33 @@ class Failing(Double):
     def run(self, action: Action, store: Store, out: Path) -> Record:
         if self.how.full:
             Path("/dev/full").write_bytes(b"no room for this")
+        if action.inputs == (digest(b"0"),):
+            return super().run(action, store, out)
         os._exit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(Double):
+    """Dies each time of 7, unless it takes care."""
+
+    def carefully(self) -> Poisoned:
+        return dataclasses.replace(self, how=SimpleNamespace(cpus=1, care=True))
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        if action.inputs == (digest(b"7"),) and not self.how.care:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().run(action, store, out)
+
+
+@pytest.mark.slow
+def test_a_shard_that_goes_on_ending_its_workers_is_done_with_care(
+    tmp_path: Path, link: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = (open_store(str(tmp_path / name)) for name in ("here", "there"))
+    numbers = Numbers({"numbers": [5, 7]})
+    made = execute(here, link, [numbers, Poisoned({}, kind="task", how=SimpleNamespace(cpus=1, care=False))])["double"]
+    assert made.version == execute(there, link, [numbers, Double({})])["double"].version
+    assert "double: shard 2 of 2 ended its workers; it is done again, picture by picture" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["task", "actor"])
@@ -115,8 +142,8 @@ def test_a_full_disk_is_told_without_a_traceback(
 def test_a_shard_that_kills_each_worker_is_told_without_a_traceback(
     tmp_path: Path, link: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages = [Numbers({"numbers": [1]}), Failing({}, kind="task", how=SimpleNamespace(cpus=1, full=False))]
-    with pytest.raises(Refused, match=r"double: Ray lost what it was running \(WorkerCrashedError") as caught:
+    stages = [Numbers({"numbers": [0, 1]}), Failing({}, kind="task", how=SimpleNamespace(cpus=1, full=False))]
+    with pytest.raises(Refused, match=r"double: shard 2 of 2 ended its worker 3 times in a row \(WorkerC") as caught:
         execute(open_store(str(tmp_path / "store")), link, stages)
     assert caught.value.code == 5
     assert not caplog.records
