@@ -107,10 +107,9 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     from PIL import Image, UnidentifiedImageError
 
     width = height = None
+    _hush_pillow()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image = Image.open(io.BytesIO(body), formats=FORMATS)
+        image = Image.open(io.BytesIO(body), formats=FORMATS)
         width, height = image.size
         if min(width, height) < spec.min_side:
             return "too_small", width, height
@@ -130,6 +129,16 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise; the row's state says so
         return "truncated" if "truncated" in str(error) else "broken", width, height
     return None, width, height
+
+
+@cache
+def _hush_pillow() -> None:
+    """No warnings about sides (`max_pixels` decides) and broken EXIF, once a process: to hush each picture alone would
+    change what all threads share."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _turned(body: bytes) -> bytes:

@@ -54,8 +54,8 @@ async def serve(hosts: int, hanging: int) -> None:
                 lines = [b"HTTP/1.1 200 OK", b"Content-Type: image/jpeg", b"Content-Length: %d" % len(body)]
                 writer.write(b"\r\n".join([*lines, *[b"Connection: close"] * last, b"", b""]) + body)
                 await writer.drain()
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # a client that hung up
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # a client that hung up, or the end of all
         finally:
             writer.close()
 

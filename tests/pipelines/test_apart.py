@@ -19,6 +19,8 @@ from tests.fixtures.stages import PICTURES, download, make
 from tests.fixtures.web import give, serving
 from tests.pipelines.test_download import indexes, listed
 
+pytestmark = pytest.mark.slow  # a process takes a second to import what it decodes with
+
 POISON = b"a comment that ends the decoder"
 FAULTY = f"""
 import ctypes
@@ -57,15 +59,15 @@ def test_many_threads_get_what_they_would_get_here():
 
 def test_a_picture_that_ends_its_decoder_costs_its_row_and_no_other(tmp_path, faulty):
     store = open_store(str(tmp_path / "store"))
-    bodies = [picture(0), picture(1, POISON), picture(2), picture(3, POISON), picture(4)]
+    bodies = [picture(0), picture(1, POISON), picture(2)]
     with serving() as web:
         for number, body in enumerate(bodies):
             web.answers[f"/{number}"] = lambda asked, body=body: give(asked, body=body)
         urls = [f"http://a.shapes.test/{number}" for number in range(len(bodies))]
-        stage = download(web.port, PICTURES, threads=2).carefully()
+        stage = download(web.port, PICTURES, threads=1).carefully()
         assert stage.how.apart
-        manifest = make(store, stage, listed(store, pa.table({"url": urls, "caption": list("abcde")})))
+        manifest = make(store, stage, listed(store, pa.table({"url": urls, "caption": list("abc")})))
     (index,) = indexes(store, manifest)
-    assert index["state"].to_pylist() == [KEPT, DIED, KEPT, DIED, KEPT]
-    assert manifest.states == {KEPT: 3, DIED: 2}
+    assert index["state"].to_pylist() == [KEPT, DIED, KEPT]
+    assert manifest.states == {KEPT: 2, DIED: 1}
     assert all(sha is not None for sha in index["sha256"].to_pylist())  # which picture it was is known
