@@ -70,7 +70,10 @@ def _files(urls: str) -> Iterator[list[Path]]:
 
 
 def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
-    """Batches with the columns of SOURCE and those to keep; a null URL or caption stays null."""
+    """Batches with the columns of SOURCE and those to keep; a null URL or caption stays null.
+
+    What is not UTF-8 becomes null, so that it costs its row (`no_caption`, `no_url`) and not the list.
+    """
     kept: pa.Schema | None = None
     for path in paths:
         found = open_list(path, columns)
@@ -83,10 +86,10 @@ def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
         kept = schema
         try:
             for batch in stream(found, path, [columns.url, columns.caption, *columns.keep]):
-                urls, captions = (batch.column(n).cast(pa.string()) for n in (columns.url, columns.caption))
+                urls, captions = (_readable(batch.column(n).cast(pa.string())) for n in (columns.url, columns.caption))
                 pairs = zip(urls.to_pylist(), captions.to_pylist(), strict=True)
                 names = pa.array([uid(url or "", caption or "") for url, caption in pairs], SOURCE.field("uid").type)
-                extra = [batch.column(field.name).cast(field.type) for field in kept]
+                extra = [_readable(batch.column(field.name).cast(field.type)) for field in kept]
                 yield pa.record_batch([names, urls, captions, *extra], schema=pa.schema([*SOURCE, *kept]))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise Refused(f"source.urls: {path.name} cannot be read to its end: {_one_line(error)}") from error
@@ -103,7 +106,10 @@ def open_list(path: Path, columns: Columns) -> ds.Dataset:
         kind = ds.CsvFileFormat(
             parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             read_options=_header(path, columns, delimiter),
-            convert_options=csv.ConvertOptions(column_types={n: pa.string() for n in (columns.url, columns.caption)}),
+            convert_options=csv.ConvertOptions(
+                column_types={n: pa.string() for n in (columns.url, columns.caption)},
+                check_utf8=False,  # one row would stand for all; `read` looks at each
+            ),
         )
     try:
         found = ds.dataset(path, format=kind)
@@ -129,6 +135,25 @@ def stream(found: ds.Dataset, path: Path, names: list[str]) -> Iterator[pa.Recor
             yield from file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False)
     else:
         yield from found.to_batches(names, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1)
+
+
+def _readable(column: pa.Array) -> pa.Array:
+    """The column with null in place of text that is not UTF-8."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        return pa.array([_decoded(value) for value in column.view(binary).to_pylist()], column.type)
+    return column
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _header(path: Path, columns: Columns, delimiter: str) -> csv.ReadOptions:
