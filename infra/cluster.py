@@ -168,6 +168,7 @@ class _Keeper(threading.Thread):
             with _own_temporary(self.temporary):
                 self._start_ray()
         except BaseException as error:  # noqa: BLE001  raised in the thread that waits for it
+            shutil.rmtree(self.temporary, ignore_errors=True)
             ended = isinstance(error, SystemExit)  # Ray's way to say that a process of it did not start
             self._started_ray.set_exception(RuntimeError("a process of Ray ended at once") if ended else error)
             return

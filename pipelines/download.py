@@ -132,7 +132,7 @@ class Download:
     def of(cls, spec: DownloadSpec, how: DownloadHow) -> Download:
         """The stage with what its block list's file says; Refused, naming file and line, where that is none."""
         entries = read_file(how.block_file) if how.block_file else ()
-        return cls(replace(spec, block_sha256=entries_digest(entries)), how, entries)
+        return cls(replace(spec, block_sha256=entries_digest(entries)), how, entries=entries)
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (source,) = inputs
