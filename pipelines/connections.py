@@ -12,6 +12,7 @@ import io
 import ipaddress
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -41,8 +42,8 @@ class Connection(http.client.HTTPConnection):
 
     def silent(self) -> bool:
         """Whether the server has neither hung up nor said anything since the last answer."""
-        if self.sock is None:
-            return False
+        if self.sock is None or (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):
+            return False  # closed; or of a record's bytes, which are decrypted together, some were not asked for
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         return not poll.poll(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,6 +15,10 @@ import pytest
 from pipelines.connections import Connections
 from pipelines.guard import Fault, Guard
 from tests.fixtures.web import BODY, Web, give, reset, serving, stay, trickle
+from tests.pipelines.test_guard import certificate
+
+EVIL = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+"""What a server may send behind an answer, and another row would take for its own."""
 
 
 @pytest.fixture
@@ -113,7 +119,7 @@ def raw(head: bytes, data: bytes = BODY) -> Any:
         (chunked, 1),
         (lambda asked: stay(asked, Connection="close"), 3),
         (raw(b"HTTP/1.0"), 3),
-        (raw(b"HTTP/1.1", BODY + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"), 3),
+        (raw(b"HTTP/1.1", BODY + EVIL), 3),
         (lambda asked: (chunked(asked), asked.wfile.write(b"evil")), 3),
     ],
 )
@@ -128,13 +134,34 @@ def test_what_comes_late_behind_an_answer_is_no_answer_to_the_next(web, guard):
         stay(asked)
         asked.wfile.flush()
         time.sleep(0.1)
-        asked.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+        asked.wfile.write(EVIL)
 
     web.answers["/late.png"] = late
     body(guard, "http://a.web.test/late.png")
     time.sleep(0.2)
     assert body(guard) == BODY
     assert web.connections == 2
+
+
+@pytest.mark.parametrize(("behind", "connections"), [(b"", 1), (EVIL, 2)])
+def test_what_is_behind_an_answer_in_its_tls_record_is_no_answer_to_the_next(
+    web, tmp_path, monkeypatch, behind, connections
+):
+    certificate(tmp_path, "secure.web.test")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    web.socket = context.wrap_socket(web.socket, server_side=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    length = 15_000  # with the head it fits one record, and not the 8 kB that are read at a time
+
+    def answer(asked: Any) -> None:
+        asked.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + b"x" * length + behind)
+
+    web.answers["/one.png"] = answer
+    with closing(Guard(user_agent="test/1", resolve={"*.web.test": f"127.0.0.1:{web.port}"})) as guard:
+        for _ in range(2):
+            assert body(guard, "https://secure.web.test/one.png") == b"x" * length
+    assert web.connections == connections
 
 
 def test_a_kept_connection_keeps_the_deadline(web, guard):
