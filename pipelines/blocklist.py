@@ -74,8 +74,8 @@ def read_file(uri: str) -> tuple[str, ...]:
     except (OSError, Unreadable) as error:
         raise Refused(f"download.block_file: {uri} cannot be read: {getattr(error, 'strerror', '') or error}") from None
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise Refused(f"download.block_file: {uri}, line {line}: this is not UTF-8") from None
+        number = error.object[: error.start].count(b"\n") + 1
+        raise Refused(f"download.block_file: {uri}, line {number}: this is not UTF-8") from None
     entries = set[str]()
     for number, line in enumerate(lines, 1):
         if not (entry := _COMMENT.sub("", line).strip()):

@@ -37,7 +37,7 @@ class Connection(http.client.HTTPConnection):
         """Asks for a target; the answer, of which the head has come. It keeps the deadline (of time.monotonic)."""
         self.sock.settimeout(left(deadline))
         self.response_class = lambda *args, **more: Response(deadline, *args, **more)  # type: ignore[assignment]
-        self.request("GET", target, headers=headers)  # type: ignore[arg-type]
+        self.request("GET", target, headers=headers)
         return self.getresponse()  # type: ignore[return-value]
 
     def silent(self) -> bool:
