@@ -11,7 +11,9 @@ from infra.errors import Refused
 from infra.manifest import Action, Manifest, Record, digest_file
 from infra.store import Store
 from pipelines.stage import plain
+from training.job import START
 from training.launch import FitHow, Job, discard, fit
+from unclip.config import LATER
 
 ROLES = {
     "download": "rows",
@@ -31,6 +33,8 @@ class FitSpec:
 
     model: dict[str, Any]
     train: dict[str, Any]
+    start: str = field(default="", metadata=LATER)
+    """Version of the release whose model of this name it goes on from; empty: it begins anew."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Fit:
     def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
         """Trains to the end (or on from the newest valid checkpoint) and returns the record of what lies in `out`."""
         data = {ROLES[need]: version for need, version in zip(self.needs, action.inputs, strict=True)}
+        if self.spec.start:
+            data[START] = self.spec.start
         job = Job(self.name, action.key, self.model, self.spec.model, self.spec.train, data)
         facts = fit(job, self.how, store.uri, out, monitor, lease)
         return Record.of(action, out, facts=facts)

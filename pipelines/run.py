@@ -32,6 +32,7 @@ from pipelines.prompts import read_prompts
 from pipelines.scores import check_name
 from pipelines.source import SourceHow
 from pipelines.stage import Stage
+from pipelines.warm import starts
 from pipelines.world import Server, write_list, write_prompts
 
 
@@ -74,7 +75,7 @@ def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflo
         raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
     where = SourceHow(urls, recipe.source.tars, recipe.source.folder)
     head = Ledger(store, recipe.release.name).head()
-    inputs = workflow.Inputs(urls, where.digests(recipe.columns), prompts, head)
+    inputs = workflow.Inputs(urls, where.digests(recipe.columns), prompts, head, starts(recipe, store))
     stages = workflow.stages(recipe, inputs)
     kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
     for score in recipe.gate.minimum:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
+from pipelines.warm import TakeClip, TakeSpec
 from training.job import CONFIGS, FitHow
 from unclip.sampling import check_sampling
 
@@ -43,6 +46,8 @@ class Inputs:
     """`SourceHow.digests` of the source."""
     prompts: str
     head: Entry | None
+    starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What its sections call their `start` → the version of that release."""
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -165,38 +170,46 @@ def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
     return [(kind, section) for kind, section in given if section is not None]
 
 
-def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
-    spec = FitSpec(config, plain(part(section.train, CONFIGS[model])))
+def _fit(
+    name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...], starts: Mapping[str, str]
+) -> Fit:
+    start = "" if section.start is None else starts[section.start]
+    spec = FitSpec(config, plain(part(section.train, CONFIGS[model])), start)
     return Fit(name, model, spec, part(section, FitHow), needs)
 
 
 def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     """All stages of the recipe, in the order in which a person thinks of them."""
     made = models(recipe)
+    fit = functools.partial(_fit, starts=inputs.starts)
     if recipe.clip.pretrained:
         loaded = recipe.clip.pretrained
         clip: Any = LoadClip.of(part(loaded, LoadSpec), part(loaded, LoadHow))
+    elif recipe.clip.train is None:
+        clip = TakeClip(TakeSpec(inputs.starts[recipe.clip.start], recipe.clip.model))
     else:
-        clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
+        clip = fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
     fits: list[Any] = [
-        _fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
-        *(_fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
+        fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
+        *(fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
         *(
-            _fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
+            fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
             for size in sorted(recipe.upsamplers)
         ),
     ]
     if recipe.inpainter is not None:
+        # From the run's own decoder, unless a release is named.
+        from_decoder = rows if recipe.inpainter.start else (*rows, "decoder")
         fits.append(
-            _fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), (*rows, "decoder")),
+            fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), from_decoder),
         )
     if recipe.classifier is not None:
         guide = plain(made["classifier"])
-        fits.append(_fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
+        fits.append(fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
     if recipe.noised_clip is not None:
         guide = plain(made["noised-clip"])
-        fits.append(_fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
+        fits.append(fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
     chosen = recipe.sampling
     sampling: dict[str, Any] = {"decoder": chosen.decoder.document()}
     if chosen.prior is not None:
@@ -204,7 +217,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
     measured = [Gamma.beside(recipe.prior)] if asked else []
-    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
+    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(one.name for one in fits), bool(measured))
     where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
     if samples := where.samples:
         check_unused(recipe.download, "source.tars" if where.tars else "source.folder")
