@@ -27,6 +27,7 @@ from pipelines.evaluate import EvaluateSpec
 from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
 from pipelines.layouts import Columns, columns_of
+from pipelines.machine import Accelerator
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.sections import changes, optional, said, section
@@ -248,6 +249,8 @@ class Recipe:
     world: World | None = None
     tracking: Tracking = field(default_factory=Tracking)
     cluster: Cluster = field(default_factory=Cluster)
+    hardware: dict[str, Accelerator] = field(default_factory=dict)
+    """Kinds of accelerators by name: `unclip plan` says how long each fit takes on them, and for what price."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
