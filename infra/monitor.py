@@ -11,7 +11,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from infra.tracking import Tracker, spool_folder
+from infra.tracking import Tracker
+from infra.tracking_uri import spool_folder
 
 _OFTEN_S = 0.2
 

@@ -90,7 +90,7 @@ def run_recipe(
     """Runs what is to do and tells the person at the terminal where it stands and what came of it."""
     from infra.cluster import Node, connect, disconnect, usable_cpus
     from infra.monitor import Monitor
-    from infra.tracking import check_server, default_uri
+    from infra.tracking_uri import check_server, default_uri
 
     with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
         names = chosen(job.stages, until, only)
