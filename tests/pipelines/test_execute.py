@@ -16,6 +16,7 @@ import pytest
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
 from infra.manifest import Action, Manifest, Record
+from infra.monitor import NullMonitor
 from infra.store import Store, open_store
 from pipelines.console import Console
 from pipelines.execute import Execution
@@ -53,7 +54,7 @@ def link() -> Iterator[Any]:
     import ray
 
     ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), SimpleNamespace(board=dict))
+    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), NullMonitor())
     ray.shutdown()
 
 
