@@ -25,25 +25,35 @@ def success_rate(states: Mapping[str, int]) -> float | None:
     return states.get(KEPT, 0) / rows if rows and not states.keys() <= NEUTRAL else None
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What a stage of many shards has before it and behind it when it begins."""
+
+    shards: int
+    """Its shards in all."""
+    present: int = 0
+    """Of these, done by runs before."""
+    states: Mapping[str, int] = field(default_factory=dict)
+    """Rows of those by state."""
+    ago: float = 0.0
+    """Seconds since it began."""
+
+
 @dataclass
 class Account:
     """The rows of one stage of many shards, as its shards tell of them, those that are under way included."""
 
-    shards: int
-    """Shards of the stage in all."""
-    present: int
-    """Of these, done before this run."""
-    ago: float = 0.0
-    """Seconds since it began."""
+    extent: Extent
     clock: Callable[[], float] = time.monotonic
     states: Counter[str] = field(default_factory=Counter)
-    """Rows by state, of the shards that were done in this run."""
+    """Rows by state, of the shards that are done."""
     _flying: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
     _seen: deque[tuple[float, int, float]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._seen.append((self.clock() - self.ago, 0, 0.0))
+        self.states.update(self.extent.states)
+        self._seen.append((self.clock() - self.extent.ago, self.states.total(), 0.0))
 
     def told(self, shard: str, states: Mapping[str, int], rows: int) -> None:
         """States of the rows of a shard so far, of `rows` in all. One that is begun anew says fewer than before."""
@@ -70,7 +80,7 @@ class Account:
     @property
     def done(self) -> int:
         """Shards that are done, those from before this run included."""
-        return self.present + len(self._done)
+        return self.extent.present + len(self._done)
 
     def rate(self) -> float:
         """Rows per second over the last WINDOW_S seconds, or since the beginning if that is less."""
@@ -82,7 +92,7 @@ class Account:
         now, (then, _, before) = self.clock(), self._seen[0]
         made = self._shares()
         pace = (made - before) / max(now - then, 1e-3)
-        return max(0.0, self.shards - self.present - made) / pace if pace > 0 else None
+        return max(0.0, self.extent.shards - self.extent.present - made) / pace if pace > 0 else None
 
     def values(self) -> dict[str, float]:
         """The figures of now, by their names as metrics."""
@@ -96,7 +106,7 @@ class Account:
         values = self.values()
         return {
             "done": self.done,
-            "total": self.shards,
+            "total": self.extent.shards,
             "unit": "shards",
             "rate": values["rows_per_s"],
             "rows": int(values["rows"]),
@@ -133,9 +143,9 @@ class Board:
         if "loss" in values:
             self.rows.setdefault(stage, {"done": 0, "total": 0})["loss"] = values["loss"]
 
-    def begin(self, stage: str, shards: int, present: int, ago: float = 0.0) -> None:
-        """A stage of so many shards, of which some are present, began `ago` seconds ago."""
-        self.accounts[stage] = Account(shards, present, ago)
+    def begin(self, stage: str, extent: Extent) -> None:
+        """A stage of many shards begins."""
+        self.accounts[stage] = Account(extent)
 
     def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int, done: bool) -> None:
         """Rows of a shard by state: so far of `rows`, or (done) in the end."""

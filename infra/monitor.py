@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.board import Board
+from infra.board import Board, Extent
 from infra.tracking import Tracker
 from infra.tracking_uri import spool_folder
 
@@ -34,11 +34,9 @@ class Desk:
     def progress(self, stage: str, done: float, total: float, unit: str, rate: float | None) -> None:
         self._board.progress(stage, done, total, unit, rate)
 
-    def begin(
-        self, stage: str, shards: int, present: int, params: dict[str, Any], tags: dict[str, str], ago: float = 0.0
-    ) -> None:
+    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
         self.tracker.start(stage, params, tags)
-        self._board.begin(stage, shards, present, ago)
+        self._board.begin(stage, extent)
         self.exported.figures(stage, self._board.accounts[stage].values())
 
     def shard(self, stage: str, shard: str, states: dict[str, int], rows: int, done: bool) -> None:
@@ -160,11 +158,9 @@ class Monitor:
         """Begins a stage's MLflow run; tags["unclip.key"] is by what it is found again."""
         self._actor.start.remote(stage, params, tags)
 
-    def begin(
-        self, stage: str, shards: int, present: int, params: dict[str, Any], tags: dict[str, str], ago: float = 0.0
-    ) -> None:
-        """A stage of so many shards, of which some are present, began `ago` seconds ago; in MLflow as `start` says."""
-        self._actor.begin.remote(stage, shards, present, params, tags, ago)
+    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Begins a stage of many shards; in MLflow as `start` does."""
+        self._actor.begin.remote(stage, extent, params, tags)
 
     def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int = 0, done: bool = False) -> None:
         """Rows of a shard by state: so far of `rows`, or (done) in the end; in MLflow, metrics by shards done."""
@@ -238,11 +234,9 @@ class NullMonitor:
     def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
         """As Monitor's; told to nobody."""
 
-    def begin(
-        self, stage: str, shards: int, present: int, params: dict[str, Any], tags: dict[str, str], ago: float = 0.0
-    ) -> None:
+    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
         """As Monitor's."""
-        self._board.begin(stage, shards, present, ago)
+        self._board.begin(stage, extent)
 
     def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int = 0, done: bool = False) -> None:
         """As Monitor's."""

@@ -12,11 +12,13 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+from infra.board import Extent
 from infra.cluster import Node
 from infra.damage import damaged
 from infra.errors import Refused, Stopped
@@ -246,11 +248,15 @@ class Execution:
     ) -> Iterator[Callable[[Sequence[Record]], None]]:
         """Tells console and monitor of a stage that began `ago` seconds ago, and of the shards that the value hears are
         done, the newest last."""
-        stage, count = resolved.stage, len(resolved.actions)
-        present = count - len(resolved.todo)
+        stage, count, todo = resolved.stage, len(resolved.actions), {action.key for action in resolved.todo}
+        states: Counter[str] = Counter()
+        for key, record in resolved.present.items():
+            states.update({} if key in todo else record.states)
+        present = count - len(todo)
         spec = plain(stage.spec)
         tags = {"unclip.key": resolved.whole.key, "unclip.inputs": " ".join(resolved.whole.inputs)}
-        monitor.begin(stage.name, count, present, spec if isinstance(spec, dict) else {}, tags, ago)
+        extent = Extent(count, present, states, ago)
+        monitor.begin(stage.name, extent, spec if isinstance(spec, dict) else {}, tags)
 
         def heard(made: Sequence[Record]) -> None:
             monitor.shard(stage.name, made[-1].key, made[-1].states, done=True)
