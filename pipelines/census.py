@@ -24,9 +24,8 @@ from pipelines.pack import TABLE
 
 THREADS = 8
 """Shards that are read at a time."""
-OCTAVE, OCTAVES = 4, 16  # bins of sides a doubling, from 1 to 2^16 pixels
 ASPECT, WIDEST = 6, 24  # bins of width over height a doubling, and of the widest on either side of 1
-CHARACTERS, WORDS = 2000, 400  # what is longer is counted as this
+SIDE, CHARACTERS, WORDS = 8192, 2000, 400  # what is longer is counted as this
 SCORES = 400  # bins of the cosine, from -1 to 1
 SHEET, OF_RULE = 48, 6
 """Rows on a contact sheet, and examples of a rule."""
@@ -98,7 +97,7 @@ class Part:
     were downloaded; of scores, others that were embedded."""
 
     hosts: list[tuple[str, str, int]] = field(default_factory=list)
-    sides: np.ndarray = field(default_factory=lambda: np.zeros((2, OCTAVE * OCTAVES), np.int64))
+    sides: np.ndarray = field(default_factory=lambda: np.zeros((2, SIDE + 1), np.int64))
     aspects: np.ndarray = field(default_factory=lambda: np.zeros((2, 2 * WIDEST + 1), np.int64))
     characters: np.ndarray = field(default_factory=lambda: np.zeros((2, CHARACTERS + 1), np.int64))
     words: np.ndarray = field(default_factory=lambda: np.zeros((2, WORDS + 1), np.int64))
@@ -155,7 +154,7 @@ def counted(store: Store, shard: Shard) -> Part:
         part.scores = _split(np.floor((known + 1) * (SCORES / 2)), which, SCORES - 1)
     which = pc.is_in(rows["uid"], value_set=stays).to_numpy()
     width, height = (_numbers(rows[name]) for name in ("width", "height"))
-    part.sides = _split(np.floor(OCTAVE * np.log2(np.minimum(width, height))), which, OCTAVE * OCTAVES - 1)
+    part.sides = _split(np.minimum(width, height), which, SIDE)
     aspect = np.clip(np.round(ASPECT * np.log2(width / height)), -WIDEST, WIDEST)
     part.aspects = _split(aspect + WIDEST, which, 2 * WIDEST)
     caption = pc.fill_null(rows["caption"], "")

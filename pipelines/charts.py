@@ -13,8 +13,10 @@ from pipelines.page import count
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 14.0, 34.0
-BARS = 40
-"""Bars of a histogram, at most."""
+BARS, FEWEST = 40, 15
+"""Bars of a histogram, at most; and at least, with or without rows."""
+LEAST = 1.2
+"""Height of a bar that has rows, however few."""
 _TAIL = 0.002  # of the rows, at either end, may lie in a bar that stands for all that is further out
 
 
@@ -59,8 +61,8 @@ class Scale:
     """Whether values are whole numbers, a bin each."""
 
 
-def histogram(title: str, axis: str, counts: np.ndarray, scale: Scale) -> Chart | None:
-    """counts: int [2, bins], rows that stay and others; None where there are none.
+def histogram(title: str, axis: str, counts: np.ndarray, scale: Scale, median: str = "") -> Chart | None:
+    """counts: int [2, bins], rows that stay and others; None where there are none. median: if known better than that.
 
     The ends without rows (but for a thin tail, which the last bar stands for) are left out, and bins are put together
     until there are at most BARS.
@@ -69,6 +71,9 @@ def histogram(title: str, axis: str, counts: np.ndarray, scale: Scale) -> Chart 
     if not total.any():
         return None
     first, last = _range(total)
+    spare = max(0, FEWEST - 1 - (last - first))
+    first = max(0, first - spare // 2)
+    last = min(len(total) - 1, last + spare - spare // 2)
     merge = max(1, math.ceil((last + 1 - first) / BARS))
     last = min(len(total), first + merge * math.ceil((last + 1 - first) / merge))
     inside = counts[:, first:last].copy()
@@ -87,13 +92,17 @@ def histogram(title: str, axis: str, counts: np.ndarray, scale: Scale) -> Chart 
         stays, goes = (int(value) for value in sums[:, number])
         under, over = counts[:, :first].any() and number == 0, counts[:, last:].any() and high == last
         said = f"{_between(scale, low, high, bool(under), bool(over))}: {count(stays)} stay, {count(goes)} do not"
-        bars.append(Bar(x(low), max(across * (high - low) - 0.8, 0.6), (stays * up, goes * up), said))
-    marks = tuple((x(at), scale.label(scale.value(at))) for at in scale.ticks(first, last) if first <= at <= last)
+        heights = tuple(max(value * up, LEAST) if value else 0.0 for value in (stays, goes))
+        bars.append(Bar(x(low), max(across * (high - low) - 0.8, 0.6), (heights[0], heights[1]), said))
+    ticks = [at for at in scale.ticks(first, last) if first <= at <= last - scale.whole]
+    marks = tuple((x(at + 0.5 * scale.whole), scale.label(scale.value(at))) for at in ticks)  # a whole value is a bar
     steps = tuple((HEIGHT - BOTTOM - value * up, _short(value)) for value in _steps(highest))
-    middle = _median(counts[0])
-    shown = "" if middle is None else f"{scale.label(scale.value(middle))}{scale.unit}"
-    place = x(min(max(middle + 0.5 * scale.whole, first), last)) if middle is not None else 0.0
-    return Chart(title, axis, tuple(bars), marks, steps, int(total.sum()), shown, place)
+    middle = median_bin(counts[0])
+    about = "" if scale.whole else "about "
+    if middle is not None and not median:
+        median = f"{about}{scale.label(scale.value(middle + 0.5 * (not scale.whole)))}{scale.unit}"
+    place = x(min(max(middle + 0.5, first), last)) if middle is not None else 0.0
+    return Chart(title, axis, tuple(bars), marks, steps, int(total.sum()), median if middle is not None else "", place)
 
 
 def logarithmic(per_octave: int, label: Callable[[float], str], *, origin: float = 0.0, unit: str = "") -> Scale:
@@ -114,9 +123,17 @@ def linear(width: float, label: Callable[[float], str], *, begin: float = 0.0, u
     def ticks(first: float, last: float) -> Sequence[float]:
         low, high = begin + first * width, begin + last * width
         step = _nice((high - low) / 5)
+        step = math.ceil(step) if whole else step
         return [(value - begin) / width for value in np.arange(math.ceil(low / step - 1e-9) * step, high + 1e-9, step)]
 
-    return Scale(lambda at: begin + at * width, label, ticks, unit, whole=width == 1.0)
+    whole = width == 1.0
+    return Scale(lambda at: begin + at * width, label, ticks, unit, whole)
+
+
+def binned(counts: np.ndarray, per_octave: int) -> np.ndarray:
+    """Counts of whole numbers, int [2, n], as those of bins `per_octave` a doubling, for a logarithmic scale; 0 as 1."""
+    bins = np.floor(per_octave * np.log2(np.maximum(np.arange(counts.shape[1]), 1)) + 1e-9).astype(np.int64)
+    return np.stack([np.bincount(bins, row, per_octave * 24).astype(np.int64) for row in counts])
 
 
 def _range(total: np.ndarray) -> tuple[int, int]:
@@ -143,8 +160,8 @@ def _between(scale: Scale, low: int, high: int, under: bool, over: bool) -> str:
     return f"{first}–{last}{scale.unit}"
 
 
-def _median(counts: np.ndarray) -> float | None:
-    """The place, in bins, below which half of the counts lie."""
+def median_bin(counts: np.ndarray) -> int | None:
+    """The bin, of int [bins], that the lower median of what was counted lies in; None of nothing."""
     total = int(counts.sum())
     return int(np.searchsorted(np.cumsum(counts), (total + 1) // 2)) if total else None
 

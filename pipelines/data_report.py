@@ -18,8 +18,8 @@ from infra.manifest import Action, Manifest, Record, digest_file, document, read
 from infra.rows import KEPT
 from infra.store import Store
 from pipelines.alike import COMPARED, groups
-from pipelines.census import ASPECT, OCTAVE, SCORES, WIDEST, Census, Row, census
-from pipelines.charts import Chart, histogram, linear, logarithmic
+from pipelines.census import ASPECT, SCORES, WIDEST, Census, Row, census
+from pipelines.charts import Chart, binned, histogram, linear, logarithmic, median_bin
 from pipelines.contact import seen
 from pipelines.data import Version, find, versions
 from pipelines.page import TEMPLATES, count, render
@@ -28,6 +28,8 @@ from pipelines.select import OVER
 TEMPLATE = TEMPLATES / "data.html.j2"
 PAGE = "data.html"
 CHAIN = ("source", "download", "filter", "embed", "curate")
+OCTAVE = 4
+"""Bars of sides a doubling."""
 HOSTS = 15
 """Hosts that are named: of the most rows, and of the most that failed."""
 
@@ -166,8 +168,8 @@ def _alike(store: Store, made: Mapping[str, Manifest], rules: Rules, counted: Ce
     """(group, rule) of each rule about duplicates → what is alike to some of the rows that it took."""
     return {
         (group, rule["rule"]): groups(store, made[f"{group}-look"], rule, counted.shown[f"{group}.{rule['rule']}"])
-        for group, some in rules.items()
-        for rule in some
+        for group in OVER
+        for rule in rules.get(group, ())
         if rule["rule"] in COMPARED and f"{group}.{rule['rule']}" in counted.shown and f"{group}-look" in made
     }
 
@@ -253,11 +255,12 @@ def _hosts(counted: Census) -> dict[str, Any]:
 def _charts(counted: Census) -> list[Chart | None]:
     """Sides and aspect on logarithmic axes, lengths of captions and CLIP's score on linear ones."""
     pixels = logarithmic(OCTAVE, lambda value: count(value), unit="\u202fpx")
-    aspect = logarithmic(ASPECT, _ratio, origin=WIDEST)
+    side = f"{count(median_bin(counted.sides[0]) or 0)}\u202fpx"
+    aspect = logarithmic(ASPECT, _ratio, origin=WIDEST + 0.5)
     score = linear(2 / SCORES, lambda value: f"{value:.2f}".replace("-", "\u2212"), begin=-1.0)
     lengths = linear(1.0, count)
     return [
-        histogram("Shorter side of the original", "pixels, logarithmic", counted.sides, pixels),
+        histogram("Shorter side of the original", "pixels, logarithmic", binned(counted.sides, OCTAVE), pixels, side),
         histogram("Aspect of the original", "width : height, logarithmic", counted.aspects, aspect),
         histogram("Length of captions", "characters", counted.characters, lengths),
         histogram("Words of captions", "words between spaces", counted.words, lengths),
@@ -272,9 +275,9 @@ def _ratio(value: float) -> str:
 
 def _rules(made: Mapping[str, Manifest], rules: Rules) -> Iterator[dict[str, Any]]:
     """Each rule with its settings and what it took."""
-    for group, some in rules.items():
+    for group in (group for group in OVER if group in rules):
         given = made[group].rows
-        for rule in some:
+        for rule in rules[group]:
             said = [
                 f"{name} {_value(value)}"
                 for name, value in rule.items()
@@ -284,9 +287,7 @@ def _rules(made: Mapping[str, Manifest], rules: Rules) -> Iterator[dict[str, Any
             yield {
                 "group": group,
                 "rule": rule["rule"],
-                "settings": ", ".join(
-                    f"{name} {_value(value)}" for name, value in settings.items() if value is not None
-                ),
+                "settings": ", ".join(said),
                 "count": taken,
                 "share": taken / max(given, 1),
             }
