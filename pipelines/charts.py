@@ -71,9 +71,8 @@ def histogram(title: str, axis: str, counts: np.ndarray, scale: Scale, median: s
     if not total.any():
         return None
     first, last = _range(total)
-    spare = max(0, FEWEST - 1 - (last - first))
-    first = max(0, first - spare // 2)
-    last = min(len(total) - 1, last + spare - spare // 2)
+    first = max(0, min(first, (first + last - FEWEST + 1) // 2, len(total) - FEWEST))
+    last = min(len(total) - 1, max(last, first + FEWEST - 1))
     merge = max(1, math.ceil((last + 1 - first) / BARS))
     last = min(len(total), first + merge * math.ceil((last + 1 - first) / merge))
     inside = counts[:, first:last].copy()
@@ -131,7 +130,7 @@ def linear(width: float, label: Callable[[float], str], *, begin: float = 0.0, u
 
 
 def binned(counts: np.ndarray, per_octave: int) -> np.ndarray:
-    """Counts of whole numbers, int [2, n], as those of bins `per_octave` a doubling, for a logarithmic scale; 0 as 1."""
+    """Counts of whole numbers, int [2, n], as those of bins `per_octave` a doubling; 0 counts as 1."""
     bins = np.floor(per_octave * np.log2(np.maximum(np.arange(counts.shape[1]), 1)) + 1e-9).astype(np.int64)
     return np.stack([np.bincount(bins, row, per_octave * 24).astype(np.int64) for row in counts])
 

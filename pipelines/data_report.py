@@ -160,7 +160,7 @@ def contents(
             for (group, rule), some in alike.items()
         ],
         "sheets": {"kept": shown(counted.shown.get("kept", ())), "rejected": shown(counted.shown.get("rejected", ()))},
-        "stages": [_stage(name, manifest) for name, manifest in made.items() if name in CHAIN],
+        "stages": [_stage(name, made[name]) for name in chain],
     }
 
 

@@ -54,7 +54,8 @@ def link() -> Iterator[Any]:
     import ray
 
     ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), NullMonitor())
+    monitor = NullMonitor()
+    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), monitor)
     ray.shutdown()
 
 
@@ -72,6 +73,9 @@ def test_every_way_of_running_gives_the_same_records(tmp_path: Path, link: Any, 
     found = execute(there, link, [numbers, Double({}, kind=kind, how=how)])["double"]
     assert found.version == expected.version
     assert found.records == expected.records
+    _, monitor = link()
+    told = monitor.board()["double"]
+    assert (told["done"], told["total"], told["rows"]) == (5, 5, 5)
 
 
 @pytest.mark.parametrize("kind", ["task", "actor"])
