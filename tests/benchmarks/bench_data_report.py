@@ -8,8 +8,8 @@ tests.benchmarks.bench_data_report STORE` makes the page of such a store and say
 from __future__ import annotations
 
 import io
+import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +90,17 @@ def test_a_thousand_shards_take_no_more_memory_than_a_hundred(tmp_path: Path) ->
     peaks = {}
     for shards in (100, 1000):
         write_shards(open_store(str(tmp_path / str(shards))), shards)
-        began = time.monotonic()
+        before = _processor_time()
         peaks[shards] = peak_in_child("tests.benchmarks.bench_data_report", str(tmp_path / str(shards)))
-        rows, took = shards * ROWS, time.monotonic() - began
-        print(f"\ndata report: {rows:,} rows in {took:.1f} s, peak {peaks[shards] / 1e6:.0f} MB", end="")
+        rows, took = shards * ROWS, _processor_time() - before
+        print(f"\ndata report: {rows:,} rows in {took:.1f} s of processor time, peak {peaks[shards] / 1e6:.0f} MB", end="")
     print(f"\ndata report: memory × {peaks[1000] / peaks[100]:.2f} for ten times the shards", end="")
     assert peaks[1000] < 1.3 * peaks[100]
+
+
+def _processor_time() -> float:
+    """Seconds that children of this process computed."""
+    return os.times().children_user + os.times().children_system
 
 
 def main(uri: str) -> None:
