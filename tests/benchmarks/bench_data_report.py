@@ -93,7 +93,7 @@ def test_a_thousand_shards_take_no_more_memory_than_a_hundred(tmp_path: Path) ->
         before = _processor_time()
         peaks[shards] = peak_in_child("tests.benchmarks.bench_data_report", str(tmp_path / str(shards)))
         rows, took = shards * ROWS, _processor_time() - before
-        print(f"\ndata report: {rows:,} rows in {took:.1f} s of processor time, peak {peaks[shards] / 1e6:.0f} MB", end="")
+        print(f"\n{rows:,} rows: {took:.1f} s of processor time, peak {peaks[shards] / 1e6:.0f} MB", end="")
     print(f"\ndata report: memory × {peaks[1000] / peaks[100]:.2f} for ten times the shards", end="")
     assert peaks[1000] < 1.3 * peaks[100]
 
