@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from infra.manifest import Action, Manifest, Record, commit
+from infra.manifest import Action, Manifest, Record, object_name
 from infra.rows import INDEX, KEPT, SELECTION
 from infra.store import Store, open_store
 
@@ -44,7 +44,7 @@ def write_shards(store: Store, shards: int) -> Manifest:
             pq.write_table(index, out / "index.parquet", row_group_size=256, compression="zstd")
             states = dict(zip(*np.unique(index["state"].to_numpy(), return_counts=True), strict=True))
             record = Record.of(action, out, states={str(state): int(count) for state, count in states.items()})
-            downloads.append(commit(store, action, record, out))
+            downloads.append(_laid(store, record, out))
         chosen[downloads[-1].sha("index.parquet")] = index.filter(pa.compute.equal(index["state"], KEPT))["uid"]
     download = Manifest(Action("download/1", {}, ()), tuple(downloads))
     download.save(store)
@@ -58,9 +58,18 @@ def write_shards(store: Store, shards: int) -> Manifest:
             pq.write_table(table, out / f"{sha}.parquet", compression="zstd")
             for rule in taken:
                 counted[rule or KEPT] = counted.get(rule or KEPT, 0) + 1
-        made = Manifest(action, (commit(store, action, Record.of(action, out, states=counted), out),))
+        made = Manifest(action, (_laid(store, Record.of(action, out, states=counted), out),))
     made.save(store)
     return made
+
+
+def _laid(store: Store, record: Record, out: Path) -> Record:
+    """A record whose files lie in the store (a folder), put there without the care that `commit` takes."""
+    for name, file in record.files.items():
+        place = Path(store.uri, object_name(file.sha256))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (out / name).rename(place)
+    return record
 
 
 def _index(random: np.random.Generator, places: list[tuple[int, int]]) -> pa.Table:
