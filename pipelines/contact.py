@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.manifest import File, Manifest, Record, object_name
+from infra.manifest import Manifest, object_name
 from infra.store import Store
-from pipelines.census import THREADS, Row
+from pipelines.census import THREADS, Row, Shard, shards
 from pipelines.columns import ahead, columns
 from pipelines.pack import TABLE, TAR
 from pipelines.page import thumbnail
@@ -42,38 +42,44 @@ class Seen:
 
 def seen(store: Store, made: Mapping[str, Manifest], rows: Iterable[Row], threads: int = THREADS) -> dict[bytes, Seen]:
     """uid → the row as it is shown, of these rows of a data set."""
-    wanted: dict[int, dict[bytes, Row]] = defaultdict(dict)
+    wanted: dict[int, set[bytes]] = defaultdict(set)
     for row in rows:
-        known = wanted[row.shard].get(row.uid)
-        if known is None or row.why:  # what took it says whether it may be seen
-            wanted[row.shard][row.uid] = row
-    embeds = made["embed"].records if "embed" in made else ()
-
-    def read(number: int) -> dict[bytes, Seen]:
-        embed = embeds[number].files["rows.parquet"] if embeds else None
-        return _of_shard(store, made["download"].records[number], embed, wanted[number])
-
-    return {uid: one for part in ahead(read, sorted(wanted), threads) for uid, one in part.items()}
+        wanted[row.shard].add(row.uid)
+    there = (shard for shard in shards(made) if shard.number in wanted)
+    read = ahead(lambda shard: _of_shard(store, shard, wanted[shard.number]), there, threads)
+    return {uid: one for part in read for uid, one in part.items()}
 
 
-def _of_shard(store: Store, download: Record, embed: File | None, rows: Mapping[bytes, Row]) -> dict[bytes, Seen]:
+def _of_shard(store: Store, shard: Shard, uids: set[bytes]) -> dict[bytes, Seen]:
     names = ["uid", "caption", "offset", "length", "width", "height"]
-    index = _only(columns(store, download.files[TABLE], names), rows)
-    scores = _only(columns(store, embed, ["uid", "score"]), rows) if embed else None
-    score = dict(zip(scores["uid"].to_pylist(), scores["score"].to_pylist(), strict=True)) if scores else {}
-    tar = object_name(download.sha(TAR))
+    index = _only(columns(store, shard.download.files[TABLE], names), uids)
+    scores: dict[bytes, float] = {}
+    if shard.embed is not None:
+        embedded = _only(columns(store, shard.embed.files["rows.parquet"], ["uid", "score"]), uids)
+        scores = dict(zip(embedded["uid"].to_pylist(), embedded["score"].to_pylist(), strict=True))
+    hidden = _hidden(store, shard, uids)
+    tar = object_name(shard.download.sha(TAR))
     found = {}
     for line in index.to_pylist():
         uri = None
-        if line["offset"] is not None and rows[line["uid"]].why.partition(".")[2] not in UNSEEN:
+        if line["offset"] is not None and line["uid"] not in hidden:
             data = store.get(tar, line["offset"], line["length"])
             uri = thumbnail(picture(io.BytesIO(data), 0, len(data)))
         sides = f"{line['width']} × {line['height']}" if line["width"] else ""
         caption = " ".join((line["caption"] or "").split())[:CAPTION]
-        found[line["uid"]] = Seen(line["uid"].hex()[:12], caption, sides, score.get(line["uid"]), uri)
+        found[line["uid"]] = Seen(line["uid"].hex()[:12], caption, sides, scores.get(line["uid"]), uri)
     return found
 
 
-def _only(table: pa.Table, rows: Mapping[bytes, Row]) -> pa.Table:
+def _hidden(store: Store, shard: Shard, uids: set[bytes]) -> set[bytes]:
+    """Those of these rows whose pictures are not to be seen, for whatever reason the page would show them."""
+    hidden: set[bytes] = set()
+    for selection in filter(None, (shard.filtered, shard.curated)):
+        table = _only(columns(store, selection, ["uid", "rule"]), uids)
+        hidden.update(table.filter(pc.is_in(table["rule"], value_set=pa.array(sorted(UNSEEN))))["uid"].to_pylist())
+    return hidden
+
+
+def _only(table: pa.Table, uids: set[bytes]) -> pa.Table:
     """The lines of these rows."""
-    return table.filter(pc.is_in(table["uid"], value_set=pa.array(list(rows), table["uid"].type)))
+    return table.filter(pc.is_in(table["uid"], value_set=pa.array(sorted(uids), table["uid"].type)))

@@ -166,12 +166,13 @@ def contents(
 
 def _alike(store: Store, made: Mapping[str, Manifest], rules: Rules, counted: Census) -> dict[tuple[str, str], Any]:
     """(group, rule) of each rule about duplicates → what is alike to some of the rows that it took."""
-    return {
+    found = {
         (group, rule["rule"]): groups(store, made[f"{group}-look"], rule, counted.shown[f"{group}.{rule['rule']}"])
         for group in OVER
         for rule in rules.get(group, ())
         if rule["rule"] in COMPARED and f"{group}.{rule['rule']}" in counted.shown and f"{group}-look" in made
     }
+    return {which: some for which, some in found.items() if some}
 
 
 def _cards(made: Mapping[str, Manifest], listed: int) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from infra.manifest import Action, Manifest, Record, commit, object_name
 from infra.rows import INDEX, KEPT, uid
 from infra.store import Store, open_store
-from pipelines import data_report
+from pipelines import contact, data_report
 from pipelines.census import Hosts, Row, _chosen, census
 from pipelines.charts import histogram, linear
 from pipelines.columns import SMALL, ahead, columns
@@ -145,6 +145,30 @@ def test_the_sheets_show_what_stays_and_what_goes_with_the_rule_that_took_it(
     assert set(shown) == lowest
 
 
+def test_what_is_not_to_be_seen_is_not_shown_whatever_it_is_a_duplicate_of(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = {row["uid"]: row["rule"] for row in rows_of(chain)}
+    every = [Row(0, number, uid) for uid, number in places(chain).items()]
+    rows = [row for row in every if rules[row.uid]] + [row for row in every if not rules[row.uid]][:10]
+    shown = contact.seen(chain.store, chain.made, rows)
+    assert all(one.uri for one in shown.values())
+    monkeypatch.setattr(contact, "UNSEEN", frozenset({"exact_duplicates", "clip_score"}))
+    hidden = {uid for uid, one in contact.seen(chain.store, chain.made, rows).items() if one.uri is None}
+    assert hidden == {row.uid for row in rows if (rules[row.uid] or "").endswith(("exact_duplicates", "clip_score"))}
+    assert hidden
+
+
+def places(chain: Chain) -> dict[bytes, int]:
+    """uid → number of its shard, of the rows that were downloaded."""
+    return {
+        row["uid"]: number
+        for number, record in enumerate(chain.made["download"].records)
+        for row in pq.read_table(chain.store.local(object_name(record.sha("index.parquet")))).to_pylist()
+        if row["state"] == KEPT
+    }
+
+
 @pytest.mark.slow
 def test_a_browser_shows_every_section(html: str, tmp_path: Path) -> None:
     dom = browsed(html, tmp_path)
@@ -165,6 +189,15 @@ def test_the_page_is_whole_in_itself_and_says_the_same_for_the_same_data(chain: 
     assert chain.store.uri not in html
     made, said = lineage(chain.store, find(chain.store, chain.made["curate"].version))
     assert render(data_report.TEMPLATE, contents(chain.store, made, said, partial(census, threads=2))) == html
+
+
+@pytest.mark.slow
+def test_the_page_about_data_in_s3_is_the_same(chain: Chain, html: str, s3_uri: str, tmp_path: Path) -> None:
+    there = open_store(s3_uri, cache=tmp_path / "cache")
+    for entry in chain.store.list(""):
+        there.put_new(entry.name, chain.store.local(entry.name))
+    out, _ = write(there, chain.made["curate"].version, tmp_path / "s3.html")
+    assert out.read_text(encoding="utf-8") == html
 
 
 HOSTILE = (
