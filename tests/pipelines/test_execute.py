@@ -109,6 +109,7 @@ def test_rows_and_rates_reach_mlflow_and_rays_own_metrics_endpoint(tmp_path: Pat
     while (told := scraped("double")) != expected and time.monotonic() < until:
         time.sleep(0.5)
     assert told == expected
+    assert monitor.flush(300), monitor.trouble()
     assert monitor.close(60)
 
     (run,) = open_client(uri).search_runs(["1"], "tags.`unclip.stage` = 'double'")
