@@ -229,7 +229,7 @@ def _reasons(made: Mapping[str, Manifest], listed: int) -> list[dict[str, Any]]:
 
 def _hosts(counted: Census) -> dict[str, Any]:
     """The hosts of the most rows, and those of the most that failed; none where pictures came without addresses."""
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "host": host,
             "rows": states.total(),

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.board import WINDOW_S, Account, Board, Extent, success_rate
@@ -68,6 +68,7 @@ def test_a_shard_that_is_begun_anew_is_counted_once_and_late_words_change_nothin
     assert (one.so_far, one.done) == ({"kept": 99, "truncated": 1}, 1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.manifest import Action, Record, commit
@@ -23,6 +23,7 @@ from pipelines.columns import SMALL, ahead, columns
 from pipelines.page import count
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=400), st.integers(1, 8))
 def test_hosts_are_counted_exactly_while_they_fit_and_never_worse_than_is_said(stream: list[int], most: int) -> None:
     hosts, true = Hosts(most), Counter(stream)
@@ -36,6 +37,7 @@ def test_hosts_are_counted_exactly_while_they_fit_and_never_worse_than_is_said(s
         assert hosts.missed == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=60, unique=True), st.integers(1, 20))
 def test_the_choice_of_rows_does_not_depend_on_how_they_are_cut_into_shards(uids: list[bytes], most: int) -> None:
     whole = [row.uid for row in _chosen(pa.array(uids, pa.binary(16)), 0, "", most)]
@@ -88,6 +90,7 @@ def test_reading_ahead_keeps_the_order_and_holds_few() -> None:
     assert list(results) == list(range(3, 1000))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.lists(st.integers(0, 300), max_size=200))
 def test_a_histogram_draws_every_row_within_its_frame(stays: list[int], goes: list[int]) -> None:
     counted = np.stack([np.bincount(values, minlength=301) for values in (stays, goes)])
