@@ -23,6 +23,7 @@ from infra.manifest import Action, Block, Manifest, Record, object_name
 from infra.rows import KEPT, embedded
 from infra.store import Store
 from pipelines.pictures import picture
+from pipelines.progress import expect, so_far
 from pipelines.select import selected
 from pipelines.stage import PoolHow, plain
 from unclip.config import SIDE, outside
@@ -89,6 +90,7 @@ class Embed:
         states: Counter[str] = Counter()
         blocks: list[Block] = []
         first = 0
+        expect(rows.num_rows)
         packed = {"caption": "zstd", "url": "zstd"}  # nothing else gets smaller
         with (
             open(store.local(object_name(tar)), "rb") as pictures,
@@ -100,6 +102,7 @@ class Embed:
                     self._batch(clip, group.slice(at, self.spec.batch).to_pylist(), pictures, states, schema)
                     for at in range(0, group.num_rows, self.spec.batch)
                 ]
+                so_far(states)
                 table = pa.concat_tables(parts).combine_chunks()
                 if table.num_rows:
                     writer.write_table(table, row_group_size=BLOCK_ROWS)

@@ -25,6 +25,7 @@ from infra.manifest import Action, Block, Record, canonical, object_name
 from infra.rows import INDEX, KEPT, SOURCE
 from infra.store import Store
 from pipelines.pictures import Picture
+from pipelines.progress import became, expect
 from pipelines.redact import redact
 
 TAR, TABLE = "images.tar", "index.parquet"
@@ -180,8 +181,12 @@ def pack(
     lines = {position: {**row, "state": FORGOTTEN} for position, row in enumerate(rows) if gone[position]}
     lines |= {position: dict(line) for position, line in settled.items()}  # with what is in the tar; redacted below
     with ShardWriter(table, out, extension, lines, earlier.samples() if earlier else iter(())) as writer:
+        expect(len(rows))
+        for line in lines.values():
+            became(line["state"])
         for position, got in take([position for position in range(len(rows)) if position not in lines]):
             writer.add(position, got)
+            became(got.state)
         index = writer.index()
     # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
     gone |= Forgotten.load(store).among(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.cluster import ClusterInfo
@@ -13,6 +13,7 @@ from infra.manifest import Action, Record, canonical, check_inputs, commit
 from infra.store import EXPECTED, Store, advice
 from pipelines.admission import most_actors
 from pipelines.graph import Resolved
+from pipelines.progress import telling
 from pipelines.stage import Stage
 from unclip.errors import Refused as Impossible
 
@@ -23,13 +24,21 @@ _ready: set[str] = set()
 log = logging.getLogger(__name__)
 
 
-def perform(stage: Stage, action: Action, store: Store) -> Record:
-    """Does one action in this process and commits it; the stage is set up once a process."""
+def perform(stage: Stage, action: Action, store: Store, monitor: Any = None) -> Record:
+    """Does one action in this process and commits it; the stage is set up once a process.
+
+    monitor: who hears meanwhile what became of the shard's rows, if anybody does.
+    """
     name = repr(stage)
     if name not in _ready:
         stage.setup()
         _ready.add(name)
-    with store.scratch() as scratch:
+
+    def told(states: Mapping[str, int], rows: int) -> None:
+        if monitor is not None:
+            monitor.shard(stage.name, action.key, states, rows)
+
+    with store.scratch() as scratch, telling(told):
         try:
             made = stage.run(action, store, scratch)
         except (Refused, Impossible):
@@ -46,8 +55,8 @@ def perform(stage: Stage, action: Action, store: Store) -> Record:
 class ShardWorker:
     """What an actor of a pool holds: the stage, set up once; its rows are actions."""
 
-    def __init__(self, stage: Stage, store: Store) -> None:
-        self.stage, self.store = stage, store
+    def __init__(self, stage: Stage, store: Store, monitor: Any) -> None:
+        self.stage, self.store, self.monitor = stage, store, monitor
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of one action (JSON) → the record that was committed (JSON), or what was refused, in its own words.
@@ -60,19 +69,25 @@ class ShardWorker:
         action = Action(document["stage"], document["spec"], tuple(document["inputs"]))
         record, refused, code = "", "", 0
         try:
-            record = perform(self.stage, action, self.store).to_json(action).decode()
+            record = perform(self.stage, action, self.store, self.monitor).to_json(action).decode()
         except (Refused, Impossible) as error:
             refused, code = str(error), getattr(error, "code", 2)
         return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
 
 
 def run_tasks(
-    resolved: Resolved, store: Store, info: ClusterInfo, told: Callable[[int], None], go_on: Callable[[], None]
+    resolved: Resolved,
+    store: Store,
+    info: ClusterInfo,
+    monitor: Any,
+    told: Callable[[Sequence[Record]], None],
+    go_on: Callable[[], None],
 ) -> list[Record]:
     """One Ray task a shard, a bounded number in flight. Ray is connected.
 
-    told hears how many shards are done; go_on raises to give up what is in flight. A shard whose workers die is tried
-    again; one that goes on ending them is done carefully, where its stage knows how. Refused where that is no use.
+    monitor hears from the tasks; told hears of the shards done so far, the newest last; go_on raises to give up what is
+    in flight. A shard whose workers die is tried again; one that goes on ending them is done carefully, where its stage
+    knows how. Refused where that is no use.
     """
     import ray
     from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
@@ -90,7 +105,8 @@ def run_tasks(
         while todo or flying:
             while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
                 action = todo.pop(0)
-                flying[work.remote(careful if action.key in suspects else shared, action, store)] = action
+                given = careful if action.key in suspects else shared
+                flying[work.remote(given, action, store, monitor)] = action
             ready, _ = ray.wait(list(flying), timeout=1.0)
             for reference in ready:
                 action = flying.pop(reference)
@@ -104,7 +120,7 @@ def run_tasks(
                     suspects.add(action.key)
                     todo.insert(0, action)
                     continue
-                told(len(made))
+                told(made)
             if todo or flying:
                 go_on()
     finally:  # what is left after a stop or a failure must not go on by itself: a web server may end with this run
@@ -129,7 +145,12 @@ def _hopeless(shard: str, error: BaseException) -> str:
 
 
 def run_actors(
-    resolved: Resolved, store: Store, info: ClusterInfo, told: Callable[[int], None], go_on: Callable[[], None]
+    resolved: Resolved,
+    store: Store,
+    info: ClusterInfo,
+    monitor: Any,
+    told: Callable[[Sequence[Record]], None],
+    go_on: Callable[[], None],
 ) -> list[Record]:
     """A Ray Data job over actions, as `run_tasks`: one row is one shard, and the actor that did it has committed it."""
     import ray.data
@@ -146,7 +167,7 @@ def run_actors(
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
             ShardWorker,
-            fn_constructor_args=(stage, store),
+            fn_constructor_args=(stage, store, monitor),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(most, len(todo))),
             num_cpus=cpus,
@@ -154,12 +175,12 @@ def run_actors(
         )
         .iter_rows()
     )
-    made = []
+    made: list[Record] = []
     for row in done:
         if row["refused"]:
             raise Refused(row["refused"], code=int(row["code"]))
         made.append(Record.from_json(row["record"].encode()))
-        told(len(made))
+        told(made)
         if len(made) < len(todo):
             go_on()
     return made

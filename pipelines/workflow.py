@@ -13,6 +13,7 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry
+from pipelines.data_report import DataReport
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
@@ -241,6 +242,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
         Look("curate", curating, kept),
         Select("curate", curating, kept),
+        DataReport({"filter": plain(filtering), "curate": plain(curating)}),
         Statistics(),
         *fits,
         *measured,

@@ -15,8 +15,9 @@ import yaml
 
 from infra.cluster import connect, submit
 from infra.errors import Refused
+from infra.mlflow_runs import open_client
 from infra.monitor import NullMonitor
-from infra.tracking import default_uri, open_client
+from infra.tracking_uri import default_uri
 from pipelines import recipe, workflow
 from pipelines.admission import needs_of
 from tests.fixtures.s3 import free_port

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,10 @@ import pytest
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
 from infra.manifest import Action, Manifest, Record, digest
+from infra.mlflow_runs import open_client
+from infra.monitor import Monitor, NullMonitor
 from infra.store import Store, open_store
+from infra.tracking_uri import default_uri
 from pipelines.console import Console
 from pipelines.execute import Execution
 from tests.pipelines.test_graph import Double, Numbers
@@ -53,8 +57,10 @@ def link() -> Iterator[Any]:
     """A Ray of two CPUs for all tests of this file."""
     import ray
 
-    ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), SimpleNamespace(board=dict))
+    often = {"metrics_report_interval_ms": 500}
+    ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR", _system_config=often)
+    monitor = NullMonitor()
+    yield lambda: (ClusterInfo("", "", (Node(2, 0),), (), True), monitor)
     ray.shutdown()
 
 
@@ -72,6 +78,67 @@ def test_every_way_of_running_gives_the_same_records(tmp_path: Path, link: Any, 
     found = execute(there, link, [numbers, Double({}, kind=kind, how=how)])["double"]
     assert found.version == expected.version
     assert found.records == expected.records
+    _, monitor = link()
+    told = monitor.board()["double"]
+    assert (told["done"], told["total"], told["rows"]) == (5, 5, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Double):
+    """Ten rows a shard, of which one is lost."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        made = super().run(action, store, out)
+        return Record.of(action, out, states={"kept": 9, "http_404": 1}, facts=made.facts)
+
+
+@pytest.mark.slow
+def test_rows_and_rates_reach_mlflow_and_rays_own_metrics_endpoint(tmp_path: Path, link: Any) -> None:
+    info, _ = link()
+    uri = default_uri(str(tmp_path / "tracking"))
+    monitor = Monitor.launch(uri, "unclip", "run", "store")
+    stages = [Numbers({"numbers": [1, 2, 3]}), Rows({"factor": 2}, kind="task", how=SimpleNamespace(cpus=1))]
+    made = execute(open_store(str(tmp_path / "store")), lambda: (info, monitor), stages)["double"]
+    expected = {
+        ("ray_unclip_shards", ""): 3,
+        ("ray_unclip_rows_per_s", ""): 0,  # it has ended
+        ("ray_unclip_success_rate", ""): 0.9,
+        ("ray_unclip_rows_total", "kept"): 27,
+        ("ray_unclip_rows_total", "http_404"): 3,
+    }
+    until = time.monotonic() + 60
+    while (told := scraped("double")) != expected and time.monotonic() < until:
+        time.sleep(0.5)
+    assert told == expected
+    assert monitor.flush(300), monitor.trouble()
+    assert monitor.close(60)
+
+    (run,) = open_client(uri).search_runs(["1"], "tags.`unclip.stage` = 'double'")
+    values = run.data.metrics
+    assert values.pop("rows_per_s") > 0
+    assert values == {"shards": 3, "rows": 30, "success_rate": 0.9, "rows.kept": 27, "rows.http_404": 3}
+    history = open_client(uri).get_metric_history(run.info.run_id, "rows")
+    assert (history[-1].step, history[-1].value) == (3, made.rows)
+    assert run.data.params == {"factor": "2"}
+    assert run.info.status == "FINISHED"
+
+
+def scraped(stage: str) -> dict[tuple[str, str], float]:
+    """(metric, reason) → value, of a stage, as Prometheus would read it from the node's endpoint."""
+    import ray
+    from prometheus_client.parser import text_string_to_metric_families
+
+    (node,) = ray.nodes()
+    with urllib.request.urlopen(
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10
+    ) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {
+        (one.name, one.labels.get("reason", "")): one.value
+        for family in families
+        for one in family.samples
+        if one.name.startswith("ray_unclip_") and one.labels["stage"] == stage
+    }
 
 
 @pytest.mark.parametrize("kind", ["task", "actor"])
