@@ -53,6 +53,9 @@ proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result
 proof-parallel: $(STAMP)  ## trainers in parallel against one after another, three repeats
 	$(BIN)/python -m tests.proofs.parallel --store $(STORE)-proof-parallel
 
+proof-algebra: $(STAMP)  ## a thousand histories of a list: what is touched is done again, and nothing else; an hour
+	$(BIN)/python -m pytest tests/pipelines/test_algebra.py --hypothesis-profile=proof --timeout=0 -q
+
 proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
 	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs
 

@@ -21,14 +21,13 @@ import pyarrow.parquet as pq
 
 from infra.errors import Refused
 from infra.forgotten import FORGOTTEN
-from infra.manifest import Action, Manifest, Record, object_name, standing
+from infra.manifest import Action, Record, object_name, standing
 from infra.rows import KEPT, SOURCE
 from infra.store import Store
 from pipelines.blocklist import Blocklist
 from pipelines.guard import PATIENCE, Fault, Guard, networks
-from pipelines.pack import Earlier, Outcome, pack
-from pipelines.pictures import PictureSpec, prepare, resizer
-from pipelines.stage import plain
+from pipelines.pack import Earlier, Outcome, Packing, pack
+from pipelines.pictures import PictureSpec, prepare
 from pipelines.turns import Manners, fetched
 from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
@@ -101,25 +100,11 @@ class DownloadHow(Manners):
 
 
 @dataclass(frozen=True)
-class Download:
-    """Stage: each slice → `images.tar` and `index.parquet`. Blocks are ranges of the index."""
+class Download(Packing):
+    """Stage: each slice → a shard of what the web gives for it."""
 
     spec: DownloadSpec = field(default_factory=DownloadSpec)
     how: DownloadHow = field(default_factory=DownloadHow)
-    name: str = "download"
-    group: str = "download"
-    version: int = 1
-    needs: tuple[str, ...] = ("source",)
-    kind: str = "task"
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        (source,) = inputs
-        for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
-
-    def setup(self) -> None:
-        """Imports what the first picture would otherwise wait for."""
-        resizer(self.spec)
 
     def stale(self, record: Record) -> bool:
         """Whether the next generation of a record is asked for (`again`), and there is something to ask for."""
