@@ -304,7 +304,7 @@ class Rebuilding(RuleBasedStateMachine):
         assert len(set(self.embedded.values())) == len(self.embedded)
 
 
-EXAMPLES, STEPS = (12, 12) if settings.get_current_profile_name() != "proof" else (settings().max_examples, 40)
+EXAMPLES, STEPS = (10, 12) if settings.get_current_profile_name() != "proof" else (settings().max_examples, 40)
 """Histories of a list, and changes in each."""
 
 

@@ -238,9 +238,16 @@ def test_widths_that_weights_do_not_have_are_refused_before_they_are_built(clip:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"std": (0.2, 0.0, 0.2)}, {"std": (1, 1, float("nan"))}, {"mean": (0.5, 0.5)}, {"mean": (0, 0, float("inf"))},
-              {"size": 0}, {"size": 224.5}],
-)  # fmt: skip
+    "wrong",
+    [
+        {"std": (0.2, 0.0, 0.2)},
+        {"std": (1, 1, float("nan"))},
+        {"mean": (0.5, 0.5)},
+        {"mean": (0, 0, float("inf"))},
+        {"size": 0},
+        {"size": 224.5},
+    ],
+)
 def test_preprocessing_that_gives_no_numbers_is_refused(wrong: dict[str, Any]):
     with pytest.raises(Refused, match=f"CLIP preprocessing: {next(iter(wrong))} is"):
         Preprocess(**{"size": 224} | wrong)
