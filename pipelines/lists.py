@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv as texts
+import csv as lines
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -108,8 +108,11 @@ def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
             raise Refused(f"source.urls: {path.name} changed while the run was under way; run again")
 
 
-def open_list(path: Path, columns: Columns) -> ds.Dataset:
-    """A list file as a dataset; Refused unless it can be read and has the columns, URL and caption as text."""
+def open_list(path: Path, columns: Columns, key: str = "source.urls") -> ds.Dataset:
+    """A list file as a dataset; Refused unless it can be read and has the columns, URL and caption as text.
+
+    key: the recipe's, whose file it is; of another than a list's, the URL's column has its name from unclip.
+    """
     import pyarrow.csv as csv
     import pyarrow.dataset as ds
 
@@ -125,16 +128,18 @@ def open_list(path: Path, columns: Columns) -> ds.Dataset:
             )
         found = ds.dataset(path, format=kind)
     except (pa.ArrowException, OSError) as error:
-        raise Refused(f"source.urls: {path} cannot be read as {path.suffix[1:]}: {trouble(path, error)}") from error
+        raise Refused(f"{key}: {path.name} cannot be read as {path.suffix[1:]}: {trouble(path, error)}") from error
     there = found.schema.names
-    for key, name in [("url", columns.url), ("caption", columns.caption), *(("keep", name) for name in columns.keep)]:
+    url = "source.columns.url" if key == "source.urls" else key
+    texts = ((url, columns.url), ("source.columns.caption", columns.caption))
+    for where, name in [*texts, *(("source.columns.keep", name) for name in columns.keep)]:
         if name not in there:
             shown = ", ".join(one if one == one.strip() else repr(one) for one in there)
-            raise Refused(f"source.columns.{key}: {path.name} has no column {name!r}. Its columns: {shown or 'none'}.")
-    for key, name in (("url", columns.url), ("caption", columns.caption)):
+            raise Refused(f"{where}: {path.name} has no column {name!r}. Its columns: {shown or 'none'}.")
+    for where, name in texts:
         kind = _plain(found.schema.field(name)).type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text; name another")
+            raise Refused(f"{where}: column {name!r} of {path.name} holds {kind}, not text; name another")
     return found
 
 
@@ -155,7 +160,7 @@ def _header(path: Path, columns: Columns, delimiter: str) -> csv.ReadOptions:
         return csv.ReadOptions()
     with open(path, "rb") as file:
         first = file.readline(1 << 16).decode("utf-8-sig", "replace").strip("\r\n")
-    named = next(texts.reader([first], delimiter=delimiter), [])
+    named = next(lines.reader([first], delimiter=delimiter), [])
     return csv.ReadOptions(column_names=columns.header, skip_rows=int(tuple(named) == columns.header))
 
 

@@ -68,7 +68,7 @@ class _Selecting:
             raise Refused(
                 f"{self.group}.rules has {twice[0]!r} twice; give each a `name`, so that a row says which it was"
             )
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules):
             if missing := set(rule.columns) - self._columns(self.group):
                 there = [f"put it under {name}.rules" for name in OVER if set(rule.columns) <= self._columns(name)]
                 advice = (
@@ -77,8 +77,8 @@ class _Selecting:
                     else "name the list's column in source.columns.keep, for a rule under filter.rules"
                 )
                 raise Refused(
-                    f"{self.group}.rules: {rule.verdict} reads {', '.join(sorted(missing))}, which the rows of "
-                    f"{self.over.stage} do not have; {advice}"
+                    f"{self.group}.rules.{number}: {rule.verdict} reads {', '.join(sorted(missing))}, which the rows "
+                    f"of {self.over.stage} do not have; {advice}"
                 )
 
     def _columns(self, group: str) -> set[str]:

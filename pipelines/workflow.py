@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
-from pipelines.rules import opened
+from pipelines.rules import Rule, opened
 from pipelines.sections import part, said
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
@@ -171,6 +172,15 @@ def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
     return [(kind, section) for kind, section in given if section is not None]
 
 
+def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of filter or curate with what they read."""
+    out = []
+    for number, rule in enumerate(rules):
+        with blaming(f"{group}.rules.{number}"):
+            out.append(opened(rule))
+    return tuple(out)
+
+
 def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
     spec = FitSpec(config, plain(part(section.train, CONFIGS[model])))
     return Fit(name, model, spec, part(section, FitHow), needs)
@@ -217,10 +227,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
         pictures = Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
-    with blaming("filter.rules"):
-        filtering = tuple(opened(rule) for rule in recipe.filter.rules)
-    with blaming("curate.rules"):
-        curating = tuple(opened(rule) for rule in recipe.curate.rules)
+    filtering, curating = _opened("filter", recipe.filter.rules), _opened("curate", recipe.curate.rules)
     kept = recipe.columns.keep
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)

@@ -117,7 +117,10 @@ class Contamination(Reading):
             raise Refused(f"{self.embeddings} is no .npy file of numbers ({error})") from None
         if raw.ndim != 2 or not raw.size or not np.isfinite(raw).all():
             raise Refused(f"{self.embeddings} has shape {list(raw.shape)}; it must be [rows, width], of finite numbers")
-        return raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), 1e-12)
+        length = np.linalg.norm(raw, axis=1, keepdims=True)
+        if not length.all():
+            raise Refused(f"{self.embeddings}: row {int(np.argmin(length))} is 0, and is near to nothing; leave it out")
+        return raw / length
 
 
 def pictures_of(images: str) -> list[Path]:

@@ -128,13 +128,23 @@ class _Scored(Reading, ABC):
             tensors = load(self.content)
             weight, bias = tensors["weight"], tensors["bias"]
         except (SafetensorError, KeyError) as error:
-            raise Refused(f"{self.head} is no safetensors file with `weight` and `bias` ({error})") from None
-        if bias.size != 1 or weight.size != max(weight.shape, default=0) or not np.isfinite(weight).all():
+            raise Refused(
+                f"{self.head} is no safetensors file with `weight` and `bias` in float16 or float32 ({error}); "
+                "a pickle is never read"
+            ) from None
+        if bias.size != 1 or weight.size != max(weight.shape, default=0):
             raise Refused(
                 f"{self.head}: weight is {list(weight.shape)} and bias {list(bias.shape)}; a head with one score has "
-                "[1, width] and [1], and finite numbers"
+                "[1, width] and [1]"
             )
-        return weight.reshape(-1).astype(np.float32), float(bias.reshape(-1)[0])
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told
+            numbers = [one.astype(np.float32).reshape(-1) for one in (weight, bias) if one.dtype.kind == "f"]
+        if len(numbers) != 2 or not all(np.isfinite(one).all() for one in numbers):
+            raise Refused(
+                f"{self.head}: weight is of {weight.dtype} and bias of {bias.dtype}; a head has finite floating-point "
+                "numbers"
+            )
+        return numbers[0], float(numbers[1][0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,11 @@ class Caption(BaseRule):
             least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if most is not None and most < least:
                 raise Refused(f"rule caption: min_{what} {least} and max_{what} {most} let no caption stay")
+        if self.max_characters is not None and self.max_characters < 2 * self.min_words - 1:
+            raise Refused(
+                f"rule caption: {self.min_words} words (min_words) with blanks between them have more than "
+                f"{self.max_characters} characters (max_characters), so no caption would stay"
+            )
 
     def look(self, rows: pa.Table) -> pa.Table:
         said = [(caption or "").strip() for caption in rows["caption"].to_pylist()]
