@@ -173,7 +173,7 @@ def test_a_recipe_names_the_file_whose_digest_is_in_the_key(tmp_path: Path) -> N
     assert rule.sha256
     assert rule.content == terms.read_bytes()
     terms.unlink()
-    with pytest.raises(Refused, match=r"filter\.rules: .*terms\.txt cannot be read"):
+    with pytest.raises(Refused, match=r"filter\.rules\.0: .*terms\.txt cannot be read"):
         workflow.stages(read, workflow.Inputs("list.parquet", ("0" * 64,), str(prompts), None))
-    with pytest.raises(Refused, match=r"filter\.rules\.0\.blocked_terms\.content|content is no known key"):
+    with pytest.raises(Refused, match=r"filter\.rules\.0\.content is no known key"):
         recipe.load("demo", ["filter.rules=[{rule: blocked_terms, terms: [x], content: y}]"])

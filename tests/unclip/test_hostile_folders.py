@@ -66,7 +66,7 @@ HARMS = {
     "nested config": (lambda folder: signed(folder, "decoder/config.json", DEEP), "nested too deeply"),
     "pipe": (piped, "no regular file"),
     "merges": (lambda folder: signed(folder, "clip/merges.txt", b"\xff\xfe"), "tokeniser cannot be read"),
-    "header": (headed(ENDLESS), "no readable safetensors"),
+    "header": (headed(ENDLESS), "does not fit its config.json"),
     "a million blocks": (configured("decoder", depth=10**6), r"depth is 1000000; it must be at most 1,024"),
     "a million layers": (configured("prior", depth=10**6), r"depth is 1000000; it must be at most 1,024"),
     "a wide decoder": (configured("decoder", channels=2**20), "does not fit its config.json"),
