@@ -22,15 +22,14 @@ import pyarrow.parquet as pq
 
 from infra.errors import Refused
 from infra.forgotten import FORGOTTEN
-from infra.manifest import Action, Manifest, Record, object_name, standing
+from infra.manifest import Action, Record, object_name, standing
 from infra.rows import KEPT, SOURCE
 from infra.store import Store
 from pipelines.apart import preparing
 from pipelines.blocklist import Blocklist, blocklist, entries_digest, read_file
 from pipelines.guard import PATIENCE, Fault, Guard, networks
-from pipelines.pack import Earlier, Outcome, pack
-from pipelines.pictures import PictureSpec, resizer
-from pipelines.stage import plain
+from pipelines.pack import Earlier, Outcome, Packing, pack
+from pipelines.pictures import PictureSpec
 from pipelines.turns import Manners, fetched
 from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
@@ -111,18 +110,13 @@ class DownloadHow(Manners):
 
 
 @dataclass(frozen=True)
-class Download:
-    """Stage: each slice → `images.tar` and `index.parquet`. Blocks are ranges of the index."""
+class Download(Packing):
+    """Stage: each slice → a shard of what the web gives for it."""
 
     spec: DownloadSpec = field(default_factory=DownloadSpec)
     how: DownloadHow = field(default_factory=DownloadHow)
     entries: tuple[str, ...] = field(default=(), repr=False)
     """Of `how.block_file`; their digest is `spec.block_sha256`."""
-    name: str = "download"
-    group: str = "download"
-    version: int = 1
-    needs: tuple[str, ...] = ("source",)
-    kind: str = "task"
 
     def __post_init__(self) -> None:
         if self.spec.block_sha256 != entries_digest(self.entries):
@@ -132,16 +126,7 @@ class Download:
     def of(cls, spec: DownloadSpec, how: DownloadHow) -> Download:
         """The stage with what its block list's file says; Refused, naming file and line, where that is none."""
         entries = read_file(how.block_file) if how.block_file else ()
-        return cls(replace(spec, block_sha256=entries_digest(entries)), how, entries=entries)
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        (source,) = inputs
-        for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
-
-    def setup(self) -> None:
-        """Imports what the first picture would otherwise wait for."""
-        resizer(self.spec)
+        return cls(spec=replace(spec, block_sha256=entries_digest(entries)), how=how, entries=entries)
 
     def carefully(self) -> Download:
         """The stage as it does a shard that ended its workers."""

@@ -16,16 +16,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, object_name
+from infra.manifest import Action, Record, object_name
 from infra.rows import KEPT, MEMBER, SOURCE, sample_uid
 from infra.store import Store
 from pipelines.apart import preparing
 from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.inflight import completed
-from pipelines.pack import Outcome, pack
-from pipelines.pictures import PictureSpec, resizer
+from pipelines.pack import Outcome, Packing, pack
+from pipelines.pictures import PictureSpec
 from pipelines.places import Unreadable, place
-from pipelines.stage import plain
 from unclip.config import AMOUNT, COUNT, outside
 
 DECIDING = ("opt_out", "block", "block_file", "again", "again_states")
@@ -53,25 +52,10 @@ class GatherHow:
 
 
 @dataclass(frozen=True)
-class Gather:
-    """Stage: each slice → `images.tar` and `index.parquet`, as `Download` leaves them, and under its name."""
+class Gather(Packing):
+    """Stage: each slice → a shard as `Download` leaves it, under its name, of pictures that are there."""
 
-    spec: PictureSpec
     how: GatherHow
-    name: str = "download"
-    group: str = "download"
-    version: int = 1
-    needs: tuple[str, ...] = ("source",)
-    kind: str = "task"
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        (source,) = inputs
-        for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
-
-    def setup(self) -> None:
-        """Imports what the first picture would otherwise wait for."""
-        resizer(self.spec)
 
     def carefully(self) -> Gather:
         """The stage as it does a shard that ended its workers."""

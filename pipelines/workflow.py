@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
-from pipelines.rules import opened
+from pipelines.rules import Rule, opened
 from pipelines.sections import part, said
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
@@ -76,7 +76,13 @@ def clip_widths(recipe: Recipe) -> dict[str, int]:
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
-    """The model configuration that open_clip ships under that name, read without importing open_clip (7 s)."""
+    """The model configuration of that name, open_clip's or a folder's, read without importing open_clip (7 s)."""
+    from unclip.open_clip_folder import files_of, model_config
+
+    with blaming("clip.pretrained.name"):
+        files = files_of(name)
+        if files is not None:
+            return model_config(files[0])
     spec = importlib.util.find_spec("open_clip")
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path()
     path = folder / "model_configs" / f"{name}.json"
@@ -171,6 +177,15 @@ def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
     return [(kind, section) for kind, section in given if section is not None]
 
 
+def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of filter or curate with what they read."""
+    out = []
+    for number, rule in enumerate(rules):
+        with blaming(f"{group}.rules.{number}"):
+            out.append(opened(rule))
+    return tuple(out)
+
+
 def _fit(
     name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...], starts: Mapping[str, str]
 ) -> Fit:
@@ -226,10 +241,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
         pictures = Download.of(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
-    with blaming("filter.rules"):
-        filtering = tuple(opened(rule) for rule in recipe.filter.rules)
-    with blaming("curate.rules"):
-        curating = tuple(opened(rule) for rule in recipe.curate.rules)
+    filtering, curating = _opened("filter", recipe.filter.rules), _opened("curate", recipe.curate.rules)
     kept = recipe.columns.keep
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)

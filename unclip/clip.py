@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.clip_text import Text, TextTower, foreign_settings
+from unclip.config import SIDE, Range, mistyped, outside
 from unclip.documents import read_text
 from unclip.errors import Refused
-from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, understood, write_json, write_tensors
+from unclip.folder import CONFIG, WEIGHTS, misfit, read_json, read_tensors, understood, write_json, write_tensors
+from unclip.open_clip_folder import files_of, model_config
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 MERGES = "merges.txt"
 RESIZES = ("shortest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+CHANNEL = Range(-1e3, 1e3)
+DEVIATION = Range(1e-6, 1e3)
+"""Of a channel in [0, 1]; smaller ones would make of every picture the same overflow."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Preprocess:
     """shortest: scale the shortest side to `size` and crop the centre; squash: scale both sides."""
 
     def __post_init__(self) -> None:
+        if wrong := mistyped(Preprocess, vars(self)) or outside(self, size=SIDE, mean=CHANNEL, std=DEVIATION):
+            raise Refused(f"CLIP preprocessing: {wrong}")
         if self.resize not in RESIZES:
             raise Refused(f"CLIP preprocessing: resize {self.resize!r} is unknown; use one of {', '.join(RESIZES)}")
         if self.interpolation not in INTERPOLATIONS:
@@ -147,25 +154,28 @@ class Clip:
         return cls(model, {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}, preprocess)
 
     @classmethod
-    def pretrained(cls, name: str, weights: str) -> Clip:
-        """An open_clip model by name with a pretrained tag, or with a file of weights.
+    def pretrained(cls, name: str, weights: str = "") -> Clip:
+        """An open_clip model by name with a pretrained tag, or with a file of weights; or `local-dir:<folder>`, which
+        has its own (unclip/open_clip_folder.py).
 
         Raises Refused for an unknown name or tag, a file that does not fit, or weights that cannot be fetched.
         """
         import open_clip
         from open_clip.pretrained import get_pretrained_cfg
 
-        model = open_clip.get_model_config(name)
+        files = files_of(name)
+        model = open_clip.get_model_config(name) if files is None else model_config(files[0])
         if model is None:
             raise Refused(f"open_clip has no model {name!r}; it has {', '.join(open_clip.list_models())}")
-        tag = get_pretrained_cfg(name, weights)
-        if not tag and not Path(weights).is_file():
+        tag = get_pretrained_cfg(name, weights) if files is None else {}
+        if files is None and not tag and not Path(weights).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise Refused(f"{weights!r} is neither a file nor a pretrained tag of {name}, whose tags are {tags}")
         model["quick_gelu"] = bool(tag.get("quick_gelu", model.get("quick_gelu", False)))
         check(model)
+        wanted = {"pretrained": weights} if files is None else {}
         try:
-            module = open_clip.create_model(name, pretrained=weights, force_quick_gelu=model["quick_gelu"])
+            module = open_clip.create_model(name, **wanted, force_quick_gelu=model["quick_gelu"])
         except Exception as error:  # open_clip passes on whatever its downloader, unpickler or load_state_dict raised
             raise Refused(f"open_clip could not load {name} with {weights!r}: {error}") from error
         asked: dict[str, Any] = module.visual.preprocess_cfg
@@ -260,9 +270,8 @@ class Clip:
                 "this CLIP has no image tower, so it reads texts only: it was imported from a folder without an "
                 "image_encoder. Import it again together with one (unclip releases import --images)."
             )
-        model = build(self.config)
-        self._fill(model, self.state)
-        return model
+        # timm's towers read numbers out of tensors while they are built, which only real ones have.
+        return self._filled(build, self.state, on_meta=not self.config["vision_cfg"].get("timm_model_name"))
 
     @cached_property
     def text(self) -> nn.Module:
@@ -271,18 +280,29 @@ class Clip:
             from unclip.clip_text import OpenClipText
 
             return OpenClipText(self.model)
-        tower = TextTower(self.config)
         prefix = "text." if self.config.get("custom_text") else ""
-        names = {prefix + name: name for name in tower.state_dict()}
-        self._fill(tower, {names[name]: tensor for name, tensor in self.state.items() if name in names})
-        return tower
+        others = ("visual.", "logit_scale", "logit_bias")
+        state = {
+            name.removeprefix(prefix): tensor for name, tensor in self.state.items() if not name.startswith(others)
+        }
+        return self._filled(TextTower, state)
 
-    def _fill(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+    def _filled(
+        self, build: Callable[[dict[str, Any]], nn.Module], state: dict[str, Tensor], *, on_meta: bool = True
+    ) -> nn.Module:
+        """A tower with these weights, frozen. on_meta: compare shapes before anything as large as they say is built."""
+        unfit = "these weights do not fit this CLIP's configuration:"
+        if on_meta:
+            with torch.device("meta"):
+                needed = {name: tensor.shape for name, tensor in build(self.config).state_dict().items()}
+            if wrong := misfit({name: tensor.shape for name, tensor in state.items()}, needed):
+                raise Refused(f"{unfit} {wrong}")
+        module = build(self.config)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise Refused(f"these weights do not fit this CLIP's configuration: {shorten(str(error), 300)}") from None
-        module.requires_grad_(False).eval().to(self.device)
+            raise Refused(f"{unfit} {shorten(str(error), 300)}") from None
+        return module.requires_grad_(False).eval().to(self.device)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """int64 [b, L]."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,6 +189,68 @@ def test_a_named_model_is_read_from_a_file_of_weights(tmp_path):
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
     with pytest.raises(Refused, match="could not load"):
         Clip.pretrained("ViT-S-32-alt", str(tmp_path / "wrong.pt"))
+
+
+def saved_by_open_clip(folder: Path, preprocess: dict[str, Any]) -> torch.nn.Module:
+    """A folder as open_clip pushes it to the hub, and the model in it."""
+    torch.manual_seed(3)
+    module = build(MODEL).eval()
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": preprocess}))
+    save_file(module.state_dict(), folder / "open_clip_model.safetensors")
+    return module
+
+
+def test_a_folder_that_open_clip_saved_is_read_with_its_preprocessing(tmp_path: Path):
+    asked = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"}
+    module = saved_by_open_clip(tmp_path / "model", asked)
+    clip = Clip.pretrained(f"local-dir:{tmp_path / 'model'}")
+    assert clip.preprocess == Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", "squash")
+    pictures = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(clip.encode_images(pictures), module.encode_image(clip.preprocess(pictures)))
+        assert torch.allclose(clip.encode_text(TEXTS).embedding, module.encode_text(clip.tokenize(TEXTS)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: (folder / "open_clip_model.safetensors").unlink(), "the model's weights are missing"),
+        (lambda folder: (folder / "open_clip_config.json").unlink(), "has no open_clip_config.json"),
+        (lambda folder: (folder / "open_clip_config.json").write_text("{}"), "has no model_cfg"),
+        (lambda folder: (folder / "open_clip_config.json").write_text("["), "cannot be read as JSON"),
+        (lambda folder: (folder / "open_clip_model.safetensors").write_bytes(b"no"), "open_clip could not load"),
+        (lambda folder: folder.rename(folder.with_name("elsewhere")), "there is no such folder"),
+    ],
+)
+def test_a_folder_of_open_clips_that_is_not_whole_is_refused(tmp_path: Path, harm: Callable[[Path], object], said: str):
+    saved_by_open_clip(tmp_path / "model", {})
+    harm(tmp_path / "model")
+    with pytest.raises(Refused, match=said):
+        Clip.pretrained(f"local-dir:{tmp_path / 'model'}")
+
+
+def test_widths_that_weights_do_not_have_are_refused_before_they_are_built(clip: Clip):
+    wide = MODEL | {"text_cfg": MODEL["text_cfg"] | {"width": 2**16, "heads": 64}}
+    for tower in ("text", "model"):
+        with pytest.raises(Refused, match=r"do not fit this CLIP's configuration: .* is needed"):
+            getattr(Clip(wide, clip.state, clip.preprocess), tower)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"std": (0.2, 0.0, 0.2)},
+        {"std": (1, 1, float("nan"))},
+        {"mean": (0.5, 0.5)},
+        {"mean": (0, 0, float("inf"))},
+        {"size": 0},
+        {"size": 224.5},
+    ],
+)
+def test_preprocessing_that_gives_no_numbers_is_refused(wrong: dict[str, Any]):
+    with pytest.raises(Refused, match=f"CLIP preprocessing: {next(iter(wrong))} is"):
+        Preprocess(**{"size": 224} | wrong)
 
 
 @pytest.mark.slow
