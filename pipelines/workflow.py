@@ -12,7 +12,7 @@ from typing import Any
 from infra.errors import Refused
 from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.embed import Embed, EmbedSpec
+from pipelines.embed import Embed, EmbedHow, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
@@ -224,7 +224,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Look("filter", filtering, kept),
         Select("filter", filtering, kept),
         clip,
-        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
+        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
         Look("curate", curating, kept),
         Select("curate", curating, kept),
         Statistics(),

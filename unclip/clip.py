@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MERGES = "merges.txt"
 RESIZES = ("shortest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def clip_widths(model: dict[str, Any]) -> dict[str, int]:
 
 
 class Clip:
-    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`].
+    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`], whatever it computes in.
 
     model: open_clip's configuration. state: open_clip's state dict. Nothing of it is ever trained or changed.
     """
@@ -140,6 +141,7 @@ class Clip:
         self.tokenizer = Tokenizer(text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY), merges)
         self.state = {name: tensor.detach() for name, tensor in state.items()}
         self.device = torch.device("cpu")
+        self.dtype = torch.float32
 
     @classmethod
     def of(cls, module: nn.Module, model: dict[str, Any], preprocess: Preprocess | None = None) -> Clip:
@@ -244,12 +246,24 @@ class Clip:
         """Side of the image tower's input, in pixels."""
         return self.preprocess.size
 
-    def to(self, device: torch.device | str) -> Clip:
-        """Moves to a device; returns itself."""
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether nothing that stands behind a text's end token reaches its embedding."""
+        return isinstance(self.text, TextTower) and self.text.causal
+
+    def to(self, device: torch.device | str, precision: str | None = None) -> Clip:
+        """Moves to a device, and computes in one of PRECISIONS from now on where one is named; returns itself.
+
+        Weights are rounded to it, from those that were given, and so is what runs between the layers.
+        """
         self.device = torch.device(device)
+        dtype = self.dtype if precision is None else PRECISIONS[precision]
         for part in ("model", "text"):
-            if part in self.__dict__:
+            if part in self.__dict__ and dtype == self.dtype:
                 self.__dict__[part].to(self.device)
+            else:
+                self.__dict__.pop(part, None)  # built anew from the weights that were given
+        self.dtype = dtype
         return self
 
     @cached_property
@@ -282,7 +296,7 @@ class Clip:
             module.load_state_dict(state)
         except RuntimeError as error:
             raise Refused(f"these weights do not fit this CLIP's configuration: {shorten(str(error), 300)}") from None
-        module.requires_grad_(False).eval().to(self.device)
+        module.requires_grad_(False).eval().to(self.device, self.dtype)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """int64 [b, L]."""
@@ -301,12 +315,23 @@ class Clip:
     @torch.no_grad()
     def encode_images(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 3, h, w], or floats in [0, 1] → raw embeddings [b, d] on this CLIP's device."""
-        return self.model.encode_image(self.preprocess(pictures.to(self.device))).float()  # type: ignore[operator]
+        return self.encode_pixels(self.preprocess(pictures.to(self.device)))
 
     @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """What `preprocess` gives, [b, 3, size, size] on this CLIP's device → raw embeddings [b, d]."""
+        return self.model.encode_image(pixels.to(self.dtype)).float()  # type: ignore[operator]
+
     def encode_text(self, texts: Sequence[str]) -> Text:
         """Raw embeddings [b, d], token states after the final norm [b, L, w], and which of them are no padding."""
-        return self.text(self.tokenize(texts).to(self.device))
+        return self.encode_tokens(self.tokenize(texts).to(self.device))
+
+    @torch.no_grad()
+    def encode_tokens(self, ids: Tensor) -> Text:
+        """The same of `tokenize`'s rows on this CLIP's device, [b, L]; or of their first columns, [b, n], where all the
+        texts end in these and this CLIP `ignores_padding`."""
+        embedding, states, mask = self.text(ids)
+        return Text(embedding.float(), states.float(), mask)
 
 
 def _side(model: dict[str, Any]) -> int:
