@@ -182,7 +182,9 @@ class Embed:
         for span in spans:
             found = [one for _ in range(0, len(span), _CHUNK) for one in next(looked)]
             states.update(one.state for one in found)
-            kept = [(row, one.stored, one.pixels) for row, one in zip(span, found, strict=True) if one.pixels is not None]
+            kept = [
+                (row, one.stored, one.pixels) for row, one in zip(span, found, strict=True) if one.pixels is not None
+            ]
             if kept:
                 rows, stored, seen = (list(column) for column in zip(*kept, strict=True))
                 yield Batch(rows, stored), seen
@@ -217,8 +219,8 @@ class Embed:
         image, text = images(), captions.take(batch.rows)
         if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
             raise Refused(
-                f"CLIP's embeddings of some of the rows {batch.rows[0]} to {batch.rows[-1]} of a shard are not finite in "
-                f"{self.spec.precision}. Set embed.precision to bfloat16 or float32, or take another CLIP.",
+                f"CLIP's embeddings of some of the rows {batch.rows[0]} to {batch.rows[-1]} of a shard are not finite "
+                f"in {self.spec.precision}. Set embed.precision to bfloat16 or float32, or take another CLIP.",
                 code=5,
             )
         kept = rows.take(batch.rows)

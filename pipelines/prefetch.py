@@ -21,8 +21,8 @@ R = TypeVar("R")
 def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, most: int) -> Iterator[Iterator[R]]:
     """`work` of each item, in the items' order, by so many threads; it begins at once.
 
-    At most `most` items are worked on or wait to be taken, so memory does not grow with their number. What `work` raises
-    is raised where its result is taken. Leaving the context begins no more of them.
+    At most `most` items are worked on or wait to be taken, so memory does not grow with their number. What `work`
+    raises is raised where its result is taken. Leaving the context begins no more of them.
     """
     import torch
 

@@ -29,12 +29,12 @@ from PIL import Image
 from infra.manifest import Action, Manifest, Record, commit, object_name
 from infra.rows import KEPT, SOURCE, uid
 from infra.store import Store, open_store
-from pipelines.embed import Embed, base, load_clip, pixels
+from pipelines.embed import Embed, base, chosen_rows, load_clip, pixels
 from pipelines.pack import Outcome, pack
 from pipelines.pictures import Picture, decoded
 from pipelines.select import Look, Select
-from pipelines.workflow import open_clip_config
-from tests.benchmarks.measure import _status, one_thread
+from pipelines.shapes.world import picture_of, scene_of
+from tests.benchmarks.measure import one_thread, status
 from tests.fixtures.stages import make
 from unclip.clip import Clip, build
 
@@ -47,6 +47,9 @@ SMALL: dict[str, Any] = {
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
 }
 """The demo's CLIP, with CLIP's whole vocabulary, which clip-retrieval's tokeniser needs."""
+
+
+WORDS = ("red", "photo", "of", "the", "old", "house", "in", "a", "garden", "with", "blue", "sky", "poster", "2019")
 
 
 class Took(NamedTuple):
@@ -65,21 +68,18 @@ def timed(call: Callable[[], Any]) -> Took:
     return Took(time.perf_counter() - clock, time.process_time() - processor)
 
 
-def caption(draw: np.random.Generator) -> str:
-    """Words as a caption of the web has: ten or so, rarely many."""
-    words = ("red", "photo", "of", "the", "old", "house", "in", "a", "garden", "with", "blue", "sky", "poster", "2019")
-    return " ".join(draw.choice(words, 3 + int(draw.gamma(2.0, 4.0))))
-
-
-def photo(draw: np.random.Generator, side: int, kind: str) -> bytes:
-    """A picture with large and small structure, as JPEG (quality 95, as img2dataset writes) or PNG."""
+def pair(draw: np.random.Generator, number: int, side: int, shapes: bool) -> tuple[bytes, str]:
+    """A picture and its caption: one of the demo's shapes, as PNG; or a likeness of a photograph from the web, as JPEG
+    of img2dataset's quality, whose caption has ten words or so, rarely many."""
+    out = io.BytesIO()
+    if shapes:
+        Image.fromarray(picture_of(number, 0, side=side)).save(out, "PNG", compress_level=1)
+        return out.getvalue(), scene_of(number, 0)[1]
     coarse = Image.fromarray(draw.integers(0, 256, (12, 12, 3), np.uint8))
     smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), np.int16)
     grain = draw.integers(-6, 7, (side, side, 3))
-    out = io.BytesIO()
-    picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-    picture.save(out, kind, quality=95) if kind == "JPEG" else picture.save(out, kind, compress_level=1)
-    return out.getvalue()
+    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=95)
+    return out.getvalue(), " ".join(draw.choice(WORDS, 3 + int(draw.gamma(2.0, 4.0))))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class Case:
     rows: int
     """Of each shard."""
     side: int
-    kind: str = "JPEG"
+    """Of each picture, in pixels."""
+    shapes: bool
+    """Whether the pairs are the demo's; else they are like the web's."""
 
     @cached_property
     def store(self) -> Store:
@@ -112,26 +114,25 @@ class Case:
     @cached_property
     def download(self) -> Manifest:
         """Webdataset tars and their indices, as the download stage leaves them."""
-        extension = {"JPEG": "jpg", "PNG": "png"}[self.kind]
         records = []
         for shard in range(self.shards):
             draw = np.random.default_rng(shard)
+            pairs = [pair(draw, shard * self.rows + row, self.side, self.shapes) for row in range(self.rows)]
             urls = [f"http://a.test/{shard}/{row}" for row in range(self.rows)]
-            captions = [caption(draw) for _ in urls]
-            names = pa.array([uid(*pair) for pair in zip(urls, captions, strict=True)], pa.binary(16))
-            action = Action("download/1", {"shard": shard}, ())
+            captions = [text for _, text in pairs]
+            names = pa.array([uid(*both) for both in zip(urls, captions, strict=True)], pa.binary(16))
+            table = pa.table([names, urls, captions], schema=SOURCE)
 
-            def take(positions: Any, draw: np.random.Generator = draw) -> Iterator[tuple[int, Outcome]]:
+            def take(positions: Any, pairs: list[tuple[bytes, str]] = pairs) -> Iterator[tuple[int, Outcome]]:
                 for position in positions:
-                    body = photo(draw, self.side, self.kind)
-                    made = Picture(None, body, *[self.side] * 4)
-                    yield position, Outcome(KEPT, hashlib.sha256(body).digest(), made)
+                    body = pairs[position][0]
+                    found = Picture(None, body, *[self.side] * 4)
+                    yield position, Outcome(KEPT, hashlib.sha256(body).digest(), found)
 
+            action = Action("download/1", {"shard": shard}, ())
             with self.store.scratch() as out:
-                table = pa.table([names, urls, captions], schema=SOURCE)
-                records.append(
-                    commit(self.store, action, pack(action, table, {}, take, self.store, out, extension), out)
-                )
+                made = pack(action, table, {}, take, self.store, out, self.extension)
+                records.append(commit(self.store, action, made, out))
         manifest = Manifest(Action("download/1", {}, ()), tuple(records))
         manifest.save(self.store)
         return manifest
@@ -154,6 +155,11 @@ class Case:
         return sorted(folder.iterdir())
 
     @property
+    def extension(self) -> str:
+        """Of the pictures in the tars."""
+        return "png" if self.shapes else "jpg"
+
+    @property
     def total(self) -> int:
         """Pairs."""
         return self.shards * self.rows
@@ -173,8 +179,6 @@ class Case:
 
     def bodies(self) -> list[bytes]:
         """Every picture's bytes."""
-        from pipelines.embed import chosen_rows
-
         found = []
         for action in Embed().actions(*self.inputs):
             tar, index, selection, _ = action.inputs
@@ -206,7 +210,7 @@ class Peer:
     """clip-retrieval in an environment of its own, kept running: loaded and warm before anything is timed."""
 
     def __init__(self, case: Case, batch: int, workers: int) -> None:
-        clip, extension = case.adapter(), {"JPEG": "jpg", "PNG": "png"}[case.kind]
+        clip = case.adapter()
         folder = case.folder / "peer"
         folder.mkdir(exist_ok=True)
         (folder / "peer.json").write_text(json.dumps(clip.config))
@@ -214,8 +218,8 @@ class Peer:
         self.out = folder / "out"
         asked = {
             "config": str(folder / "peer.json"), "weights": str(folder / "peer.pt"), "out": str(self.out),
-            "tars": [str(path) for path in case.tars], "rows": case.rows, "batch": batch, "workers": workers,
-            "extension": extension,
+            "tars": [str(path) for path in case.tars], "batch": batch, "workers": workers,
+            "extension": case.extension,
         }  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         self._process = subprocess.Popen(
@@ -249,12 +253,12 @@ class Peer:
 
 
 def main() -> None:
-    """Resident memory at its peak of embedding shards of 200 pairs one after the other."""
+    """Resident memory at its peak of embedding shards of 100 pairs one after the other."""
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        case = Case(Path(folder), SMALL, int(sys.argv[2]), 200, 128)
+        case = Case(Path(folder), SMALL, int(sys.argv[2]), 100, 128, shapes=True)
         case.embed(Embed())
-    print(_status("VmHWM"))
+    print(status("VmHWM"))
 
 
 if __name__ == "__main__":

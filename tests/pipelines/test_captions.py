@@ -84,5 +84,5 @@ def test_short_captions_cost_their_own_length(clip):
 
 
 def test_a_tower_that_sees_padding_is_refused():
-    with pytest.raises(Refused, match="embed.lengths"):
+    with pytest.raises(Refused, match=r"embed\.lengths"):
         captions(made(no_causal_mask=True), ["a"], lengths=(8,))

@@ -1,4 +1,4 @@
-"""clip-retrieval's own reader, mapper and writer, run by its own Runner; for the environment made of clip-retrieval.txt.
+"""clip-retrieval's own reader, mapper and writer, run by its own Runner, in the environment of clip-retrieval.txt.
 
 Takes one JSON argument: config and weights (of an open_clip model), tars, out, batch, workers, extension. Loads the
 model and warms it up as clip-retrieval does, answers with one line of JSON, and from then on runs the whole inference
