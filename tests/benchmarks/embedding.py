@@ -177,6 +177,11 @@ class Case:
                 place = Path(out)
                 stage.run(action, self.store, place).to_json(action)
 
+    def run(self, stage: Embed) -> Took:
+        """What that costs once CLIP is there."""
+        self.adapter(stage.spec.precision)
+        return timed(lambda: self.embed(stage))
+
     def bodies(self) -> list[bytes]:
         """Every picture's bytes."""
         found = []

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.prefetch import Lane, ahead
+from tests.gpu.check_embed import LEAST, check
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,3 +75,8 @@ def test_a_lane_on_the_cpu_joins_and_gives_back():
     sent = lane.send(parts)
     assert torch.equal(sent, torch.cat(parts))
     assert torch.equal(lane.fetch(sent)(), sent)
+
+
+def test_lower_precisions_and_cut_captions_keep_their_directions_on_the_way_to_a_device():
+    for told in check(torch.device("cpu"), batch=4, batches=3, layers=2, width=128).values():
+        assert min(told["cosine"], told["cut"]) >= LEAST
