@@ -62,16 +62,16 @@ class Preprocess:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 3, h, w], or floats in [0, 1] → float32 [b, 3, size, size], in torch alone, hence repeatable."""
-        x = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+        x = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures.float()
         height, width = x.shape[-2:]
         if (height, width) != (self.size, self.size):
             short = min(height, width)
             sides = [self.size if self.resize == "squash" else self.size * side // short for side in (height, width)]
-            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp_(0, 1)
             top, left = (round((side - self.size) / 2) for side in sides)
             x = x[..., top : top + self.size, left : left + self.size]
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - mean).div_(std)
 
 
 def build(model: dict[str, Any]) -> nn.Module:
