@@ -137,7 +137,7 @@ class Embed:
     def run(self, action: Action, store: Store, out: Path) -> Record:
         tar, index, selection, version = action.inputs
         clip = load_clip(store, version, "cuda" if self.how.gpus else "cpu", self.spec.precision)
-        rows = chosen_rows(store, index, selection)
+        rows = chosen_rows(store, index, selection).combine_chunks()  # else each `take` would join the chunks anew
         schema = embedded(clip.embedding_width)
         states: Counter[str] = Counter()
         blocks: list[Block] = []
@@ -223,7 +223,7 @@ class Embed:
                 f"in {self.spec.precision}. Set embed.precision to bfloat16 or float32, or take another CLIP.",
                 code=5,
             )
-        kept = rows.take(batch.rows)
+        kept = rows.select(["uid", "caption", "url"]).take(batch.rows)
         columns = {
             "uid": kept["uid"],
             "caption": kept["caption"],
