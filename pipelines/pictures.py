@@ -189,11 +189,16 @@ class _Quiet:
 
 def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
     """The picture at a place of a file, as a tar, in RGB, or None if it cannot be decoded."""
+    file.seek(offset)
+    return decoded(file.read(length))
+
+
+def decoded(body: bytes) -> Image | None:
+    """The picture of these bytes in RGB, or None if it cannot be decoded."""
     from PIL import Image
 
-    file.seek(offset)
     try:
-        with Image.open(io.BytesIO(file.read(length))) as image:
+        with Image.open(io.BytesIO(body)) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return None

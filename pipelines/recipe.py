@@ -22,7 +22,7 @@ from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION
 from pipelines import document
 from pipelines.download import DownloadHow, DownloadSpec
-from pipelines.embed import EmbedSpec
+from pipelines.embed import EmbedHow, EmbedSpec
 from pipelines.evaluate import EvaluateSpec
 from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
@@ -184,7 +184,7 @@ else:
         **{name: optional(str) for name in ("urls", "tars", "folder")},
     )
     Download = section("download", DownloadSpec, DownloadHow, drop={"block_sha256"})
-    Embed = section("embed", EmbedSpec, PoolHow)
+    Embed = section("embed", EmbedSpec, EmbedHow)
     Clip = section(
         "clip",
         FitHow,

@@ -15,7 +15,7 @@ from infra.errors import Refused
 from infra.ledger import Entry
 from pipelines.data_report import DataReport
 from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.embed import Embed, EmbedSpec
+from pipelines.embed import Embed, EmbedHow, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
@@ -251,7 +251,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Look("filter", filtering, kept),
         Select("filter", filtering, kept),
         clip,
-        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
+        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
         Look("curate", curating, kept),
         Select("curate", curating, kept),
         DataReport({"filter": plain(filtering), "curate": plain(curating)}),

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 MERGES = "merges.txt"
 RESIZES = ("shortest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHANNEL = Range(-1e3, 1e3)
 DEVIATION = Range(1e-6, 1e3)
 """Of a channel in [0, 1]; smaller ones would make of every picture the same overflow."""
@@ -68,16 +69,16 @@ class Preprocess:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 3, h, w], or floats in [0, 1] → float32 [b, 3, size, size], in torch alone, hence repeatable."""
-        x = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+        x = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures.float()
         height, width = x.shape[-2:]
         if (height, width) != (self.size, self.size):
             short = min(height, width)
             sides = [self.size if self.resize == "squash" else self.size * side // short for side in (height, width)]
-            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp_(0, 1)
             top, left = (round((side - self.size) / 2) for side in sides)
             x = x[..., top : top + self.size, left : left + self.size]
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - mean).div_(std)
 
 
 def build(model: dict[str, Any]) -> nn.Module:
@@ -128,7 +129,7 @@ def clip_widths(model: dict[str, Any]) -> dict[str, int]:
 
 
 class Clip:
-    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`].
+    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`], whatever it computes in.
 
     model: open_clip's configuration. state: open_clip's state dict. Nothing of it is ever trained or changed.
     """
@@ -147,6 +148,7 @@ class Clip:
         self.tokenizer = Tokenizer(text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY), merges)
         self.state = {name: tensor.detach() for name, tensor in state.items()}
         self.device = torch.device("cpu")
+        self.dtype = torch.float32
 
     @classmethod
     def of(cls, module: nn.Module, model: dict[str, Any], preprocess: Preprocess | None = None) -> Clip:
@@ -254,12 +256,24 @@ class Clip:
         """Side of the image tower's input, in pixels."""
         return self.preprocess.size
 
-    def to(self, device: torch.device | str) -> Clip:
-        """Moves to a device; returns itself."""
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether nothing that stands behind a text's end token reaches its embedding."""
+        return isinstance(self.text, TextTower) and self.text.causal
+
+    def to(self, device: torch.device | str, precision: str | None = None) -> Clip:
+        """Moves to a device, and computes in one of PRECISIONS from now on where one is named; returns itself.
+
+        Weights are rounded to it, from those that were given, and so is what runs between the layers.
+        """
         self.device = torch.device(device)
+        dtype = self.dtype if precision is None else PRECISIONS[precision]
         for part in ("model", "text"):
-            if part in self.__dict__:
+            if part in self.__dict__ and dtype == self.dtype:
                 self.__dict__[part].to(self.device)
+            else:
+                self.__dict__.pop(part, None)  # built anew from the weights that were given
+        self.dtype = dtype
         return self
 
     @cached_property
@@ -302,7 +316,7 @@ class Clip:
             module.load_state_dict(state)
         except RuntimeError as error:
             raise Refused(f"{unfit} {shorten(str(error), 300)}") from None
-        return module.requires_grad_(False).eval().to(self.device)
+        return module.requires_grad_(False).eval().to(self.device, self.dtype)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """int64 [b, L]."""
@@ -321,12 +335,23 @@ class Clip:
     @torch.no_grad()
     def encode_images(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 3, h, w], or floats in [0, 1] → raw embeddings [b, d] on this CLIP's device."""
-        return self.model.encode_image(self.preprocess(pictures.to(self.device))).float()  # type: ignore[operator]
+        return self.encode_pixels(self.preprocess(pictures.to(self.device)))
 
     @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """What `preprocess` gives, [b, 3, size, size] on this CLIP's device → raw embeddings [b, d]."""
+        return self.model.encode_image(pixels.to(self.dtype)).float()  # type: ignore[operator]
+
     def encode_text(self, texts: Sequence[str]) -> Text:
         """Raw embeddings [b, d], token states after the final norm [b, L, w], and which of them are no padding."""
-        return self.text(self.tokenize(texts).to(self.device))
+        return self.encode_tokens(self.tokenize(texts).to(self.device))
+
+    @torch.no_grad()
+    def encode_tokens(self, ids: Tensor) -> Text:
+        """The same of `tokenize`'s rows on this CLIP's device, [b, L]; or of their first columns, [b, n], where all the
+        texts end in these and this CLIP `ignores_padding`."""
+        embedding, states, mask = self.text(ids)
+        return Text(embedding.float(), states.float(), mask)
 
 
 def _side(model: dict[str, Any]) -> int:

@@ -107,6 +107,41 @@ def test_preprocessing_is_open_clips_to_three_grey_levels(size, resize):
     assert (ours - theirs).abs().max() < 3 / 255 / 0.26
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_lower_precision_keeps_directions_and_answers_in_float32(clip, precision):
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    low = Clip(clip.config, clip.state, clip.preprocess).to("cpu", precision)
+    for ours, exact in (
+        (low.encode_images(pictures), clip.encode_images(pictures)),
+        (low.encode_text(TEXTS).embedding, clip.encode_text(TEXTS).embedding),
+        (low.encode_text(TEXTS).states.flatten(1), clip.encode_text(TEXTS).states.flatten(1)),
+    ):
+        assert ours.dtype == torch.float32
+        assert not torch.equal(ours, exact)
+        assert torch.cosine_similarity(ours, exact).min() > 0.999
+    assert low.fingerprint == clip.fingerprint
+
+
+def test_precision_is_taken_back_without_a_trace(clip):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    again = Clip(clip.config, clip.state, clip.preprocess).to("cpu", "bfloat16")
+    again.encode_images(pictures)
+    again.encode_text(TEXTS)
+    again.to("cpu", "float32")
+    assert torch.equal(again.encode_images(pictures), clip.encode_images(pictures))
+    assert torch.equal(again.encode_text(TEXTS).states, clip.encode_text(TEXTS).states)
+
+
+def test_what_stands_behind_the_end_token_is_ignored_by_a_causal_tower_alone(clip):
+    assert clip.ignores_padding
+    ids = clip.tokenize(TEXTS[:2])
+    short = clip.encode_tokens(ids[:, :8])
+    assert short.states.shape == (2, 8, 32)
+    assert torch.allclose(short.embedding, clip.model.encode_text(ids), atol=1e-6)
+    assert not made(text_cfg=MODEL["text_cfg"] | {"no_causal_mask": True}).ignores_padding
+    assert not made(text_cfg=MODEL["text_cfg"] | {"pool_type": "last"}).ignores_padding
+
+
 def test_a_saved_clip_comes_back_the_same(clip, tmp_path):
     clip.save(tmp_path)
     again = Clip.load(tmp_path)
