@@ -22,11 +22,12 @@ from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION
 from pipelines import document
 from pipelines.download import DownloadHow, DownloadSpec
-from pipelines.embed import EmbedSpec
+from pipelines.embed import EmbedHow, EmbedSpec
 from pipelines.evaluate import EvaluateSpec
 from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
 from pipelines.layouts import Columns, columns_of
+from pipelines.machine import Accelerator
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.sections import changes, optional, said, section
@@ -182,8 +183,8 @@ else:
         columns=optional(section("source columns", Columns, partial=True)),
         **{name: optional(str) for name in ("urls", "tars", "folder")},
     )
-    Download = section("download", DownloadSpec, DownloadHow)
-    Embed = section("embed", EmbedSpec, PoolHow)
+    Download = section("download", DownloadSpec, DownloadHow, drop={"block_sha256"})
+    Embed = section("embed", EmbedSpec, EmbedHow)
     Clip = section(
         "clip",
         FitHow,
@@ -248,6 +249,8 @@ class Recipe:
     world: World | None = None
     tracking: Tracking = field(default_factory=Tracking)
     cluster: Cluster = field(default_factory=Cluster)
+    hardware: dict[str, Accelerator] = field(default_factory=dict)
+    """Kinds of accelerators by name: `unclip plan` says how long each fit takes on them, and for what price."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
