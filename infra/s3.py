@@ -91,7 +91,7 @@ class S3Store:
     def check(self, create: bool) -> None:
         """Refused if there is no such bucket, we may not use it, or its server does not know If-None-Match."""
         with self._speaking():
-            client = _client(self.endpoint, 3, 2)  # little patience: a person waits
+            client = _client(self.endpoint, 3, 3)  # little patience: a person waits
             client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
         if not create:
             return
@@ -320,6 +320,10 @@ class S3Store:
                     raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
                 case "MethodNotAllowed" | "NotImplemented":
                     raise Refused(f"{where}: its server cannot do this ({error}).") from error
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504):
+                raise Refused(
+                    f"{where}: its server fails just now ({error}) What is done stays done; run again later.", code=5
+                ) from error
             hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
             raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error
         except boto.BotoCoreError as error:  # such as an answer that is no XML

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -18,19 +16,10 @@ import infra.s3
 from infra.errors import Refused
 from infra.s3 import S3Store
 from infra.store import NotFound, Store, open_store
-from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, at_first, at_random, failing, unharmed
+from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, at_first, at_random, unharmed
 
 SMALL = bytes(range(256)) * 40
 ALWAYS = 10_000
-
-
-@pytest.fixture
-def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """The proxy, no fault yet; who asks through it waits little between two attempts."""
-    for waits in ("botocore.endpoint.time", "tenacity.nap.time"):
-        monkeypatch.setattr(waits, SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 100)))
-    with failing(s3_endpoint, stall_s=1.5) as between:
-        yield between
 
 
 @pytest.fixture
@@ -129,6 +118,17 @@ def test_what_never_succeeds_is_refused_and_leaves_no_name(s3_uri: str, proxy: F
     assert refused.value.code == 5
     assert "\n" not in str(refused.value)
     assert not open_store(s3_uri).exists("objects/never")
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.SLOW_DOWN])
+def test_a_server_that_fails_as_a_run_begins_is_no_mistake_of_the_user(
+    s3_uri: str, proxy: FaultyS3, fault: Fault
+) -> None:
+    proxy.plan = at_first(fault, method="GET", times=ALWAYS)
+    for create in (False, True):
+        with pytest.raises(Refused, match=rf"its server fails just now .*{fault}.*run again later") as refused:
+            open_store(s3_uri, create=create, endpoint=proxy.endpoint)
+        assert refused.value.code == 5
 
 
 def test_half_a_body_is_never_a_copy(s3_uri: str, proxy: FaultyS3, tmp_path: Path) -> None:
