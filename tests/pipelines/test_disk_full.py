@@ -8,17 +8,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
 from infra.errors import Refused
 from infra.manifest import Manifest, digest_file
 from infra.store import LocalStore, Store, open_store
+from pipelines.console import Console
+from pipelines.execute import Execution
 from pipelines.graph import resolve
 from pipelines.select import Look, Select
 from pipelines.shards import perform
 from tests.fixtures.disk import Disk
 from tests.fixtures.stages import RULES, Data, download, source
+from tests.pipelines.test_graph import Double, Numbers
 
 FULL = r"No space left on device\. Make room there, then run again"
 
@@ -105,6 +110,19 @@ def test_a_full_cache_of_s3_objects_is_told_and_leaves_no_half_copy(disk: Disk, 
     assert disk.files() == []
     disk.free()
     assert store.local("objects/large").read_bytes() == large
+
+
+def test_a_disk_that_is_too_full_to_start_ray_is_told_as_well(disk: Disk, tmp_path: Path) -> None:
+    def connect() -> NoReturn:
+        (disk.root / "session").write_bytes(bytes(1 << 20))
+        raise AssertionError("there was room")
+
+    disk.fill(leave=0)
+    stages = [Numbers({"numbers": [1]}), Double({}, kind="task", how=SimpleNamespace(cpus=1))]
+    work = Execution(open_store(str(tmp_path / "store")), stages, connect, Console([]))
+    with pytest.raises(Refused, match=rf"double: .*{FULL}") as refused:
+        work.run({"numbers", "double"})
+    assert refused.value.code == 5
 
 
 @pytest.mark.slow

@@ -157,11 +157,12 @@ def scene(folder: Path) -> Iterator[Scene]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+    shutil.rmtree(folder / "rgw", ignore_errors=True)  # its objects were in memory
     port = free_port()
-    subprocess.run([SCRIPT, "start", folder / "rgw", str(port)], check=True)
     direct = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
         stack.callback(subprocess.run, [SCRIPT, "stop", folder / "rgw"], check=True)
+        subprocess.run([SCRIPT, "start", folder / "rgw", str(port)], check=True)
         proxy = stack.enter_context(failing(direct, stall_s=70.0))
         holding = Holding(folder / "held")
         environment = {
