@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 STORE ?= store
 
-.PHONY: demo test test-fast lint bench lock clean help
+.PHONY: demo test test-fast lint bench peers lock clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -47,6 +47,14 @@ lint: $(STAMP)  ## ruff, import floors, types
 bench: $(STAMP)  ## speed and memory, as ratios in one run
 	$(BIN)/python -m pytest tests/benchmarks -q -s --override-ini python_files=bench_*.py
 
+PEERS := $(patsubst tests/benchmarks/peers/%.txt,.venv-peers/%/.stamp,$(wildcard tests/benchmarks/peers/*.txt))
+peers: $(PEERS)  ## what benchmarks compare with, each in an environment of its own under .venv-peers
+
+.venv-peers/%/.stamp: tests/benchmarks/peers/%.txt $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(@D)
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python -r $<
+	touch $@
+
 proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result is byte-identical
 	$(BIN)/python -m tests.proofs.kill --store $(STORE)-proof-kill
 
@@ -55,6 +63,12 @@ proof-parallel: $(STAMP)  ## trainers in parallel against one after another, thr
 
 proof-faults: $(STAMP)  ## kill -9 in every stage of the data, failing S3, full disks; byte-identical; under an hour
 	$(BIN)/python -m tests.proofs.faults --store $(STORE)-proof-faults --docs docs
+
+proof-interrupt: $(STAMP)  ## fits killed, terminated and resized at bad moments end as undisturbed ones; under an hour
+	$(BIN)/python -m tests.proofs.interrupt --out $(STORE)-proof-interrupt
+
+proof-algebra: $(STAMP)  ## a thousand histories of a list: what is touched is done again, and nothing else; an hour
+	$(BIN)/python -m pytest tests/pipelines/test_algebra.py --hypothesis-profile=proof --timeout=0 -q
 
 proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
 	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs
@@ -67,4 +81,4 @@ lock: $(STAMP)  ## compile requirements.lock anew: exact versions, for every pla
 	  --no-emit-find-links --group dev pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -138,15 +140,35 @@ def _start(ray: Any, **options: Any) -> None:
     started.result()
 
 
+@contextmanager
+def _own_temporary(folder: str) -> Iterator[None]:
+    """TMPDIR for the processes that are started meanwhile: Ray ends its own by force, so they never tidy up. Its
+    session, which has the logs, stays where it would be."""
+    own = {"TMPDIR": folder, "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class _Keeper(threading.Thread):
     def __init__(self, ended: threading.Event, started: Future[None], start: Callable[[], None]) -> None:
         super().__init__(name="ray", daemon=True)
         self.ended, self._started_ray, self._start_ray = ended, started, start
+        self.temporary = tempfile.mkdtemp(prefix="unclip-ray-")
 
     def run(self) -> None:
         try:
-            self._start_ray()
+            with _own_temporary(self.temporary):
+                self._start_ray()
         except BaseException as error:  # noqa: BLE001  raised in the thread that waits for it
+            shutil.rmtree(self.temporary, ignore_errors=True)
             ended = isinstance(error, SystemExit)  # Ray's way to say that a process of it did not start
             self._started_ray.set_exception(RuntimeError("a process of Ray ended at once") if ended else error)
             return
@@ -189,6 +211,7 @@ def disconnect() -> None:
         _started_here = False
     if _keeper is not None:
         _keeper.ended.set()
+        shutil.rmtree(_keeper.temporary, ignore_errors=True)
         _keeper = None
 
 

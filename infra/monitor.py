@@ -1,38 +1,80 @@
 """Where a run stands, told by whoever works on it: a progress board and a Tracker, in one Ray actor beside the driver.
 
 Trainers and workers hold a `Monitor`, a small picklable handle whose methods send and never wait. The actor stays on
-the driver's node, where the tracker's spool and an SQLite database lie, and takes no CPU from the work.
+the driver's node, where the tracker's spool and an SQLite database lie, and takes no CPU from the work. What the board
+says of stages of many shards goes to MLflow and to Ray's metrics endpoint as well.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.tracking import Tracker, spool_folder
+from infra.board import Board, Extent
+from infra.tracking import Tracker
+from infra.tracking_uri import spool_folder
 
 _OFTEN_S = 0.2
+_METRICS_S = 1.0
+"""Figures of a stage of many shards go to MLflow and Ray at most this often, and at its end."""
 
 
 class Desk:
-    """What the actor holds: the board, and the tracker."""
+    """What the actor holds: the board, the tracker, and the figures that Ray exports."""
 
     def __init__(self, uri: str, experiment: str, run: str, about: dict[str, str]) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+        self._board = Board()
         self.tracker = Tracker(uri, experiment, spool_folder(uri), run, about)
+        self.exported = Exported()
+        self._told: dict[str, float] = {}
 
     def progress(self, stage: str, done: float, total: float, unit: str, rate: float | None) -> None:
-        row = self.rows.setdefault(stage, {})
-        row.update(done=done, total=total, unit=unit, rate=rate)
+        self._board.progress(stage, done, total, unit, rate)
+
+    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
+        self.tracker.start(stage, params, tags)
+        self._board.begin(stage, extent)
+        self.exported.figures(stage, self._board.accounts[stage].values())
+
+    def shard(self, stage: str, shard: str, states: dict[str, int], rows: int, done: bool) -> None:
+        account = self._board.accounts.get(stage)
+        if account is None:  # late words of a stage that has ended, or this actor was started anew
+            return
+        before = account.done
+        self._board.shard(stage, shard, states, rows, done)
+        if account.done > before:
+            self.exported.rows(stage, states)
+        now = time.monotonic()
+        if now - self._told.get(stage, -_METRICS_S) >= _METRICS_S:
+            self._told[stage] = now
+            self._figures(stage)
+
+    def finish(self, stage: str, status: str) -> None:
+        """The last figures, and how many rows ended in each state."""
+        account = self._board.accounts.get(stage)
+        if account is None:
+            return
+        self._figures(stage)
+        self._board.finish(stage)
+        states = {f"rows.{state}": float(count) for state, count in account.states.items()}
+        self.tracker.metrics(stage, account.done, states)
+        self.tracker.end(stage, status)
+        self.exported.figures(stage, {"rows_per_s": 0.0})
+
+    def _figures(self, stage: str) -> None:
+        account = self._board.accounts[stage]
+        values = account.values()
+        self.tracker.metrics(stage, account.done, values)
+        self.exported.figures(stage, values)
 
     def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
         self.tracker.start(stage, params, tags)
 
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
-        if "loss" in values:
-            self.rows.setdefault(stage, {"done": 0, "total": 0})["loss"] = values["loss"]
+        self._board.metrics(stage, values)
         self.tracker.metrics(stage, step, values)
 
     def artifact(self, stage: str, data: bytes, name: str) -> None:
@@ -42,13 +84,46 @@ class Desk:
         self.tracker.end(stage, status)
 
     def board(self) -> dict[str, dict[str, Any]]:
-        return self.rows
+        return self._board.shown()
 
     def tracking(self) -> tuple[int, str]:
         return self.tracker.pending, self.tracker.trouble
 
     def close(self, timeout_s: float) -> bool:
         return self.tracker.close(timeout_s)
+
+
+class Exported:
+    """What Ray's metrics endpoint says of stages of many shards; Ray puts `ray_` before each name.
+
+    Gauges `unclip_shards`, `unclip_rows_per_s` and `unclip_success_rate` by stage, of now; counter `unclip_rows` by
+    stage and reason (the state that rows ended in), of shards that were done.
+    """
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self._counter = Counter(
+            "unclip_rows", "Rows of finished shards, by the state they ended in", ("stage", "reason")
+        )
+        told = {
+            "shards": "Shards that are done",
+            "rows_per_s": "Rows per second, over the last half minute",
+            "success_rate": "Share of rows with which the stage succeeded, 0 to 1",
+        }
+        self._gauges = {name: Gauge(f"unclip_{name}", text, ("stage",)) for name, text in told.items()}
+
+    def figures(self, stage: str, values: dict[str, float]) -> None:
+        """The figures of now."""
+        for name, gauge in self._gauges.items():
+            if name in values:
+                gauge.set(values[name], {"stage": stage})
+
+    def rows(self, stage: str, states: dict[str, int]) -> None:
+        """Rows of a shard that was done, by state."""
+        for state, count in states.items():
+            if count:
+                self._counter.inc(count, {"stage": stage, "reason": state})
 
 
 class Monitor:
@@ -83,6 +158,18 @@ class Monitor:
         """Begins a stage's MLflow run; tags["unclip.key"] is by what it is found again."""
         self._actor.start.remote(stage, params, tags)
 
+    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Begins a stage of many shards; in MLflow as `start` does."""
+        self._actor.begin.remote(stage, extent, params, tags)
+
+    def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int = 0, done: bool = False) -> None:
+        """Rows of a shard by state: so far of `rows`, or (done) in the end; in MLflow, metrics by shards done."""
+        self._actor.shard.remote(stage, shard, dict(states), rows, done)
+
+    def finish(self, stage: str, status: str = "FINISHED") -> None:
+        """Ends what `begin` began: FINISHED, FAILED or KILLED."""
+        self._actor.finish.remote(stage, status)
+
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Values at a step; "loss" is shown on the board, too."""
         self._actor.metrics.remote(stage, step, values)
@@ -96,7 +183,7 @@ class Monitor:
         self._actor.end.remote(stage, status)
 
     def board(self) -> dict[str, dict[str, Any]]:
-        """Stage → done, total, unit, rate, loss, as last told. Waits for the actor; {} if it is being restarted."""
+        """`Board.shown` of what was last told. Waits for the actor; {} if it is being restarted."""
         import ray
 
         try:
@@ -138,19 +225,30 @@ class NullMonitor:
     """The same methods without Ray and MLflow, for a fit in this very process; it keeps what it was last told."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+        self._board = Board()
 
     def progress(self, stage: str, done: float, total: float, unit: str = "", rate: float | None = None) -> None:
         """As Monitor's."""
-        self.rows.setdefault(stage, {}).update(done=done, total=total, unit=unit, rate=rate)
+        self._board.progress(stage, done, total, unit, rate)
 
     def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
         """As Monitor's; told to nobody."""
 
+    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """As Monitor's."""
+        self._board.begin(stage, extent)
+
+    def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int = 0, done: bool = False) -> None:
+        """As Monitor's."""
+        self._board.shard(stage, shard, states, rows, done)
+
+    def finish(self, stage: str, status: str = "FINISHED") -> None:
+        """As Monitor's."""
+        self._board.finish(stage)
+
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
         """As Monitor's."""
-        if "loss" in values:
-            self.rows.setdefault(stage, {"done": 0, "total": 0})["loss"] = values["loss"]
+        self._board.metrics(stage, values)
 
     def artifact(self, stage: str, data: Path | bytes, name: str) -> None:
         """As Monitor's; told to nobody."""
@@ -160,7 +258,7 @@ class NullMonitor:
 
     def board(self) -> dict[str, dict[str, Any]]:
         """As Monitor's."""
-        return self.rows
+        return self._board.shown()
 
     def flush(self, timeout_s: float = 30.0) -> bool:
         """As Monitor's: nothing ever waits."""

@@ -23,7 +23,7 @@ def check_room(stages: Iterable[Stage], nodes: Sequence[Node], growth: Sequence[
     for stage in stages if nodes else ():
         how = stage.how
         cpus, gpus = getattr(how, "cpus", 1), getattr(how, "gpus", 0)
-        units = how.workers if stage.kind == "fit" else 1
+        units = how.fewest if stage.kind == "fit" else 1
         if stage.kind == "driver" or any(_holds(cluster, cpus, gpus) >= units for cluster in (nodes, growth)):
             continue
         unit = {"fit": f"{units} worker{'s' * (units > 1)}", "task": "a task", "actor": "a process"}[stage.kind]
@@ -97,9 +97,9 @@ class Admission:
 
 
 def needs_of(stage: Any) -> dict[str, float]:
-    """CPUs and GPUs that a fit takes from the cluster."""
+    """CPUs and GPUs that a fit takes from the cluster at least; an elastic one may be given more."""
     how = stage.how
-    return {"CPU": how.workers * how.cpus, "GPU": how.workers * how.gpus}
+    return {"CPU": how.fewest * how.cpus, "GPU": how.fewest * how.gpus}
 
 
 def most_actors(info: ClusterInfo, cpus: float, gpus: float) -> int:

@@ -1,12 +1,18 @@
-"""What is never asked: hosts, and patterns of URLs."""
+"""What is never asked: hosts, and patterns of URLs; from a recipe or from a file."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
 from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
 
 from infra.errors import Refused
+from infra.manifest import canonical, digest
+from pipelines.places import Unreadable, place
+
+_COMMENT = re.compile(r"(^|\s)#.*")
 
 
 class Blocklist:
@@ -19,15 +25,10 @@ class Blocklist:
     def __init__(self, entries: Iterable[str] = ()) -> None:
         hosts, globs = set[str](), list[str]()
         for entry in entries:
-            if not entry.strip() or entry != entry.strip():
-                raise Refused(f"download.block has {entry!r}; write a host, or a pattern of URLs such as */ads/*")
+            if wrong := fault(entry):
+                raise Refused(f"download.block has {entry!r}{wrong}")
             if "/" in entry:
                 globs.append(fnmatch.translate(entry))
-            elif re.search(r"[*?\[\s:]", entry):
-                raise Refused(
-                    f"download.block has {entry!r}: a host stands for all below it, without * or port; a pattern of "
-                    "URLs has a slash, such as http*://*/ads/*"
-                )
             else:
                 hosts.add(_ascii(entry.strip(".")))
         self._hosts = frozenset(hosts)
@@ -41,8 +42,61 @@ class Blocklist:
         return bool(self._globs and self._globs.match(url))
 
 
-def _ascii(host: str) -> str:
+@lru_cache(maxsize=1)
+def blocklist(said: tuple[str, ...], filed: tuple[str, ...]) -> Blocklist:
+    """The block list of a recipe and its file, made once a process."""
+    return Blocklist((*said, *filed))
+
+
+def fault(entry: str) -> str:
+    """What is wrong with an entry, as the end of a sentence that names it; "" where nothing is."""
+    if not entry.strip() or entry != entry.strip():
+        return "; write a host, or a pattern of URLs such as */ads/*"
+    if "/" in entry:
+        return ""
+    if re.search(r"[*?\[\s:]", entry):
+        return ": a host stands for all below it, without * or port; a pattern of URLs has a slash, such as http*://*/ads/*"
     try:
-        return (host if host.isascii() else host.encode("idna").decode()).lower()
+        _ascii(entry.strip("."))
     except UnicodeError as error:
-        raise Refused(f"download.block has {host!r}, which is no host name: {error}") from None
+        return f", which is no host name: {error}"
+    return ""
+
+
+def read_file(uri: str) -> tuple[str, ...]:
+    """The entries of a block list at a path or s3://bucket/name, each once, in order of their letters.
+
+    An entry a line; what follows "#" at a line's start or behind a space is a comment. Refused, naming file and line,
+    for what is no entry.
+    """
+    try:
+        lines = _content(uri).decode("utf-8-sig").split("\n")
+    except (OSError, Unreadable) as error:
+        raise Refused(f"download.block_file: {uri} cannot be read: {getattr(error, 'strerror', '') or error}") from None
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise Refused(f"download.block_file: {uri}, line {number}: this is not UTF-8") from None
+    entries = set[str]()
+    for number, line in enumerate(lines, 1):
+        if not (entry := _COMMENT.sub("", line).strip()):
+            continue
+        if wrong := fault(entry):
+            raise Refused(f"download.block_file: {uri}, line {number} has {entry!r}{wrong}")
+        entries.add(entry)
+    return tuple(sorted(entries))
+
+
+def entries_digest(entries: tuple[str, ...]) -> str:
+    """SHA-256 (hex) of what a file blocks, whatever else stands in it; "" of nothing."""
+    return digest(canonical(list(entries))) if entries else ""
+
+
+def _content(uri: str) -> bytes:
+    if not uri.startswith("s3://"):
+        return Path(uri).expanduser().read_bytes()
+    folder, _, name = uri.rpartition("/")
+    return place(folder).get(name)
+
+
+def _ascii(host: str) -> str:
+    return (host if host.isascii() else host.encode("idna").decode()).lower()

@@ -62,15 +62,22 @@ def plan(
     change: SetOption = None,
 ) -> None:
     """Says what a run would do and why, and changes nothing."""
+    from pipelines import machine
     from pipelines import plan as planning
     from pipelines.run import prepared
 
     with prepared(recipe, store, change or (), create=False) as job:
         lines = planning.plan(job.stages, job.store)
+        todo = {line.stage for line in lines if line.todo}
+        needs = machine.needs([stage for stage in job.stages if stage.name in todo], job.recipe.hardware)
     if as_json:
-        sys.stdout.write(json.dumps(planning.as_json(lines), indent=1) + "\n")
-    else:
-        show(planning.as_table(lines))
+        said = planning.as_json(lines) | {"fits": machine.as_json(needs)}
+        sys.stdout.write(json.dumps(said, indent=1) + "\n")
+        return
+    show(planning.as_table(lines))
+    if needs:
+        show("")
+        show(machine.as_table(needs))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`unclip data`: what data a store holds, whether it is whole, what changed, and what is to go."""
+"""`unclip data`: what data a store holds, what it is like, whether it is whole, what changed, and what is to go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 data = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Versions of the data in a store: list, show, verify, compare, clean up, forget.",
+    help="Versions of the data in a store: list, show, report, verify, compare, clean up, forget.",
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
@@ -109,6 +109,26 @@ def data_diff(
         say(json.dumps([comparing.as_json(one) for one in found], indent=1))
     else:
         say("\n".join(comparing.as_text(one) for one in found))
+
+
+@data.command("report")
+def data_report(
+    ref: Annotated[
+        str,
+        typer.Argument(metavar="[REF]", help="First digits of a version, or of a release; default: the newest data."),
+    ] = "",
+    out: Annotated[Path, typer.Option(help="The page: one HTML file, whole in itself.")] = Path("data.html"),
+    store: StoreOption = "./store",
+) -> None:
+    """Writes a page about the data: reasons, hosts, sides, captions, scores, what each rule took, duplicates, pictures.
+
+    It goes as far as the version given: of a download it tells what was fetched, of a selection what stays.
+    """
+    from infra.store import open_store
+    from pipelines import data_report as reporting
+
+    page, about = reporting.write(open_store(store, create=False), ref, out)
+    say(f"wrote {page}, about {about.version[:12]} of {about.stage}")
 
 
 @data.command("gc")

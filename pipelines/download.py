@@ -10,7 +10,8 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from functools import cache
 from pathlib import Path
@@ -21,14 +22,14 @@ import pyarrow.parquet as pq
 
 from infra.errors import Refused
 from infra.forgotten import FORGOTTEN
-from infra.manifest import Action, Manifest, Record, object_name, standing
+from infra.manifest import Action, Record, object_name, standing
 from infra.rows import KEPT, SOURCE
 from infra.store import Store
-from pipelines.blocklist import Blocklist
+from pipelines.apart import preparing
+from pipelines.blocklist import Blocklist, blocklist, entries_digest, read_file
 from pipelines.guard import PATIENCE, Fault, Guard, networks
-from pipelines.pack import Earlier, Outcome, pack
-from pipelines.pictures import PictureSpec, prepare, resizer
-from pipelines.stage import plain
+from pipelines.pack import Earlier, Outcome, Packing, pack
+from pipelines.pictures import PictureSpec
 from pipelines.turns import Manners, fetched
 from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
@@ -58,6 +59,8 @@ class DownloadSpec(PictureSpec):
     block: tuple[str, ...] = field(default=(), metadata=LATER)
     """What is never asked, redirects included, and ends as `blocked`: hosts ("ads.test", with all hosts below it), and
     patterns of whole URLs ("http*://*/ads/*"), which have a slash."""
+    block_sha256: str = field(default="", metadata=LATER)
+    """SHA-256 of the entries of `block_file`, found out where the recipe is; "" without such a file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +77,9 @@ class DownloadHow(Manners):
     """Host, or *.suffix → address or address:port to connect to instead, as curl's --resolve."""
     allow: tuple[str, ...] = ()
     """Networks (CIDR) that may be reached though they are not public, for pictures on an intranet."""
+    block_file: str = ""
+    """A file, as a path or s3://bucket/name, with more of what `block` names, an entry a line; "#" begins a comment. It
+    is read where the recipe is. What it blocks is in the key, its comments, order and place are not."""
     contact: str = ""
     """An address where the people whose servers are asked can reach you; it goes into the User-Agent."""
     silent_rows: int = 8
@@ -86,6 +92,9 @@ class DownloadHow(Manners):
     to be reached (forgetting makes generations as well): a pass that was made is not made again until it is raised."""
     again_states: tuple[str, ...] = PASSING
     """Which failed rows those are. Rows that were kept, blocked or opted out are never asked again."""
+    apart: bool = False
+    """Whether pictures are decoded in processes of their own, so that one which ends its decoder costs its row alone. A
+    shard that ended its workers is done so in any case."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
 
@@ -101,25 +110,27 @@ class DownloadHow(Manners):
 
 
 @dataclass(frozen=True)
-class Download:
-    """Stage: each slice → `images.tar` and `index.parquet`. Blocks are ranges of the index."""
+class Download(Packing):
+    """Stage: each slice → a shard of what the web gives for it."""
 
     spec: DownloadSpec = field(default_factory=DownloadSpec)
     how: DownloadHow = field(default_factory=DownloadHow)
-    name: str = "download"
-    group: str = "download"
-    version: int = 1
-    needs: tuple[str, ...] = ("source",)
-    kind: str = "task"
+    entries: tuple[str, ...] = field(default=(), repr=False)
+    """Of `how.block_file`; their digest is `spec.block_sha256`."""
 
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        (source,) = inputs
-        for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
+    def __post_init__(self) -> None:
+        if self.spec.block_sha256 != entries_digest(self.entries):
+            raise Refused("download.block_sha256 is not the digest of the entries; make the stage with Download.of")
 
-    def setup(self) -> None:
-        """Imports what the first picture would otherwise wait for."""
-        resizer(self.spec)
+    @classmethod
+    def of(cls, spec: DownloadSpec, how: DownloadHow) -> Download:
+        """The stage with what its block list's file says; Refused, naming file and line, where that is none."""
+        entries = read_file(how.block_file) if how.block_file else ()
+        return cls(spec=replace(spec, block_sha256=entries_digest(entries)), how=how, entries=entries)
+
+    def carefully(self) -> Download:
+        """The stage as it does a shard that ended its workers."""
+        return replace(self, how=replace(self.how, apart=True))
 
     def stale(self, record: Record) -> bool:
         """Whether the next generation of a record is asked for (`again`), and there is something to ask for."""
@@ -136,9 +147,10 @@ class Download:
 
         def take(positions: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
             reached = Reached()
-            for position, got in fetched([(at, rows[at]["url"]) for at in positions], self._fetcher(), self.how):
-                reached.add(rows[position]["url"], got)
-                yield position, Outcome(got.state) if isinstance(got, Fault) else got
+            with self._fetcher() as fetch:
+                for position, got in fetched([(at, rows[at]["url"]) for at in positions], fetch, self.how):
+                    reached.add(rows[position]["url"], got)
+                    yield position, Outcome(got.state) if isinstance(got, Fault) else got
             if before is None:  # in a later pass there may well be dead hosts alone
                 reached.check(self.how.silent_rows)
 
@@ -148,25 +160,28 @@ class Download:
         settled = earlier.lines(without=self.how.again_states)
         return pack(action, table, settled, take, store, out, self.spec.format, earlier)
 
-    def _fetcher(self) -> Callable[[str], Outcome]:
-        """URL → what became of its body; raises the Fault that says why there is none."""
+    @contextmanager
+    def _fetcher(self) -> Iterator[Callable[[str], Outcome]]:
+        """URL → what became of its body; raises the Fault that says why there is none. For many threads."""
         guard = Guard(
             user_agent=user_agent(self.how.contact),
             resolve=self.how.resolve,
             allow=self.how.allow,
-            blocks=Blocklist(self.spec.block).blocks,
+            blocks=blocklist(self.spec.block, self.entries).blocks,
         )
 
         def obey(headers: Message) -> None:
             if opted_out(headers, self.spec.opt_out):
                 raise Fault("opt_out")
 
-        def fetch(url: str) -> Outcome:
-            body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body
-            picture = prepare(body, self.spec)  # in the thread that fetched it: decoders let the others run
-            return Outcome(picture.state or KEPT, hashlib.sha256(body).digest(), picture)
+        with closing(guard), preparing(self.spec, self.how.apart) as prepare:
 
-        return fetch
+            def fetch(url: str) -> Outcome:
+                body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body
+                picture = prepare(body)  # in the thread that fetched it: decoders let the others run
+                return Outcome(picture.state or KEPT, hashlib.sha256(body).digest(), picture)
+
+            yield fetch
 
 
 @dataclass

@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 
 from infra.errors import Refused
-from unclip.config import SEED, Range
+from unclip.config import FRACTION, PART, SEED, Range
 
 MOST_PICTURES = 256
 """Pictures of one command: more would make a grid that nobody reads, and at 1024 px already take 0.8 GB."""
 GUIDANCE = Range(0, 100)
 """Scales beyond are of no use: pictures burn out below 20, and float32 overflows somewhere above."""
+SHARES = {"eta": FRACTION, "theta": PART, "strength": PART}
+"""What `unclip.manipulate` takes as a share of something."""
 
 
 def check_order(number: int, *, rows: int = 1, seed: int = 0, out: Path | str) -> None:
@@ -36,6 +38,19 @@ def check_guidance(*, unguided: int = 1, **scales: float | None) -> None:
     for name, scale in scales.items():
         if scale is not None and (wanted := GUIDANCE.refuses(scale)):
             raise Refused(f"--{name.replace('_', '-')} is {scale}; it must be {wanted} ({unguided} is unguided)")
+
+
+def check_share(**shares: float) -> None:
+    """Raises Refused, with its name, for a share (of `SHARES`) that cannot be."""
+    for name, share in shares.items():
+        if wanted := SHARES[name].refuses(share):
+            raise Refused(f"--{name} is {share}; it must be {wanted}")
+
+
+def check_way(steps: int) -> None:
+    """Raises Refused for a way from one picture to another that has less than its two ends."""
+    if steps < 2:
+        raise Refused(f"--steps is {steps}; a way has at least 2 pictures")
 
 
 def check_out(out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
 from infra.store import Store
-from pipelines.drawing import check_order
+from pipelines.drawing import check_order, check_share, check_way
 from pipelines.pictures import FORMATS
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ MOST_PIXELS = 64_000_000
 """Larger pictures are refused by their header, before they are decoded."""
 
 
-def vary(store: Store, release: str, picture: Path, n: int, eta: float, seed: int, out: Path) -> Path:
-    """n variations of a picture, beside it."""
+def vary(store: Store, release: str, picture: Path, number: int, eta: float, seed: int, out: Path) -> Path:
+    """That number of variations of a picture, beside it."""
     from unclip import manipulate
 
-    check_order(n, seed=seed, out=out)
+    check_order(number, seed=seed, out=out)
+    check_share(eta=eta)
     model, (shown,) = _ready(store, release, [picture])
-    drawn = manipulate.variations(model, shown[None], n=n, eta=eta, seeds=[seed + k for k in range(n)])
+    drawn = manipulate.variations(model, shown[None], n=number, eta=eta, seeds=[seed + k for k in range(number)])
     return _saved(model, [shown], drawn, picture.name, out)
 
 
@@ -41,6 +42,7 @@ def interpolate(
     from unclip import manipulate
 
     check_order(steps, seed=seed, out=out)
+    check_way(steps)
     files = [Path(first), Path(second)]
     there = [_is_file(file) for file in files]
     if there.count(True) == 1:
@@ -61,21 +63,24 @@ def diff(
     from unclip import manipulate
 
     check_order(steps, out=out)
+    check_way(steps)
+    check_share(theta=theta)
     model, (shown,) = _ready(store, release, [picture])
     drawn = manipulate.text_diff(model, shown, before, after, theta=theta, steps=steps)
     return _saved(model, [shown], drawn, f"{before} to {after}", out)
 
 
 def redraw(
-    store: Store, release: str, picture: Path, prompt: str, strength: float, n: int, seed: int, out: Path
+    store: Store, release: str, picture: Path, prompt: str, strength: float, number: int, seed: int, out: Path
 ) -> Path:
-    """n times a picture drawn over under a prompt, beside it."""
+    """That many times a picture drawn over under a prompt, beside it."""
     from unclip import manipulate
 
-    check_order(n, seed=seed, out=out)
+    check_order(number, seed=seed, out=out)
+    check_share(strength=strength)
     model, (shown,) = _ready(store, release, [picture])
-    seeds = [seed + k for k in range(n)]
-    drawn = manipulate.redraw(model, shown.expand(n, -1, -1, -1), [prompt] * n, strength=strength, seeds=seeds)
+    pictures, seeds = shown.expand(number, -1, -1, -1), [seed + k for k in range(number)]
+    drawn = manipulate.redraw(model, pictures, [prompt] * number, strength=strength, seeds=seeds)
     return _saved(model, [shown], drawn, prompt, out)
 
 
@@ -85,18 +90,18 @@ def inpaint(
     picture: Path,
     mask: Path,
     prompt: str,
-    n: int,
+    number: int,
     seed: int,
     out: Path,
     trained: bool | None = None,
 ) -> Path:
-    """n times a picture with what is white in the mask drawn anew under a prompt, beside it.
+    """That many times a picture with what is white in the mask drawn anew under a prompt, beside it.
 
     trained: by the release's inpainter (True), by its decoder (False), or by the inpainter where there is one (None).
     """
     from unclip import manipulate
 
-    check_order(n, seed=seed, out=out)
+    check_order(number, seed=seed, out=out)
     model, (shown, where) = _ready(store, release, [picture, mask])
     if shown.shape != where.shape:
         sides = [f"{tensor.shape[2]}×{tensor.shape[1]}" for tensor in (where, shown)]
@@ -104,24 +109,24 @@ def inpaint(
     free = where.float().mean(0) > 127.5
     if not bool(free.any()):
         raise Refused(f"the mask {mask} has no white in it: there is nothing to draw")
-    seeds = [seed + k for k in range(n)]
-    pictures, masks = shown.expand(n, -1, -1, -1), free.expand(n, -1, -1)
-    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * n, seeds=seeds, trained=trained)
+    seeds = [seed + k for k in range(number)]
+    pictures, masks = shown.expand(number, -1, -1, -1), free.expand(number, -1, -1)
+    drawn = manipulate.inpaint(model, pictures, masks, [prompt] * number, seeds=seeds, trained=trained)
     return _saved(model, [shown], drawn, prompt, out)
 
 
-def probe(store: Store, release: str, picture: Path, keep: Sequence[int], seed: int, out: Path) -> Path:
+def probe(store: Store, release: str, picture: Path, keep: Sequence[int] | None, seed: int, out: Path) -> Path:
     """A picture's embedding in its first k principal directions alone, for each k of `keep`, beside the picture.
 
-    The directions are those of the data that the release was trained on. keep: empty for seven numbers that double, the
-    last of them all.
+    The directions are those of the data that the release was trained on. keep: None or empty for seven numbers that
+    double, the last of them all.
     """
     from unclip import manipulate
 
-    check_order(len(keep) or 1, seed=seed, out=out)
+    check_order(len(keep or ()) or 1, seed=seed, out=out)
     model, (shown,) = _ready(store, release, [picture])
     basis, mean = _directions(store, release)
-    dimensions = list(keep) or sorted({max(1, len(basis) >> halved) for halved in range(7)})
+    dimensions = list(keep or ()) or sorted({max(1, len(basis) >> halved) for halved in range(7)})
     drawn = manipulate.probe(model, shown[None], basis, mean, dimensions, seeds=[seed] * len(dimensions))
     words = f"{picture.name}, of {len(basis)} directions: {', '.join(map(str, dimensions))}"
     return _saved(model, [shown], drawn, words, out)

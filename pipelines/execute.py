@@ -12,10 +12,13 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
+from infra.board import Extent
 from infra.cluster import Node
 from infra.damage import damaged
 from infra.errors import Refused, Stopped
@@ -26,8 +29,8 @@ from pipelines.admission import Admission, check_room
 from pipelines.console import Console
 from pipelines.fitting import Fits, settle
 from pipelines.graph import Resolved, order, resolve, unfinished
-from pipelines.shards import perform, run_actors, run_tasks
-from pipelines.stage import Stage
+from pipelines.shards import first_line, perform, run_actors, run_tasks
+from pipelines.stage import Stage, plain
 from unclip.errors import Refused as Impossible
 
 log = logging.getLogger(__name__)
@@ -206,8 +209,10 @@ class Execution:
         if todo:
             self._go_on()
         else:
-            self.console.state(stage.name, "present", len(resolved.actions), len(resolved.actions))
             manifest = resolved.manifest()
+            self.console.state(
+                stage.name, "present", len(resolved.actions), len(resolved.actions), states=manifest.states
+            )
             if allowed:
                 manifest.save(self.store)
                 if stage.kind == "fit":
@@ -219,29 +224,56 @@ class Execution:
         manifest = resolved.manifest(self._made(resolved))
         manifest.save(self.store)
         count = len(resolved.actions)
-        self.console.state(stage.name, "done", count, count, seconds=time.monotonic() - began)
+        self.console.state(stage.name, "done", count, count, time.monotonic() - began, manifest.states)
         return manifest
 
     def _made(self, resolved: Resolved) -> list[Record]:
         """Does what is missing, where the stage's kind says."""
         stage = resolved.stage
         if stage.kind == "driver":  # in this very process: small reduces, the ledger
-            return [perform(stage, action, self.store) for action in resolved.todo]
-        info, _ = self.link()  # first of all: Ray reads its environment when it is imported
+            began = time.monotonic()
+            made = [perform(stage, action, self.store) for action in resolved.todo]
+            if self.monitor is not None and any(record.rows for record in made):
+                with self._followed(resolved, self.monitor, time.monotonic() - began) as heard:
+                    heard(made)
+            return made
+        info, monitor = self.link()  # first of all: Ray reads its environment when it is imported
         if stage.kind == "fit":
             assert self._fits is not None
             return [self._fits.fit(stage, action) for action in resolved.todo]
         work = {"task": run_tasks, "actor": run_actors}[stage.kind]
-        return work(resolved, self.store, info, lambda made: self._shards(resolved, made), self._go_on)
+        with self._followed(resolved, monitor) as heard:
+            return work(resolved, self.store, info, monitor, heard, self._go_on)
 
-    def _shards(self, resolved: Resolved, made: int) -> None:
-        count = len(resolved.actions)
-        self.console.state(resolved.stage.name, "running", count - len(resolved.todo) + made, count)
+    @contextmanager
+    def _followed(
+        self, resolved: Resolved, monitor: Any, ago: float = 0.0
+    ) -> Iterator[Callable[[Sequence[Record]], None]]:
+        """Tells console and monitor of a stage that began `ago` seconds ago, and of the shards that the value hears are
+        done, the newest last."""
+        stage, count, todo = resolved.stage, len(resolved.actions), {action.key for action in resolved.todo}
+        states: Counter[str] = Counter()
+        for key, record in resolved.present.items():
+            states.update({} if key in todo else record.states)
+        present = count - len(todo)
+        spec = plain(stage.spec)
+        tags = {"unclip.key": resolved.whole.key, "unclip.inputs": " ".join(resolved.whole.inputs)}
+        extent = Extent(count, present, states, ago)
+        monitor.begin(stage.name, extent, spec if isinstance(spec, dict) else {}, tags)
 
+        def heard(made: Sequence[Record]) -> None:
+            monitor.shard(stage.name, made[-1].key, made[-1].states, done=True)
+            self.console.state(stage.name, "running", present + len(made), count)
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text: of Ray's, what happened; the rest is about its log files."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
+        status = "FAILED"
+        try:
+            yield heard
+            status = "FINISHED"
+        except Stopped:
+            status = "KILLED"
+            raise
+        finally:
+            monitor.finish(stage.name, status)
 
 
 def last_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ def explain(errors: Sequence[Mapping[str, Any]], root: type, where: str) -> str:
     lines: list[str] = []
     for item in errors[:MOST]:
         steps = [str(step) for step in item["loc"] if not _CHOICE.match(str(step))]
-        path = ".".join(steps)
+        path = _dotted(steps)
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = _keys(root, steps[:-1])
             near = difflib.get_close_matches(steps[-1], known, 1, 0.5)
@@ -37,6 +37,13 @@ def explain(errors: Sequence[Mapping[str, Any]], root: type, where: str) -> str:
             lines.append(f"{path} is no known key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{path} is missing")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"{path}.rule is missing: it says which rule it is")
+        elif item["type"] == "union_tag_invalid":
+            tag, known = item["ctx"]["tag"], re.findall(r"'(\w+)'", item["ctx"]["expected_tags"])
+            near = difflib.get_close_matches(tag, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"its rules: {', '.join(known)}"
+            lines.append(f"{path}.rule is {tag!r}, which unclip does not have; {hint}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = json.dumps(item["input"], default=str)
@@ -61,10 +68,15 @@ def _at(root: type, steps: list[str], message: str) -> str:
     for first in range(len(steps)):
         said = ".".join(steps[first:])
         if message.startswith((f"{said}.", f"{said} ", f"{said}:")):
-            return ".".join([*steps[:first], message])
+            return ".".join([*filter(None, [_dotted(steps[:first])]), message])
     if re.split(r"[ .]", message, maxsplit=1)[0] in {*_keys(root, steps)} - {"rule"}:  # "rule size: …" says which rule
-        return ".".join([*steps, message])
-    return f"{'.'.join(steps)}: {message}" if steps else message
+        return f"{_dotted(steps)}.{message}"
+    return f"{_dotted(steps)}: {message}" if steps else message
+
+
+def _dotted(steps: list[str]) -> str:
+    """The path as a person would write it: without the name of the rule that pydantic puts behind a rule's number."""
+    return ".".join(step for place, step in enumerate(steps) if place < 2 or steps[place - 2] != "rules")
 
 
 def _keys(root: type, steps: list[str]) -> list[str]:

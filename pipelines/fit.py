@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, digest_file
+from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file
 from infra.store import Store
+from pipelines.explain import blaming
 from pipelines.stage import plain
+from training.job import START
 from training.launch import FitHow, Job, discard, fit
+from unclip.config import LATER
+from unclip.open_clip_folder import PREFIX, files_of
 
 ROLES = {
     "download": "rows",
@@ -31,6 +35,8 @@ class FitSpec:
 
     model: dict[str, Any]
     train: dict[str, Any]
+    start: str = field(default="", metadata=LATER)
+    """Version of the release whose model of this name it goes on from; empty: it begins anew."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Fit:
     def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
         """Trains to the end (or on from the newest valid checkpoint) and returns the record of what lies in `out`."""
         data = {ROLES[need]: version for need, version in zip(self.needs, action.inputs, strict=True)}
+        if self.spec.start:
+            data[START] = self.spec.start
         job = Job(self.name, action.key, self.model, self.spec.model, self.spec.train, data)
         facts = fit(job, self.how, store.uri, out, monitor, lease)
         return Record.of(action, out, facts=facts)
@@ -79,11 +87,11 @@ class LoadSpec:
     """A CLIP that exists: an open_clip name with its pretrained tag, or the digest of a weights file."""
 
     name: str
-    """open_clip's model name, for instance ViT-L-14."""
+    """open_clip's model name, for instance ViT-L-14; or local-dir:<folder>, with open_clip_config.json and weights."""
     tag: str = ""
     """open_clip's pretrained tag, for instance laion2b_s32b_b82k."""
     sha256: str = ""
-    """SHA-256 of the weights file, where one is given instead of a tag."""
+    """SHA-256 of the weights file, where one is given instead of a tag; of a folder, over configuration and weights."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class LoadHow:
     """Where a weights file lies; its digest is in the spec."""
 
     file: str = ""
-    """A file of weights that open_clip can load; then the tag counts for nothing."""
+    """A file of weights that open_clip can load; then the tag counts for nothing. Where `name` is local-dir:<folder>,
+    leave it out."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +120,16 @@ class LoadClip:
 
     @classmethod
     def of(cls, spec: LoadSpec, how: LoadHow) -> LoadClip:
-        """The stage with the digest of the file, if one is given; raises Refused if it is none."""
+        """The stage with the digest of the file or folder, if one is given; raises Refused if it is none."""
+        if spec.name.startswith(PREFIX):  # the path moves out of the key: a folder is what it holds
+            if how.file:
+                raise Refused("clip.pretrained.file is given, and the folder of clip.pretrained.name has its weights")
+            return cls(LoadSpec(PREFIX, sha256=_digest(spec.name)), LoadHow(spec.name))
         if not how.file:
             return cls(spec, how)
         if not Path(how.file).is_file():
             raise Refused(f"clip.pretrained.file {how.file!r} is no file")
-        return cls(replace(spec, tag="", sha256=digest_file(Path(how.file))), how)
+        return cls(replace(spec, tag="", sha256=_digest(how.file)), how)
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all; it reads no data."""
@@ -129,8 +142,18 @@ class LoadClip:
         """Loads and saves it; raises Refused where hub or file do not give it, or the file is not the key's."""
         from unclip.clip import Clip
 
-        if self.spec.sha256 and digest_file(Path(self.how.file)) != self.spec.sha256:
+        if self.spec.sha256 and _digest(self.how.file) != self.spec.sha256:
             raise Refused(f"{self.how.file} was changed while this run went on: run it again", code=5)
-        clip = Clip.pretrained(self.spec.name, self.how.file or self.spec.tag)
+        if self.spec.name == PREFIX:
+            clip = Clip.pretrained(self.how.file)
+        else:
+            clip = Clip.pretrained(self.spec.name, self.how.file or self.spec.tag)
         clip.save(out)
         return Record.of(action, out, facts={"fingerprint": clip.fingerprint})
+
+
+def _digest(file: str) -> str:
+    """SHA-256 (hex) of a file's bytes; of a folder that open_clip names so, over its two files'."""
+    with blaming("clip.pretrained.name"):
+        files = files_of(file)
+    return digest_file(Path(file)) if files is None else digest(canonical([digest_file(one) for one in files]))

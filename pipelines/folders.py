@@ -22,6 +22,7 @@ import pyarrow as pa
 from infra.errors import Refused
 from infra.manifest import canonical, digest_file
 from pipelines.layouts import Columns
+from pipelines.list_trouble import trouble
 from pipelines.lists import FORMATS, open_list, stream
 from pipelines.places import Place, Unreadable, is_text, place
 from pipelines.samples import PICTURES, TEXT_BYTES, Sample, batches, caption_of, sha256_of, text_of
@@ -131,7 +132,7 @@ def _picture(there: Place, name: str) -> Sample:
 def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
     """A sample a row of the metadata file, in its order."""
     names = Columns("file_name", columns.caption, columns.keep)
-    table = open_list(path, names)
+    table = open_list(path, names, KEY)
 
     def sample(row: dict[str, Any]) -> Sample:
         name = row["file_name"]
@@ -149,7 +150,7 @@ def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
     try:
         yield from _ahead(sample, lines())
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise Refused(f"{KEY}: {path.name} cannot be read to its end: {' '.join(str(error).split())[:300]}") from error
+        raise Refused(f"{KEY}: {path.name} cannot be read to its end: {trouble(path, error)}") from error
 
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -99,7 +99,10 @@ def names_of(
             found[kind].append(line)
     for url in found["--url"]:
         if "://" not in url:
-            raise Refused(f"--url {url!r} is no URL; write it as it stands in the list, such as https://…")
+            raise Refused(
+                f"--url {url!r} is no URL; write it as it stands in the list, such as https://…. A picture of a tar or "
+                "a folder is named by the --sha256 of its bytes, or by its --uid"
+            )
     names = Names(
         frozenset(_hex("--uid", one, 16) for one in found["--uid"]),
         frozenset(url.strip() for url in found["--url"]),

@@ -7,23 +7,30 @@ that a server gave, so that every stage behind finds what it finds behind a down
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, object_name
+from infra.manifest import Action, Record, object_name
 from infra.rows import KEPT, MEMBER, SOURCE, sample_uid
 from infra.store import Store
+from pipelines.apart import preparing
+from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.inflight import completed
-from pipelines.pack import Outcome, pack
-from pipelines.pictures import PictureSpec, prepare, resizer
+from pipelines.pack import Outcome, Packing, pack
+from pipelines.pictures import PictureSpec
 from pipelines.places import Unreadable, place
-from pipelines.stage import plain
 from unclip.config import AMOUNT, COUNT, outside
+
+DECIDING = ("opt_out", "block", "block_file", "again", "again_states")
+"""Settings of a download that decide about rows, or ask for work. Whoever sets one relies on it."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class GatherHow:
     """Pictures read at a time, a task."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
+    apart: bool = False
+    """As DownloadHow's."""
 
     def __post_init__(self) -> None:
         if wrong := outside(self, threads=COUNT, cpus=AMOUNT):
@@ -43,25 +52,14 @@ class GatherHow:
 
 
 @dataclass(frozen=True)
-class Gather:
-    """Stage: each slice → `images.tar` and `index.parquet`, as `Download` leaves them, and under its name."""
+class Gather(Packing):
+    """Stage: each slice → a shard as `Download` leaves it, under its name, of pictures that are there."""
 
-    spec: PictureSpec
     how: GatherHow
-    name: str = "download"
-    group: str = "download"
-    version: int = 1
-    needs: tuple[str, ...] = ("source",)
-    kind: str = "task"
 
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        (source,) = inputs
-        for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
-
-    def setup(self) -> None:
-        """Imports what the first picture would otherwise wait for."""
-        resizer(self.spec)
+    def carefully(self) -> Gather:
+        """The stage as it does a shard that ended its workers."""
+        return replace(self, how=replace(self.how, apart=True))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
@@ -82,12 +80,13 @@ class Gather:
             except Unreadable as error:
                 raise self._changed(str(error)) from error
 
-        for which, data in completed(read, wanted, self.how.threads):
-            row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
-            if sample_uid(sha, row["caption"]) != row["uid"]:
-                raise self._changed(row["url"])
-            picture = prepare(data, self.spec)
-            yield wanted[which], Outcome(picture.state or KEPT, sha, picture)
+        with preparing(self.spec, self.how.apart) as prepare:
+            for which, data in completed(read, wanted, self.how.threads):
+                row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
+                if sample_uid(sha, row["caption"]) != row["uid"]:
+                    raise self._changed(row["url"])
+                picture = prepare(data)
+                yield wanted[which], Outcome(picture.state or KEPT, sha, picture)
 
     def _untaken(self, row: dict[str, Any]) -> str | None:
         """The state that a row has without its picture being read, or None."""
@@ -104,3 +103,28 @@ class Gather:
             "listed anew",
             code=5,
         )
+
+
+def check_unused(section: Any, source: str) -> None:
+    """Tells which settings of the recipe's section `download` mean nothing, since nothing is fetched; Refused where one
+    of them decides about rows. source: the key of the recipe that says where the pictures are, as "source.tars".
+    """
+    used = {item.name for cls in (PictureSpec, GatherHow) for item in fields(cls)}
+    unused = [
+        item.name
+        for cls in (DownloadSpec, DownloadHow)
+        for item in fields(cls)
+        if item.name not in used and hasattr(section, item.name) and getattr(section, item.name) != _default(item)
+    ]
+    if relied := [name for name in unused if name in DECIDING]:
+        raise Refused(
+            f"download.{relied[0]} means nothing with {source}, where nothing is fetched: leave it out. "
+            "Rules of `filter` reject rows of such a source."
+        )
+    if unused:
+        names = ", ".join(f"download.{name}" for name in unused)
+        log.warning("%s: no effect with %s, whose pictures are there and not fetched", names, source)
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()

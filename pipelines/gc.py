@@ -95,8 +95,8 @@ class _Marked:
     """SHA-256s."""
     keys: set[str] = field(default_factory=set)
     """Keys of the records of kept versions."""
-    listed: set[str] = field(default_factory=set)
-    """Keys that any manifest lists, kept or not."""
+    listed: dict[str, int] = field(default_factory=dict)
+    """Key → the newest generation of it that any manifest lists, kept or not."""
     dropped: list[Head] = field(default_factory=list)
 
 
@@ -152,9 +152,12 @@ def _collect(
     marked = _mark(store, keep, since, told)
     names = [entry.name for entry in store.list("records/")]
     standing = newest(names)
-    if not abandoned:
-        for key in standing.keys() - marked.listed:
-            _mark_record(store, standing[key][1], marked)
+    for key, (generation, name) in standing.items():
+        unfinished = key not in marked.listed and not abandoned
+        # What was forgotten, asked again or mended since: the next run lists it in the place of what it supersedes.
+        superseding = key in marked.keys and generation > marked.listed.get(key, generation)
+        if unfinished or superseding:
+            _mark_record(store, name, marked)
     garbage = Garbage(marked.dropped)
     for kind, candidates in _candidates(store, marked, standing, live, abandoned):
         _sweep(store, kind, candidates, since, delete, garbage, told)
@@ -182,10 +185,11 @@ def _mark(store: Store, keep: Keep, since: datetime, told: Told) -> _Marked:
     for done, head in enumerate(heads, 1):
         told("manifests", done, len(heads))
         with reading(head.name):
-            keys = {key for key, _ in document(store, head.name)["records"]}
-        marked.listed |= keys
+            pairs = document(store, head.name)["records"]
+        for key, generation in pairs:
+            marked.listed[key] = max(generation, marked.listed.get(key, 0))
         if head.version in versions:
-            marked.keys |= keys
+            marked.keys |= {key for key, _ in pairs}
         else:
             marked.dropped.append(head)
     for done, version in enumerate(versions, 1):

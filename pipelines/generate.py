@@ -41,15 +41,16 @@ def generate(
     from pipelines.opening import open_release
 
     folder = open_release(store, release)
+    guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
     from pipelines import grids
     from unclip.cascade import UnCLIP
+    from unclip.release import asked
 
-    model = UnCLIP.load(folder)
-    if label_guidance is not None and not (labels or model.sampling["decoder"].labels):
+    if not asked(folder, **guides).labels and label_guidance is not None:
         raise Refused("--label-guidance is how strongly to guide towards labels, and there are none: add --label")
+    model = UnCLIP.load(folder)
     words = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed + k for _ in prompts for k in range(n)]
-    guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
     pictures = model.generate(words, seeds=seeds, guidance=guidance, prior_guidance=prior_guidance, **guides)
     table = pictures.permute(0, 2, 3, 1).reshape(len(prompts), n, model.size, model.size, 3).numpy()
     grids.save(grids.rows(table, prompts), Path(out))

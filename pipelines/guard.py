@@ -1,16 +1,16 @@
 """What a download may reach: http and https at public addresses, within bytes, seconds and redirects.
 
 Every address is checked where the connection is made, and the connection goes to the very address that was checked, so
-neither a redirect nor a name that resolves differently the second time leads inside. Proxies of the environment are
-not used: behind one, the address could not be checked. Each refusal and each failure has a name, which becomes the
-state of the row.
+neither a redirect nor a name that resolves differently the second time leads inside. A connection that was kept serves
+again only where its host, looked up anew, is still at that very address. Proxies of the environment are not used:
+behind one, the address could not be checked. Each refusal and each failure has a name, which becomes the state of the
+row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import io
 import ipaddress
 import socket
 import ssl
@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from infra.errors import Refused
+from pipelines.connections import Address, Connection, Connections, Response, dial, left
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 REDIRECTS = (301, 302, 303, 307, 308)
 PATIENCE = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one a moment later
 _PORTS = {"http": 80, "https": 443}
@@ -77,8 +76,9 @@ class Guard:
         self._blocks = blocks
         self._resolve = {host.lower().rstrip("."): endpoint(at) for host, at in (resolve or {}).items()}
         self._allow = networks(allow)
-        self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.1", "Connection": "close"}
+        self._headers = {"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.1"}
         self._max_redirects = max_redirects
+        self._connections = Connections()
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -95,45 +95,63 @@ class Guard:
         deadline, answered = time.monotonic() + seconds, False
         try:
             for _ in range(self._max_redirects + 1):
-                with _faults(seconds), contextlib.closing(self._connect(url, deadline)) as connection:
-                    connection.request("GET", _target(url), headers=self._headers)
-                    with connection.getresponse() as response:
-                        answered = True
-                        if response.status in REDIRECTS and response.headers["Location"]:
-                            url = urljoin(url, _location(response.headers["Location"]))
-                            continue
-                        if response.status != 200:
-                            raise Fault(
-                                f"http_{response.status}",
-                                transient=response.status in PATIENCE,
-                                retry_after=retry_after(response.headers) if response.status in PATIENCE else None,
-                            )
-                        check(response.headers)
-                        return Answer(_body(response, max_bytes), response.headers, url)
+                with _faults(seconds), contextlib.ExitStack() as ending:
+                    connection, response = self._ask(url, deadline)
+                    ending.callback(connection.close)
+                    ending.enter_context(response)
+                    answered = True
+                    if response.status in REDIRECTS and response.headers["Location"]:
+                        url = urljoin(url, _location(response.headers["Location"]))
+                        continue
+                    if response.status != 200:
+                        raise Fault(
+                            f"http_{response.status}",
+                            transient=response.status in PATIENCE,
+                            retry_after=retry_after(response.headers) if response.status in PATIENCE else None,
+                        )
+                    check(response.headers)
+                    body = _body(response, max_bytes)
+                    if response.complete():
+                        ending.pop_all()
+                        response.close()
+                        self._connections.keep(connection)
+                    return Answer(body, response.headers, url)
             raise Fault("too_many_redirects", f"more than {self._max_redirects}")
         except Fault as fault:
             fault.answered = answered
             raise
 
-    def _connect(self, url: str, deadline: float) -> http.client.HTTPConnection:
+    def close(self) -> None:
+        """Ends the connections that were kept for further requests; those that follow are not kept."""
+        self._connections.close()
+
+    def _ask(self, url: str, deadline: float) -> tuple[Connection, Response]:
+        """The answer to a GET, of which the head has come, and its connection: one that was kept, or a new one."""
         scheme, host, port = _parts(url)
+        target = _target(url)
         where = host if port == _PORTS[scheme] else f"{host}:{port}"
-        if self._blocks(host, f"{scheme}://{where}{_target(url)}"):
+        if self._blocks(host, f"{scheme}://{where}{target}"):
             raise Fault("blocked", f"{host}: blocked by download.block")
-        sock = _dial(self.addresses(host, port), deadline)
+        addresses = self.addresses(host, port)
+        kept = self._connections.take((scheme, host, port, *one) for one in addresses)
+        if kept is not None:
+            try:
+                return kept, kept.get(target, self._headers, deadline)
+            except (ConnectionError, http.client.BadStatusLine, ssl.SSLError):
+                kept.close()  # its server hung up meanwhile, as it may: that says nothing about this URL
+            except BaseException:
+                kept.close()
+                raise
+        sock, at = dial(addresses, deadline)
         try:
-            sock.settimeout(_left(deadline))
+            sock.settimeout(left(deadline))
             if scheme == "https":  # certificate and SNI belong to the name, not to the address
                 sock = self._tls.wrap_socket(sock, server_hostname=host)
+            connection = Connection(sock, (scheme, host, port, *at), _PORTS[scheme])
+            return connection, connection.get(target, self._headers, deadline)
         except BaseException:
             sock.close()
             raise
-        # The port of the URL, not the one connected to, is what the Host header says.
-        connection = http.client.HTTPConnection(host, port)
-        connection.default_port = _PORTS[scheme]
-        connection.sock = sock
-        connection.response_class = lambda *args, **more: _Response(deadline, *args, **more)  # type: ignore[assignment]
-        return connection
 
     def addresses(self, host: str, port: int) -> list[tuple[Address, int]]:
         """Where a host may be connected to, as (address, port); Fault if it has no address, or none that is allowed."""
@@ -250,54 +268,6 @@ def _target(url: str) -> str:
 def _location(header: str) -> str:
     """Where a redirect leads. http.client reads headers as Latin-1; escaping them as such restores the bytes."""
     return quote(header.strip(), safe=_SAFE + "#", encoding="iso-8859-1")
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the time for this URL is over")
-    return left
-
-
-def _dial(addresses: list[tuple[Address, int]], deadline: float) -> socket.socket:
-    """A connection to the first of these addresses that takes one; none of them is looked up again."""
-    failed: OSError = TimeoutError()
-    for number, (address, port) in enumerate(addresses):
-        sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(_left(deadline) / (len(addresses) - number))
-            sock.connect((str(address), port))
-            return sock
-        except OSError as error:
-            sock.close()
-            failed = error
-    raise failed
-
-
-class _Timed(io.RawIOBase):
-    """A socket's bytes until a deadline: each read gets only the time that is left, so the sum is bounded too."""
-
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float) -> None:
-        self._sock, self._raw, self._deadline = sock, raw, deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._deadline))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    """An answer whose head and body keep the deadline."""
-
-    def __init__(self, deadline: float, sock: socket.socket, *args: Any, **more: Any) -> None:
-        super().__init__(sock, *args, **more)
-        self.fp = io.BufferedReader(_Timed(sock, self.fp.detach(), deadline))
 
 
 def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv as lines
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from infra.errors import Refused
 from infra.manifest import digest_file
 from infra.rows import SOURCE, uid
 from pipelines.layouts import Columns
+from pipelines.list_trouble import never_closed, trouble
 from pipelines.places import Unreadable, find, place
 
 if TYPE_CHECKING:
@@ -70,7 +73,10 @@ def _files(urls: str) -> Iterator[list[Path]]:
 
 
 def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
-    """Batches with the columns of SOURCE and those to keep; a null URL or caption stays null."""
+    """Batches with the columns of SOURCE and those to keep; a null URL or caption stays null.
+
+    What is not UTF-8 becomes null, so that it costs its row (`no_caption`, `no_url`) and not the list.
+    """
     kept: pa.Schema | None = None
     for path in paths:
         found = open_list(path, columns)
@@ -81,44 +87,63 @@ def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
                 f"({_types(schema)}, not {_types(kept)}); write all files of the list with one schema"
             )
         kept = schema
+        count, before = 0, _stamp(path)
+        last: tuple[str | None, str | None] = (None, None)
         try:
             for batch in stream(found, path, [columns.url, columns.caption, *columns.keep]):
-                urls, captions = (batch.column(n).cast(pa.string()) for n in (columns.url, columns.caption))
-                pairs = zip(urls.to_pylist(), captions.to_pylist(), strict=True)
+                urls, captions = (_readable(batch.column(n).cast(pa.string())) for n in (columns.url, columns.caption))
+                pairs = list(zip(urls.to_pylist(), captions.to_pylist(), strict=True))
                 names = pa.array([uid(url or "", caption or "") for url, caption in pairs], SOURCE.field("uid").type)
-                extra = [batch.column(field.name).cast(field.type) for field in kept]
+                extra = [_readable(batch.column(field.name).cast(field.type)) for field in kept]
+                count, last = count + batch.num_rows, (pairs or [last])[-1]
                 yield pa.record_batch([names, urls, captions, *extra], schema=pa.schema([*SOURCE, *kept]))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise Refused(f"source.urls: {path.name} cannot be read to its end: {_one_line(error)}") from error
+            behind = f", behind row {count:,}" if count else ""
+            raise Refused(
+                f"source.urls: {path.name} cannot be read to its end{behind}: {trouble(path, error)}"
+            ) from error
+        if path.suffix in (".csv", ".tsv") and any(never_closed(path, value) for value in last):
+            raise Refused(
+                f"source.urls: {path.name} opens a quote in row {count:,} that nothing closes, so that the rest of the "
+                "file would be one value; close it"
+            )
+        if _stamp(path) != before:
+            raise Refused(f"source.urls: {path.name} changed while the run was under way; run again")
 
 
-def open_list(path: Path, columns: Columns) -> ds.Dataset:
-    """A list file as a dataset; Refused unless it can be read and has the columns, URL and caption as text."""
+def open_list(path: Path, columns: Columns, key: str = "source.urls") -> ds.Dataset:
+    """A list file as a dataset; Refused unless it can be read and has the columns, URL and caption as text.
+
+    key: the recipe's, whose file it is; of another than a list's, the URL's column has its name from unclip.
+    """
     import pyarrow.csv as csv
     import pyarrow.dataset as ds
 
     kind: Any = FORMATS[path.suffix]
-    if kind in ("csv", "tsv"):
-        delimiter = "\t" if kind == "tsv" else ","
-        kind = ds.CsvFileFormat(
-            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            read_options=_header(path, columns, delimiter),
-            convert_options=csv.ConvertOptions(column_types={n: pa.string() for n in (columns.url, columns.caption)}),
-        )
     try:
+        if kind in ("csv", "tsv"):
+            delimiter = "\t" if kind == "tsv" else ","
+            as_text = {name: pa.string() for name in (columns.url, columns.caption)}
+            kind = ds.CsvFileFormat(
+                parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                read_options=_header(path, columns, delimiter),
+                # check_utf8: one row would stand for all; `read` looks at each
+                convert_options=csv.ConvertOptions(column_types=as_text, check_utf8=False),
+            )
         found = ds.dataset(path, format=kind)
     except (pa.ArrowException, OSError) as error:
-        raise Refused(f"source.urls: {path} cannot be read as {path.suffix[1:]}: {_one_line(error)}") from error
+        raise Refused(f"{key}: {path.name} cannot be read as {path.suffix[1:]}: {trouble(path, error)}") from error
     there = found.schema.names
-    for key, name in [("url", columns.url), ("caption", columns.caption), *(("keep", name) for name in columns.keep)]:
+    url = "source.columns.url" if key == "source.urls" else key
+    texts = ((url, columns.url), ("source.columns.caption", columns.caption))
+    for where, name in [*texts, *(("source.columns.keep", name) for name in columns.keep)]:
         if name not in there:
-            raise Refused(
-                f"source.columns.{key}: {path.name} has no column {name!r}. Its columns: {', '.join(there) or 'none'}."
-            )
-    for key, name in (("url", columns.url), ("caption", columns.caption)):
+            shown = ", ".join(one if one == one.strip() else repr(one) for one in there)
+            raise Refused(f"{where}: {path.name} has no column {name!r}. Its columns: {shown or 'none'}.")
+    for where, name in texts:
         kind = _plain(found.schema.field(name)).type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise Refused(f"source.columns.{key}: column {name!r} of {path.name} holds {kind}, not text; name another")
+            raise Refused(f"{where}: column {name!r} of {path.name} holds {kind}, not text; name another")
     return found
 
 
@@ -131,6 +156,25 @@ def stream(found: ds.Dataset, path: Path, names: list[str]) -> Iterator[pa.Recor
         yield from found.to_batches(names, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1)
 
 
+def _readable(column: pa.Array) -> pa.Array:
+    """The column with null in place of text that is not UTF-8."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        return pa.array([_decoded(value) for value in column.view(binary).to_pylist()], column.type)
+    return column
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def _header(path: Path, columns: Columns, delimiter: str) -> csv.ReadOptions:
     """The names come from the file's first line, unless the recipe says them and this line does not."""
     import pyarrow.csv as csv
@@ -139,7 +183,8 @@ def _header(path: Path, columns: Columns, delimiter: str) -> csv.ReadOptions:
         return csv.ReadOptions()
     with open(path, "rb") as file:
         first = file.readline(1 << 16).decode("utf-8-sig", "replace").strip("\r\n")
-    return csv.ReadOptions(column_names=columns.header, skip_rows=int(first == delimiter.join(columns.header)))
+    named = next(lines.reader([first], delimiter=delimiter), [])
+    return csv.ReadOptions(column_names=columns.header, skip_rows=int(tuple(named) == columns.header))
 
 
 def _plain(field: pa.Field) -> pa.Field:
@@ -152,5 +197,7 @@ def _types(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes with a file, as far as its folder tells."""
+    status: os.stat_result = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

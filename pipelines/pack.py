@@ -21,17 +21,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.forgotten import FORGOTTEN, Forgotten
-from infra.manifest import Action, Block, Record, canonical, object_name
+from infra.manifest import Action, Block, Manifest, Record, canonical, object_name
 from infra.rows import INDEX, KEPT, SOURCE
 from infra.store import Store
-from pipelines.pictures import Picture
+from pipelines.pictures import Picture, PictureSpec, resizer
+from pipelines.progress import became, expect
 from pipelines.redact import redact
+from pipelines.stage import plain
 
 TAR, TABLE = "images.tar", "index.parquet"
 BLOCK_ROWS = 256
 
 Members = list[tuple[str, bytes]]
 """What the tar holds of a row: names and bytes of picture, caption and facts."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What `Download` and `Gather` share as stages: each slice → `images.tar` and `index.parquet`, under one name.
+
+    Blocks are ranges of the index.
+    """
+
+    spec: PictureSpec
+    how: Any
+    name: str = "download"
+    group: str = "download"
+    version: int = 1
+    needs: tuple[str, ...] = ("source",)
+    kind: str = "task"
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        (source,) = inputs
+        for name in source.only.facts["slices"]:
+            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
+
+    def setup(self) -> None:
+        """Imports what the first picture would otherwise wait for."""
+        resizer(self.spec)
 
 
 @dataclass(frozen=True)
@@ -180,8 +207,12 @@ def pack(
     lines = {position: {**row, "state": FORGOTTEN} for position, row in enumerate(rows) if gone[position]}
     lines |= {position: dict(line) for position, line in settled.items()}  # with what is in the tar; redacted below
     with ShardWriter(table, out, extension, lines, earlier.samples() if earlier else iter(())) as writer:
+        expect(len(rows))
+        for line in lines.values():
+            became(line["state"])
         for position, got in take([position for position in range(len(rows)) if position not in lines]):
             writer.add(position, got)
+            became(got.state)
         index = writer.index()
     # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
     gone |= Forgotten.load(store).among(index)

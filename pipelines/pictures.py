@@ -1,7 +1,8 @@
 """Bytes from the web → a picture that is worth keeping, resized and encoded, or the name of what is wrong with it.
 
-Bytes are judged by their headers first (kind, sides, depth), so that nothing huge is decoded, then decoded to their
-end by Pillow, since OpenCV takes half a picture for a whole one. img2dataset's resizer does the rest.
+Bytes are judged by their headers first (kind, sides, depth), so that nothing huge is decoded. Since OpenCV takes half a
+picture for a whole one, Pillow then decodes them to their end, unless they are a JPEG whose markers show that it is
+whole. img2dataset's resizer does the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra.errors import Refused
+from pipelines.jpeg_end import goes_to_its_end
 from unclip.config import LATER, SEED, SIDE, Range, outside
 
 if TYPE_CHECKING:
@@ -105,10 +107,9 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     from PIL import Image, UnidentifiedImageError
 
     width = height = None
+    _hush_pillow()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image = Image.open(io.BytesIO(body), formats=FORMATS)
+        image = Image.open(io.BytesIO(body), formats=FORMATS)
         width, height = image.size
         if min(width, height) < spec.min_side:
             return "too_small", width, height
@@ -116,6 +117,8 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
             return "too_large", width, height
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             return "too_deep", width, height  # more than 8 bits a channel: the resizer would keep them
+        if goes_to_its_end(body):
+            return None, width, height  # a JPEG; what else may be wrong with it, the resizer finds as well
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG: all bytes are read, at an eighth the work
         with _room(width, height):
             image.load()
@@ -126,6 +129,16 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
     except Exception as error:  # noqa: BLE001 - decoders raise whatever hostile bytes make them raise; the row's state says so
         return "truncated" if "truncated" in str(error) else "broken", width, height
     return None, width, height
+
+
+@cache
+def _hush_pillow() -> None:
+    """No warnings about sides (`max_pixels` decides) and broken EXIF, once a process: to hush each picture alone would
+    change what all threads share."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _turned(body: bytes) -> bytes:
@@ -176,11 +189,16 @@ class _Quiet:
 
 def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
     """The picture at a place of a file, as a tar, in RGB, or None if it cannot be decoded."""
+    file.seek(offset)
+    return decoded(file.read(length))
+
+
+def decoded(body: bytes) -> Image | None:
+    """The picture of these bytes in RGB, or None if it cannot be decoded."""
     from PIL import Image
 
-    file.seek(offset)
     try:
-        with Image.open(io.BytesIO(file.read(length))) as image:
+        with Image.open(io.BytesIO(body)) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return None

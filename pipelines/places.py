@@ -12,16 +12,18 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol, cast
 
 from infra.errors import Refused
 from infra.store import NotFound, Store, open_store
 
 CHUNK = 4 << 20
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+"""Endings of compressed files, none of which is read."""
 _MAGIC = re.compile(r"[*?\[]")
 _NOFOLLOW = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe must not wait for its writer
 
@@ -199,20 +201,22 @@ def find(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]
 def _in_folder(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]]:
     path = Path(uri).expanduser()
     if path.is_dir():
-        files = sorted(child for child in path.iterdir() if child.suffix in endings and child.is_file())
+        there = list(path.iterdir())
+        files = sorted(child for child in there if _ends(child.name, endings) and child.is_file())
         if not files:
-            raise Refused(f"{key}: the folder {uri} has no file that ends in {', '.join(endings)}")
+            raise Refused(f"{key}: the folder {uri} has no file that ends in {_wanted(endings, there)}")
         base = path
     elif path.is_file():
         if path.suffix not in endings:
-            raise Refused(f"{key}: {path.name} ends in none of {', '.join(endings)}")
+            raise Refused(f"{key}: {path.name} ends in none of {_wanted(endings, [path])}")
         base, files = path.parent, [path]
     elif _MAGIC.search(uri):
         base = Path(*path.parts[: next(n for n, part in enumerate(path.parts) if _MAGIC.search(part))])
-        named = (Path(name) for name in glob.iglob(str(path), recursive=True))
-        files = sorted(file for file in named if file.suffix in endings and file.is_file())
+        named = sorted(Path(name) for name in glob.iglob(str(path), recursive=True))
+        found = {file.resolve(): file for file in reversed(named) if file.suffix in endings and file.is_file()}
+        files = sorted(found.values())  # ** goes through links as well, and may come to a file by two ways
         if not files:
-            raise Refused(f"{key}: no file that ends in {', '.join(endings)} matches {uri}")
+            raise Refused(f"{key}: no file that ends in {_wanted(endings, named)} matches {uri}")
     else:
         raise Refused(f"{key}: there is no file or folder {uri!r}")
     return str(base), [Found(file.relative_to(base).as_posix(), file.stat().st_size) for file in files]
@@ -229,16 +233,25 @@ def _in_bucket(uri: str, endings: Collection[str], key: str) -> tuple[str, list[
     literal = _MAGIC.split("/".join(pattern))[0]
     wanted = pattern or ["*"]
     try:
-        files = [
-            found
-            for found in bucket.list(literal)
-            if Path(found.name).suffix in endings and matches(found.name.split("/"), wanted)
-        ]
+        there = [found for found in bucket.list(literal) if matches(found.name.split("/"), wanted)]
     except NotFound as error:
         raise Refused(f"{key}: {uri} cannot be read: {error}") from error
+    files = [found for found in there if _ends(found.name, endings)]
     if not files:
-        raise Refused(f"{key}: {uri} has no object that ends in {', '.join(endings)}")
+        raise Refused(f"{key}: {uri} has no object that ends in {_wanted(endings, (Path(one.name) for one in there))}")
     return base, files
+
+
+def _ends(name: str, endings: Collection[str]) -> bool:
+    """Whether a file counts; hidden ones do not, as a shell's * does not name them."""
+    path = PurePosixPath(name)
+    return path.suffix in endings and not path.name.startswith(".")
+
+
+def _wanted(endings: Collection[str], there: Iterable[Path]) -> str:
+    """The endings that count, for a refusal, and what is said of those that were found instead."""
+    packed = [path.name for path in there if path.suffix in PACKED and path.with_suffix("").suffix in endings]
+    return f"{', '.join(endings)}{f'; unpack {packed[0]} first' if packed else ''}"
 
 
 def matches(name: list[str], pattern: list[str]) -> bool:

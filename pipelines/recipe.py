@@ -22,11 +22,12 @@ from infra.errors import Refused
 from infra.manifest import SCHEMA_VERSION
 from pipelines import document
 from pipelines.download import DownloadHow, DownloadSpec
-from pipelines.embed import EmbedSpec
+from pipelines.embed import EmbedHow, EmbedSpec
 from pipelines.evaluate import EvaluateSpec
 from pipelines.explain import explain
 from pipelines.fit import LoadHow, LoadSpec
 from pipelines.layouts import Columns, columns_of
+from pipelines.machine import Accelerator
 from pipelines.release import GateSpec
 from pipelines.rules import RULES
 from pipelines.sections import changes, optional, said, section
@@ -71,6 +72,11 @@ Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # t
 )
 
 PRETRAINED = section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
+
+
+START = optional(str)
+"""A version of a release (its first digits) whose model of this section the fit goes on from; of `clip` without
+`train`, whose CLIP is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -177,22 +183,36 @@ else:
         columns=optional(section("source columns", Columns, partial=True)),
         **{name: optional(str) for name in ("urls", "tars", "folder")},
     )
-    Download = section("download", DownloadSpec, DownloadHow)
-    Embed = section("embed", EmbedSpec, PoolHow)
+    Download = section("download", DownloadSpec, DownloadHow, drop={"block_sha256"})
+    Embed = section("embed", EmbedSpec, EmbedHow)
     Clip = section(
-        "clip", FitHow, model=optional(OpenClip), train=optional(CLIP_TRAIN), pretrained=optional(PRETRAINED)
+        "clip",
+        FitHow,
+        model=optional(OpenClip),
+        train=optional(CLIP_TRAIN),
+        pretrained=optional(PRETRAINED),
+        start=START,
     )
-    Prior = section("prior", FitHow, model=changes(PriorConfig), train=(PRIOR_TRAIN, field()))
-    ArPrior = section("ar_prior", FitHow, model=changes(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
-    Decoder = section("decoder", FitHow, model=changes(DecoderConfig), train=(DECODER_TRAIN, field()))
-    Inpainter = section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()))
-    Upsampler = section("upsampler", FitHow, model=changes(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
+    Prior = section("prior", FitHow, model=changes(PriorConfig), train=(PRIOR_TRAIN, field()), start=START)
+    ArPrior = section(
+        "ar_prior", FitHow, model=changes(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()), start=START
+    )
+    Decoder = section("decoder", FitHow, model=changes(DecoderConfig), train=(DECODER_TRAIN, field()), start=START)
+    Inpainter = section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()), start=START)
+    Upsampler = section(
+        "upsampler", FitHow, model=changes(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()), start=START
+    )
     # Both read what their decoder draws, under its noise.
     ENCODER = changes(HalfUNetConfig, "schedule", "timesteps")
     Classifier = section(
-        "classifier", FitHow, labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field())
+        "classifier",
+        FitHow,
+        labels=(tuple[str, ...], field()),
+        model=ENCODER,
+        train=(CLASSIFIER_TRAIN, field()),
+        start=START,
     )
-    NoisedClip = section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
+    NoisedClip = section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()), start=START)
     Evaluate = section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=optional(str))
 
 
@@ -229,14 +249,18 @@ class Recipe:
     world: World | None = None
     tracking: Tracking = field(default_factory=Tracking)
     cluster: Cluster = field(default_factory=Cluster)
+    hardware: dict[str, Accelerator] = field(default_factory=dict)
+    """Kinds of accelerators by name: `unclip plan` says how long each fit takes on them, and for what price."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise Refused(f"schema_version {self.schema_version} is unknown; this unclip reads {SCHEMA_VERSION}")
         if (self.clip.pretrained is None) == (self.clip.model is None):
             raise Refused("clip: give either `model` and `train` (to train one) or `pretrained` (to load one)")
-        if self.clip.model is not None and self.clip.train is None:
-            raise Refused("clip: `model` is given without `train`")
+        if self.clip.model is not None and self.clip.train is None and self.clip.start is None:
+            raise Refused("clip: `model` is given without `train`, or `start` to take a release's CLIP as it is")
+        if self.clip.pretrained is not None and self.clip.start is not None:
+            raise Refused("clip: `start` is for `model`; leave out `pretrained`")
         vision = {} if self.clip.model is None else self.clip.model["vision_cfg"]
         if self.clip.workers > 1 and isinstance(vision.get("layers"), list):
             raise Refused(

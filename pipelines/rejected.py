@@ -19,6 +19,7 @@ from infra.manifest import Manifest, Record, object_name
 from infra.rows import KEPT
 from infra.store import Store
 from pipelines.pictures import picture
+from pipelines.rules.base import kind_of
 from pipelines.select import OVER
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 SHARDS = 100
 """Shards that are looked into: a rule that took none of their rows has no example."""
 UNSEEN = frozenset({"nsfw"})
-"""Rules whose pictures are not shown; their uids and captions are."""
+"""Kinds of rules whose pictures are not shown; their uids and captions are."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def examples(store: Store, group: str, data: Manifest, selection: Manifest, most
         for rule, some in found.items():
             taken = marks.filter(pc.equal(marks["rule"], rule))["uid"][: most - len(some)]
             if len(taken):
-                some += _rows(store, group, shard, taken.combine_chunks(), seen=rule not in UNSEEN)
+                some += _rows(store, group, shard, taken.combine_chunks(), seen=kind_of(rule) not in UNSEEN)
     return found
 
 

@@ -5,7 +5,6 @@ use it. It is self-contained and deterministic: equal inputs give equal bytes, s
 from __future__ import annotations
 
 import base64
-import io
 import itertools
 import json
 import math
@@ -14,21 +13,19 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from infra.manifest import Action, Manifest, Record, digest_file, object_name, read_object
 from infra.store import Store
 from pipelines import scores
 from pipelines.data import reconcile
 from pipelines.opening import CHAMPION
+from pipelines.page import TEMPLATES, render, thumbnail
 from pipelines.rejected import examples
 from pipelines.release import PROMOTION, VERDICT
 from pipelines.select import OVER
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+TEMPLATE = TEMPLATES / "report.html.j2"
 PAGE = "report.html"
 DATA = ("source", "download", "filter", "embed", "curate")
 STEPS = (
@@ -38,7 +35,6 @@ STEPS = (
     ("embed", "embedded"),
     ("curate", "kept by curate: what the models train on"),
 )
-THUMBNAIL = 96  # pixels of the longer side of an example
 GRIDS = {"failures": "What the judge found wrong"}
 
 
@@ -66,24 +62,8 @@ class Report:
         stages = {
             name: Manifest.load(store, version, name) for name, version in zip(self.needs, action.inputs, strict=True)
         }
-        (out / PAGE).write_text(render(contents(store, stages)), encoding="utf-8")
+        (out / PAGE).write_text(render(TEMPLATE, contents(store, stages)), encoding="utf-8")
         return Record.of(action, out)
-
-
-def render(page: dict[str, Any]) -> str:
-    """The page's HTML from what `contents` gathered. All text is escaped: captions and prompts are strangers' words."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(count=_count, percent=_percent, size=_size)
-    return environment.get_template(TEMPLATE.name).render(page)
 
 
 def contents(store: Store, stages: dict[str, Manifest]) -> dict[str, Any]:
@@ -149,7 +129,7 @@ def _rejected(store: Store, stages: dict[str, Manifest]) -> list[dict[str, Any]]
     for group, over in OVER.items():
         selection = stages[group]
         for rule, some in examples(store, group, stages[over.stage], selection).items():
-            shown = [{"uid": one.uid, "caption": one.caption, "uri": _thumbnail(one.image)} for one in some]
+            shown = [{"uid": one.uid, "caption": one.caption, "uri": thumbnail(one.image)} for one in some]
             out.append({"group": group, "rule": rule, "count": selection.states[rule], "examples": shown})
     return out
 
@@ -158,16 +138,6 @@ def shows(page: bytes, uids: Iterable[bytes]) -> bool:
     """Whether one of these samples is among the examples of a page, which names each by the first digits of its uid."""
     named = {*re.findall(rb"<code>([0-9a-f]{12})</code>", page)}
     return any(uid.hex()[:12].encode() in named for uid in uids)
-
-
-def _thumbnail(image: Image | None) -> str | None:
-    """A small copy of a picture as a data URI."""
-    if image is None:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _headline(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -262,19 +232,3 @@ def _stage(name: str, manifest: Manifest) -> dict[str, Any]:
 
 def _json(store: Store, record: Record, name: str) -> dict[str, Any]:
     return json.loads(read_object(store, record.sha(name)))
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}".replace(",", "\u202f")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\u202f%"
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f}\u202f{unit}" if unit == "B" else f"{number:.1f}\u202f{unit}"
-        number /= 1000
-    return f"{number:.1f}\u202fTB"

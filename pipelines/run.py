@@ -23,6 +23,7 @@ from infra.store import Store, open_store
 from pipelines import recipe as recipes
 from pipelines import workflow
 from pipelines.console import Console
+from pipelines.data_report import PAGE
 from pipelines.download import Download
 from pipelines.execute import Execution
 from pipelines.explain import blaming
@@ -32,6 +33,7 @@ from pipelines.prompts import read_prompts
 from pipelines.scores import check_name
 from pipelines.source import SourceHow
 from pipelines.stage import Stage
+from pipelines.warm import starts
 from pipelines.world import Server, write_list, write_prompts
 
 
@@ -74,7 +76,7 @@ def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflo
         raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
     where = SourceHow(urls, recipe.source.tars, recipe.source.folder)
     head = Ledger(store, recipe.release.name).head()
-    inputs = workflow.Inputs(urls, where.digests(recipe.columns), prompts, head)
+    inputs = workflow.Inputs(urls, where.digests(recipe.columns), prompts, head, starts(recipe, store))
     stages = workflow.stages(recipe, inputs)
     kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
     for score in recipe.gate.minimum:
@@ -90,7 +92,7 @@ def run_recipe(
     """Runs what is to do and tells the person at the terminal where it stands and what came of it."""
     from infra.cluster import Node, connect, disconnect, usable_cpus
     from infra.monitor import Monitor
-    from infra.tracking import check_server, default_uri
+    from infra.tracking_uri import check_server, default_uri
 
     with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
         names = chosen(job.stages, until, only)
@@ -163,6 +165,10 @@ def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Ma
     """What came of it: the release and its scores, where to look, and how to go on."""
     from pipelines import releases
 
+    if "data-report" in made and "data-report" in names:
+        about = made["curate"].version
+        folder = releases.unfolded(job.store, about, [made["data-report"].only])
+        console.terminal.print(f"data       {folder / PAGE}", markup=False, soft_wrap=True)
     if "promote" in names:
         for line in releases.summary(job.store, job.recipe.release.name, made, store, uri):
             console.terminal.print(line, markup=False, soft_wrap=True)

@@ -63,10 +63,12 @@ class _Selecting:
     """Columns of the list that the rows of download have too."""
 
     def __post_init__(self) -> None:
-        names = [rule.rule for rule in self.rules]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise Refused(f"{self.group}.rules has {twice[0]!r} twice; a row's state would not say which one it was")
-        for rule in self.rules:
+        marks = Counter(rule.verdict for rule in self.rules)
+        if twice := [mark for mark, count in marks.items() if count > 1]:
+            raise Refused(
+                f"{self.group}.rules has {twice[0]!r} twice; give each a `name`, so that a row says which it was"
+            )
+        for number, rule in enumerate(self.rules):
             if missing := set(rule.columns) - self._columns(self.group):
                 there = [f"put it under {name}.rules" for name in OVER if set(rule.columns) <= self._columns(name)]
                 advice = (
@@ -75,8 +77,8 @@ class _Selecting:
                     else "name the list's column in source.columns.keep, for a rule under filter.rules"
                 )
                 raise Refused(
-                    f"{self.group}.rules: {rule.rule} reads {', '.join(sorted(missing))}, which the rows of "
-                    f"{self.over.stage} do not have; {advice}"
+                    f"{self.group}.rules.{number}: {rule.verdict} reads {', '.join(sorted(missing))}, which the rows "
+                    f"of {self.over.stage} do not have; {advice}"
                 )
 
     def _columns(self, group: str) -> set[str]:
@@ -145,7 +147,7 @@ class Look(_Selecting):
         columns: dict[str, Any] = {"uid": rows["uid"]}
         for rule in self.rules:
             look = rule.look(rows)
-            columns |= {f"{rule.rule}.{name}": look[name] for name in look.column_names}
+            columns |= {f"{rule.verdict}.{name}": look[name] for name in look.column_names}
         pq.write_table(pa.table(columns), out / LOOK, compression="zstd")
         return Record.of(action, out, states={"looked": rows.num_rows})
 
@@ -218,7 +220,7 @@ def judged(rules: Sequence[Rule], looks: Iterable[pa.Table]) -> Iterator[Judged]
 
 def _apply(rule: Rule, stream: Iterator[Judged]) -> Iterator[Judged]:
     pending: deque[Judged] = deque()
-    prefix = f"{rule.rule}."
+    prefix = f"{rule.verdict}."
 
     def survivors() -> Iterator[pa.Table]:
         for look, rules in stream:
@@ -232,7 +234,7 @@ def _apply(rule: Rule, stream: Iterator[Judged]) -> Iterator[Judged]:
     for rejected in rule.reject(survivors()):
         look, rules = pending.popleft()
         alive = np.flatnonzero(rules == None)  # noqa: E711 - elementwise
-        rules[alive[rejected]] = rule.rule
+        rules[alive[rejected]] = rule.verdict
         yield look, rules
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.cluster import ClusterInfo
@@ -13,19 +13,32 @@ from infra.manifest import Action, Record, canonical, check_inputs, commit
 from infra.store import EXPECTED, Store, advice
 from pipelines.admission import most_actors
 from pipelines.graph import Resolved
+from pipelines.progress import telling
 from pipelines.stage import Stage
 from unclip.errors import Refused as Impossible
 
+RETRIES = 2
+"""How often Ray tries a task again whose worker, or node, died."""
+
 _ready: set[str] = set()
+log = logging.getLogger(__name__)
 
 
-def perform(stage: Stage, action: Action, store: Store) -> Record:
-    """Does one action in this process and commits it; the stage is set up once a process."""
+def perform(stage: Stage, action: Action, store: Store, monitor: Any = None) -> Record:
+    """Does one action in this process and commits it; the stage is set up once a process.
+
+    monitor: who hears meanwhile what became of the shard's rows, if anybody does.
+    """
     name = repr(stage)
     if name not in _ready:
         stage.setup()
         _ready.add(name)
-    with store.scratch() as scratch:
+
+    def told(states: Mapping[str, int], rows: int) -> None:
+        if monitor is not None:
+            monitor.shard(stage.name, action.key, states, rows)
+
+    with store.scratch() as scratch, telling(told):
         try:
             made = stage.run(action, store, scratch)
         except (Refused, Impossible):
@@ -42,8 +55,8 @@ def perform(stage: Stage, action: Action, store: Store) -> Record:
 class ShardWorker:
     """What an actor of a pool holds: the stage, set up once; its rows are actions."""
 
-    def __init__(self, stage: Stage, store: Store) -> None:
-        self.stage, self.store = stage, store
+    def __init__(self, stage: Stage, store: Store, monitor: Any) -> None:
+        self.stage, self.store, self.monitor = stage, store, monitor
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of one action (JSON) → the record that was committed (JSON), or what was refused, in its own words.
@@ -56,37 +69,58 @@ class ShardWorker:
         action = Action(document["stage"], document["spec"], tuple(document["inputs"]))
         record, refused, code = "", "", 0
         try:
-            record = perform(self.stage, action, self.store).to_json(action).decode()
+            record = perform(self.stage, action, self.store, self.monitor).to_json(action).decode()
         except (Refused, Impossible) as error:
             refused, code = str(error), getattr(error, "code", 2)
         return {"record": np.array([record]), "refused": np.array([refused]), "code": np.array([code])}
 
 
 def run_tasks(
-    resolved: Resolved, store: Store, info: ClusterInfo, told: Callable[[int], None], go_on: Callable[[], None]
+    resolved: Resolved,
+    store: Store,
+    info: ClusterInfo,
+    monitor: Any,
+    told: Callable[[Sequence[Record]], None],
+    go_on: Callable[[], None],
 ) -> list[Record]:
     """One Ray task a shard, a bounded number in flight. Ray is connected.
 
-    told hears how many shards are done; go_on raises to give up what is in flight.
+    monitor hears from the tasks; told hears of the shards done so far, the newest last; go_on raises to give up what is
+    in flight. A shard whose workers die is tried again; one that goes on ending them is done carefully, where its stage
+    knows how. Refused where that is no use.
     """
     import ray
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
+    died = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, LocalRayletDiedError)
     stage = resolved.stage
     cpus = getattr(stage.how, "cpus", 1)
-    work = ray.remote(num_cpus=cpus, max_retries=3)(perform)
+    work = ray.remote(num_cpus=cpus, max_retries=RETRIES)(perform)
     shared = ray.put(stage)
+    careful = stage.carefully() if hasattr(stage, "carefully") else None
     todo, made = list(resolved.todo), list[Record]()
     flying: dict[Any, Action] = {}
+    suspects = set[str]()
     try:
         while todo or flying:
             while todo and len(flying) < 2 * max(1, int(info.cpus / max(cpus, 0.1))):
                 action = todo.pop(0)
-                flying[work.remote(shared, action, store)] = action
+                given = careful if action.key in suspects else shared
+                flying[work.remote(given, action, store, monitor)] = action
             ready, _ = ray.wait(list(flying), timeout=1.0)
             for reference in ready:
-                del flying[reference]
-                made.append(ray.get(reference))
-                told(len(made))
+                action = flying.pop(reference)
+                try:
+                    made.append(ray.get(reference))
+                except died as error:
+                    shard = f"shard {resolved.actions.index(action) + 1} of {len(resolved.actions)}"
+                    if careful is None or action.key in suspects:
+                        raise Refused(_hopeless(shard, error), code=5) from error
+                    log.warning("%s: %s ended its workers; it is done again, picture by picture", stage.name, shard)
+                    suspects.add(action.key)
+                    todo.insert(0, action)
+                    continue
+                told(made)
             if todo or flying:
                 go_on()
     finally:  # what is left after a stop or a failure must not go on by itself: a web server may end with this run
@@ -97,8 +131,26 @@ def run_tasks(
     return made
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: of Ray's, what happened; the rest is about its log files."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
+
+
+def _hopeless(shard: str, error: BaseException) -> str:
+    return (
+        f"{shard} ended its worker {RETRIES + 1} times in a row ({type(error).__name__}: {first_line(error)}). Mostly "
+        "memory or disk is short, or nodes go away: give its tasks more room (more `cpus` each, fewer `threads`) and "
+        "run again. Ray's logs, in its session's folder, say more."
+    )
+
+
 def run_actors(
-    resolved: Resolved, store: Store, info: ClusterInfo, told: Callable[[int], None], go_on: Callable[[], None]
+    resolved: Resolved,
+    store: Store,
+    info: ClusterInfo,
+    monitor: Any,
+    told: Callable[[Sequence[Record]], None],
+    go_on: Callable[[], None],
 ) -> list[Record]:
     """A Ray Data job over actions, as `run_tasks`: one row is one shard, and the actor that did it has committed it."""
     import ray.data
@@ -115,7 +167,7 @@ def run_actors(
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
             ShardWorker,
-            fn_constructor_args=(stage, store),
+            fn_constructor_args=(stage, store, monitor),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(most, len(todo))),
             num_cpus=cpus,
@@ -123,12 +175,12 @@ def run_actors(
         )
         .iter_rows()
     )
-    made = []
+    made: list[Record] = []
     for row in done:
         if row["refused"]:
             raise Refused(row["refused"], code=int(row["code"]))
         made.append(Record.from_json(row["record"].encode()))
-        told(len(made))
+        told(made)
         if len(made) < len(todo):
             go_on()
     return made

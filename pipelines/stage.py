@@ -22,6 +22,7 @@ class Stage(Protocol):
     `needs` names the stages whose manifests `actions` takes, in that order.
     `kind`: "task" (Ray task each), "actor" (a pool of actors, each set up once), "driver" (runs in the driver's thread:
     reduces over small things, ledger) or "fit" (Ray Train, started from a thread of the driver under a lease).
+    One of kind "task" may have `carefully()`: itself as it does an action that ended its workers.
     """
 
     name: str

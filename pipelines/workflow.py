@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry
+from pipelines.data_report import DataReport
 from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.embed import Embed, EmbedSpec
+from pipelines.embed import Embed, EmbedHow, EmbedSpec
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
-from pipelines.gather import Gather, GatherHow
+from pipelines.gather import Gather, GatherHow, check_unused
 from pipelines.pictures import PictureSpec
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler
 from pipelines.release import Bundle, BundleSpec, Gate, Promote
 from pipelines.report import Report
-from pipelines.rules import opened
+from pipelines.rules import Rule, opened
 from pipelines.sections import part, said
 from pipelines.select import Look, Select
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
+from pipelines.warm import TakeClip, TakeSpec
 from training.job import CONFIGS, FitHow
 from unclip.sampling import check_sampling
 
@@ -43,6 +47,8 @@ class Inputs:
     """`SourceHow.digests` of the source."""
     prompts: str
     head: Entry | None
+    starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What its sections call their `start` → the version of that release."""
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -70,7 +76,13 @@ def clip_widths(recipe: Recipe) -> dict[str, int]:
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
-    """The model configuration that open_clip ships under that name, read without importing open_clip (7 s)."""
+    """The model configuration of that name, open_clip's or a folder's, read without importing open_clip (7 s)."""
+    from unclip.open_clip_folder import files_of, model_config
+
+    with blaming("clip.pretrained.name"):
+        files = files_of(name)
+        if files is not None:
+            return model_config(files[0])
     spec = importlib.util.find_spec("open_clip")
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path()
     path = folder / "model_configs" / f"{name}.json"
@@ -165,38 +177,55 @@ def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
     return [(kind, section) for kind, section in given if section is not None]
 
 
-def _fit(name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...]) -> Fit:
-    spec = FitSpec(config, plain(part(section.train, CONFIGS[model])))
+def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of filter or curate with what they read."""
+    out = []
+    for number, rule in enumerate(rules):
+        with blaming(f"{group}.rules.{number}"):
+            out.append(opened(rule))
+    return tuple(out)
+
+
+def _fit(
+    name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...], starts: Mapping[str, str]
+) -> Fit:
+    start = "" if section.start is None else starts[section.start]
+    spec = FitSpec(config, plain(part(section.train, CONFIGS[model])), start)
     return Fit(name, model, spec, part(section, FitHow), needs)
 
 
 def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     """All stages of the recipe, in the order in which a person thinks of them."""
     made = models(recipe)
+    fit = functools.partial(_fit, starts=inputs.starts)
     if recipe.clip.pretrained:
         loaded = recipe.clip.pretrained
         clip: Any = LoadClip.of(part(loaded, LoadSpec), part(loaded, LoadHow))
+    elif recipe.clip.train is None:
+        clip = TakeClip(TakeSpec(inputs.starts[recipe.clip.start], recipe.clip.model))
     else:
-        clip = _fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
+        clip = fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
     rows = ("embed", "curate", "statistics", "clip")
     fits: list[Any] = [
-        _fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
-        *(_fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
+        fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
+        *(fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
         *(
-            _fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
+            fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
             for size in sorted(recipe.upsamplers)
         ),
     ]
     if recipe.inpainter is not None:
+        # From the run's own decoder, unless a release is named.
+        from_decoder = rows if recipe.inpainter.start else (*rows, "decoder")
         fits.append(
-            _fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), (*rows, "decoder")),
+            fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), from_decoder),
         )
     if recipe.classifier is not None:
         guide = plain(made["classifier"])
-        fits.append(_fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
+        fits.append(fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
     if recipe.noised_clip is not None:
         guide = plain(made["noised-clip"])
-        fits.append(_fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
+        fits.append(fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
     chosen = recipe.sampling
     sampling: dict[str, Any] = {"decoder": chosen.decoder.document()}
     if chosen.prior is not None:
@@ -204,17 +233,15 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
     measured = [Gamma.beside(recipe.prior)] if asked else []
-    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
+    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(one.name for one in fits), bool(measured))
     where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
     if samples := where.samples:
-        how = GatherHow(samples, recipe.download.threads, recipe.download.cpus)
+        check_unused(recipe.download, "source.tars" if where.tars else "source.folder")
+        how = GatherHow(samples, recipe.download.threads, recipe.download.cpus, recipe.download.apart)
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
-        pictures = Download(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
-    with blaming("filter.rules"):
-        filtering = tuple(opened(rule) for rule in recipe.filter.rules)
-    with blaming("curate.rules"):
-        curating = tuple(opened(rule) for rule in recipe.curate.rules)
+        pictures = Download.of(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
+    filtering, curating = _opened("filter", recipe.filter.rules), _opened("curate", recipe.curate.rules)
     kept = recipe.columns.keep
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
@@ -224,9 +251,10 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Look("filter", filtering, kept),
         Select("filter", filtering, kept),
         clip,
-        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, PoolHow)),
+        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
         Look("curate", curating, kept),
         Select("curate", curating, kept),
+        DataReport({"filter": plain(filtering), "curate": plain(curating)}),
         Statistics(),
         *fits,
         *measured,

@@ -20,6 +20,7 @@ from training.job import Job
 from training.labels import MISSING, Labels, class_table
 from training.objectives import Losses, Noised
 from training.parallel import Group
+from training.warm import configured
 from unclip.classifier import Classifier, ClassifierConfig
 from unclip.pictures import to_unit
 
@@ -28,22 +29,25 @@ class ClassifierObjective(Noised):
     """Cross-entropy of each label, in nats, at uniformly drawn timesteps; summed over a row's labels.
 
     Rows without any label are not read. The tables of classes are those of the rows that are trained on: they are
-    taken from the data as the fit starts, and belong to the model from then on.
+    taken from the data as the fit starts, and belong to the model from then on: one that goes on from it on other data
+    learns nothing of values that it does not know.
     """
 
     config: ClassifierConfig
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job)
+        super().__init__(job, store)
         columns = self.config.labels
         places = Data(store, job.data["rows"], job.data["selection"], Reads(labels=Labels(columns))).places
-        self.config = self.config.fitted(class_table(store, _kept(store, places), columns))
+        self.config = configured(job, store, self.config, "classes")
+        if not self.config.classes:
+            self.config = self.config.fitted(class_table(store, _kept(store, places), columns))
         self.facts["classes"] = dict(zip(columns, self.config.counts, strict=True))
         labels = Labels(columns, self.config.classes)
         self.reads = Reads(image=partial(picture, size=self.config.size), labels=labels)
 
     def build(self) -> nn.Module:
-        return Classifier(self.config)
+        return self.started(Classifier(self.config))
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         classifier, rows = cast(Classifier, model), batch.tensors
@@ -51,7 +55,7 @@ class ClassifierObjective(Noised):
         t, noise = self._noise(classifier.schedule, x0, batch)
         logits = classifier(classifier.schedule.q_sample(x0, noise, t), t)
         each = [
-            F.cross_entropy(of_label, right, reduction="none", ignore_index=MISSING)
+            F.cross_entropy(of_label.float(), right, reduction="none", ignore_index=MISSING)
             for of_label, right in zip(logits, rows["labels"].T, strict=True)
         ]
         return Losses(torch.stack(each).sum(0), t / len(classifier.schedule))

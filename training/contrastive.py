@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -18,9 +19,11 @@ from infra.errors import Refused
 from infra.manifest import Manifest, object_name
 from infra.store import Store
 from training.data import Batch, Reads, decode, picture
-from training.job import ClipTrain, Job
+from training.job import START, ClipTrain, Job
 from training.objectives import Losses, Noised
 from training.parallel import Group
+from training.precision import in_float32
+from training.warm import finished
 from unclip.clip import Clip, Preprocess, build, check, clip_widths
 from unclip.folder import CONFIG, read_json
 from unclip.noised_clip import MAX_SCALE, NoisedClip
@@ -39,8 +42,10 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor, group: Group) -> T
     so that sums over ranks are the loss and the gradient of the whole batch.
     """
     right = torch.arange(len(images), device=images.device) + group.rank * len(images)
-    by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
-    by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
+    with in_float32(images.device):
+        images, texts = images.float(), texts.float()
+        by_image = F.cross_entropy(scale * images @ group.gather(texts).T, right, reduction="none")
+        by_text = F.cross_entropy(scale * texts @ group.gather(images).T, right, reduction="none")
     return (by_image + by_text) / 2
 
 
@@ -58,7 +63,7 @@ class ClipObjective:
 
     whole_batch = True
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, store: Store | None = None) -> None:
         check(job.model)
         self.job = job
         self.options = cast(ClipTrain, job.config)
@@ -66,10 +71,27 @@ class ClipObjective:
         side, text = job.model["vision_cfg"].get("image_size", 224), job.model["text_cfg"]
         self.preprocess = Preprocess(side if isinstance(side, int) else side[0])
         self.tokenizer = Tokenizer(text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY))
+        self.start = self._started(store) if store is not None and START in job.data else None
+        if self.start is not None:
+            self.preprocess, self.tokenizer = self.start.preprocess, self.start.tokenizer
         self.reads = Reads(image=self._decode, originals=True, text=True)
 
     def build(self) -> nn.Module:
-        return build(self.job.model)
+        model = build(self.job.model)
+        if self.start is not None:
+            model.load_state_dict(self.start.state)
+        return model
+
+    def _started(self, store: Store) -> Clip:
+        """The CLIP that the job goes on from; Refused for one of another architecture, or without an image tower."""
+        with finished(self.job, store) as folder:
+            clip = Clip.load(folder)
+        asked = json.loads(json.dumps(self.job.model))
+        if different := sorted(name for name in asked | clip.config if asked.get(name) != clip.config.get(name)):
+            raise Refused(f"{self.job.stage}: the CLIP that it starts from has another {different[0]} than clip.model")
+        if not any(name.startswith("visual.") for name in clip.state):
+            raise Refused(f"{self.job.stage}: the CLIP that it starts from has no image tower")
+        return clip
 
     def read_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions as tokens [n, L]."""
@@ -78,7 +100,9 @@ class ClipObjective:
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         network = cast(Any, model)
         pictures = self._noised(batch) if self.options.noised else batch.tensors["image"]
-        images = network.encode_image(self.preprocess(pictures), normalize=True)
+        with in_float32(pictures.device):
+            pictures = self.preprocess(pictures)
+        images = network.encode_image(pictures, normalize=True)
         texts = network.encode_text(batch.tensors["tokens"], normalize=True)
         bound_(network.logit_scale, self.options.max_scale)
         return Losses(contrastive(images, texts, network.logit_scale.exp(), group))
@@ -98,7 +122,8 @@ class ClipObjective:
         return (torch.where(chosen[:, None, None, None], SCHEDULE.q_sample(x0, noise, t), x0) + 1) / 2
 
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
-        clip = Clip(self.job.model, {name: tensor.cpu() for name, tensor in state.items()}, self.preprocess)
+        weights = {name: tensor.cpu() for name, tensor in state.items()}
+        clip = Clip(self.job.model, weights, self.preprocess, self.tokenizer.merges)
         clip.save(out)
         return {"fingerprint": clip.fingerprint}
 
@@ -114,7 +139,7 @@ class NoisedClipObjective(Noised):
     whole_batch = True
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job)
+        super().__init__(job, store)
         self.reads = Reads(image=partial(picture, size=self.config.size), text_embeddings=True)
         clip = store.local(object_name(Manifest.load(store, job.data["clip"]).only.sha(CONFIG)))
         document = read_json(clip, "CLIP")
@@ -125,7 +150,7 @@ class NoisedClipObjective(Noised):
         self.facts = {"clip": document["fingerprint"]}
 
     def build(self) -> nn.Module:
-        return NoisedClip(self.config)
+        return self.started(NoisedClip(self.config))
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         clip = cast(NoisedClip, model)

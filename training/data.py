@@ -25,6 +25,8 @@ from infra.manifest import Manifest, Record, object_name
 from infra.store import Store
 from training.labels import Labels, Reader, labelled
 
+Wanted = Callable[[pa.Array], np.ndarray]
+"""uids [n] → bool [n], which rows are wanted."""
 Decode = Callable[[bytes, bytes], np.ndarray]
 """(encoded picture, uid) → uint8 [3, s, s], of one size for all rows."""
 ReadText = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -146,8 +148,10 @@ class Data:
         *,
         read_text: ReadText | None = None,
         cache: int = 0,
+        wanted: Wanted | None = None,
     ) -> None:
         self.store, self.reads, self.read_text = store, reads, read_text
+        self._versions = rows, selection
         selections = {
             name: file.sha256
             for record in Manifest.load(store, selection).records
@@ -156,7 +160,7 @@ class Data:
         self.places = [
             place
             for record in Manifest.load(store, rows).records
-            for place in _places(store, record, selections, reads.labels)
+            for place in _places(store, record, selections, reads.labels, wanted)
         ]
         self._limit = cache
         self._cached: OrderedDict[int, Rows] = OrderedDict()
@@ -168,6 +172,11 @@ class Data:
     def counts(self) -> tuple[int, ...]:
         """Kept rows of each block, for `Order`."""
         return tuple(len(place.keep) for place in self.places)
+
+    def where(self, wanted: Wanted) -> Data:
+        """The same data without the rows that are not wanted."""
+        rows, selection = self._versions
+        return Data(self.store, rows, selection, self.reads, read_text=self.read_text, cache=self._limit, wanted=wanted)
 
     def block(self, number: int) -> Rows:
         """A block's kept rows, decoded; from the cache where it is there."""
@@ -246,8 +255,11 @@ class Data:
         return {uid: (offset, length) for uid, offset, length in rows if offset is not None}
 
 
-def _places(store: Store, record: Record, selections: dict[str, str], labels: Labels | None) -> Iterator[Place]:
-    """The blocks of a shard, with the rows that its selection keeps and, where labels are wanted, that have one."""
+def _places(
+    store: Store, record: Record, selections: dict[str, str], labels: Labels | None, wanted: Wanted | None
+) -> Iterator[Place]:
+    """The blocks of a shard, with the rows that its selection keeps and that are wanted and, where labels are asked
+    for, that have one."""
     name = "rows.parquet" if "rows.parquet" in record.files else "index.parquet"
     sha = record.sha(name)
     if f"{sha}.parquet" not in selections:
@@ -267,6 +279,8 @@ def _places(store: Store, record: Record, selections: dict[str, str], labels: La
     if labels is not None:
         having = labelled(store, index, labels.columns)
         mask &= pc.is_in(uids, value_set=having).to_numpy(zero_copy_only=False)
+    if wanted is not None:
+        mask &= wanted(uids)
     for block in record.blocks:
         keep = np.flatnonzero(mask[block.first : block.first + block.rows])
         yield Place(sha, block.first, block.rows, keep, tar, index)

@@ -27,7 +27,7 @@ class DecoderObjective(Conditioned, Diffusion):
         self.reads = Reads(image=image, embeddings=self.config.image, text=True)
 
     def build(self) -> nn.Module:
-        return self._furnish(Decoder(self.config))
+        return self.started(self._furnish(Decoder(self.config)))
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         decoder = cast(Decoder, model)
@@ -60,7 +60,7 @@ class InpainterObjective(DecoderObjective):
     """
 
     def build(self) -> nn.Module:
-        return self._started(Decoder(self.config), self.job.data["start"], "decoder")
+        return self.started(Decoder(self.config))
 
     def _told(self, decoder: Decoder, context: Context, x0: Tensor, batch: Batch) -> Context:
         free = random_masks(len(x0), x0.shape[-1], batch.generator).to(x0.device)

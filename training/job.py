@@ -14,7 +14,11 @@ from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE,
 
 KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 DECAYS = ("cosine", "constant")
+PRECISIONS = ("float32", "bfloat16", "float16")
+SHARDS = ("auto", "flat", "fsdp")
 CORRUPTIONS = ("blur", "bsr_light", "bsr", "none")
+START = "start"
+"""The role, in a job's data, of the version that a fit goes on from."""
 LOGIT = Range(-100, 100)
 
 
@@ -54,17 +58,40 @@ class TrainConfig:
     """Blocks whose rows are shuffled together."""
     seed: int = 0
     """Seed of the weights, the order and all noise."""
+    precision: str = field(default="float32", metadata=LATER)
+    """What convolutions and matrix products are computed in: `float32`, or by autocast `bfloat16` or `float16`, whose
+    loss is scaled. Weights, moments and averages stay float32."""
+    ema_lengths: tuple[float, ...] = field(default=(), metadata=LATER)
+    """Release an average of one of these relative lengths σ_rel (0.01–0.28, fractions of the whole training;
+    arXiv 2312.02696) in place of `ema`'s: of several, the one whose loss on held-out rows is least."""
+    ema_snapshots: int = field(default=32, metadata=LATER)
+    """Snapshots that `ema_lengths` are reconstructed from, over the run; each holds two copies of the weights."""
+    ema_validation: int = field(default=512, metadata=LATER)
+    """Rows, about, that are held out of training to choose among several `ema_lengths`."""
+    spike: float = field(default=0.0, metadata=LATER)
+    """A step is skipped whose loss or gradient norm lies, in the logarithm, this many deviations above the last 128's
+    median (6 to 10 is usual); 0: only a gradient that is not finite is skipped."""
+    rollback_after: int = field(default=10, metadata=LATER)
+    """Bad steps in a row after which, under `spike`, training returns to an earlier state, and goes on with new
+    samples."""
+    rollback_every: int = field(default=1000, metadata=LATER)
+    """Steps between the states that it may return to; each is a checkpoint."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("steps", "batch", "micro", "window"), COUNT)
+        names = ("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation")
+        counts = dict.fromkeys((*names, "rollback_after", "rollback_every"), COUNT)
         decays = dict.fromkeys(("beta1", "beta2", "ema"), SHARE) | {"ema_ramp": Range(0, 1, above=True)}
         positive = dict.fromkeys(("lr", "eps"), POSITIVE)
-        amounts = dict.fromkeys(("muon", "weight_decay", "clip_norm"), AMOUNT)
-        _check(self, **counts, **decays, **positive, **amounts, warmup=WHOLE, seed=SEED)
+        amounts = dict.fromkeys(("muon", "weight_decay", "clip_norm", "spike"), AMOUNT)
+        object.__setattr__(self, "ema_lengths", tuple(self.ema_lengths))  # out of JSON it comes as a list
+        lengths = {"ema_lengths": Range(0.01, 0.28)}
+        _check(self, **counts, **decays, **positive, **amounts, **lengths, warmup=WHOLE, seed=SEED)
         if self.micro is not None and self.batch % self.micro:
             raise Refused(f"train.micro is {self.micro}, which does not divide train.batch ({self.batch})")
         if self.decay not in DECAYS:
             raise Refused(f"train.decay is {self.decay!r}; use one of {', '.join(DECAYS)}")
+        if self.precision not in PRECISIONS:
+            raise Refused(f"train.precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
 
     @property
     def micro_size(self) -> int:
@@ -93,6 +120,8 @@ class NoisedTrain(TrainConfig):
         _check(self, t_mean=LOGIT, t_std=AMOUNT)
         if self.t_mean and not self.t_std:
             raise Refused(f"train.t_std is {self.t_std}; it must be positive for a train.t_mean of {self.t_mean}")
+        if self.bfloat16_convolutions and self.precision != "float32":
+            raise Refused(f"train.bfloat16_convolutions is for float32; train.precision is {self.precision}")
 
 
 @dataclass(frozen=True)
@@ -238,7 +267,8 @@ class Job:
     """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
     data: dict[str, str]
     """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
-    inpainter, clip for a noised CLIP; start for the inpainter: the finished decoder that it goes on from."""
+    inpainter, clip for a noised CLIP; start, which an inpainter needs and any may have: the finished model, or the
+    release with one, that it goes on from (training/warm.py)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -257,12 +287,18 @@ class Job:
 class FitHow:
     """How a fit is run. None of it is in a key.
 
-    `threads` is the exception that DESIGN allows: sums on a CPU depend on it, so "identical when recomputed" means at
-    the same number of threads (and workers, and on the same type of device).
+    `threads`, `workers`, `shard`, `compile` and `channels_last` are the exception that DESIGN allows: the order of sums
+    depends on them, so "identical when recomputed" means at the same ones (and on the same type of device).
     """
 
     workers: int = 1
     """Processes that train together."""
+    least_workers: int = 0
+    """As few of them as this begin or go on where the cluster holds no more, and more join once it does; 0: all or
+    none."""
+    shard: str = "auto"
+    """`flat`: every worker holds the whole model. `fsdp`: a shard of each of its tensors. `auto`: fsdp for a model that
+    one GPU does not hold."""
     threads: int = 1
     """Torch threads of each."""
     cpus: float = 1
@@ -271,6 +307,21 @@ class FitHow:
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
     """Seconds between checkpoints; 0: one after every step."""
+    keep: int = 2
+    """Newest checkpoints that are kept while it trains."""
+    keep_best: str = ""
+    """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
+    overlap: bool = True
+    """Training goes on while a checkpoint is written."""
+    compile: bool = False
+    """The network is compiled (torch.compile), which takes minutes at each start, and a C++ compiler on a CPU."""
+    channels_last: bool = False
+    """Convolutions have their channels last in memory, as GPUs with tensor cores like them."""
+    recompute: bool = False
+    """Blocks keep their input alone and are computed a second time for the gradient: the same bytes in less memory and
+    about a third more time (activation checkpointing)."""
+    deterministic: bool = False
+    """Operations whose result depends on chance, as some do on GPUs, are replaced or refused; slower there."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30
@@ -284,11 +335,20 @@ class FitHow:
     """Restarts after a worker dies."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("workers", "threads", "prefetch"), COUNT)
+        counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
         amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
-        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE}
+        ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
+        if self.shard not in SHARDS:
+            raise Refused(f"shard is {self.shard!r}; use one of {', '.join(SHARDS)}")
+        if self.least_workers > self.workers:
+            raise Refused(f"least_workers is {self.least_workers}, more than the {self.workers} workers")
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which it does not begin."""
+        return self.least_workers or self.workers
 
 
 def _check(config: TrainConfig, **ranges: Range) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +17,16 @@ from infra.errors import Refused, Stopped
 from infra.store import Store, open_store
 from training.checkpoint import Checkpoints, deliver
 from training.job import FitHow, Job
+from training.leaving import Draining, StopFlag, heed_sigterm
 from unclip.errors import Refused as Impossible
 
 if TYPE_CHECKING:
-    from training.loop import Monitor
+    from training.clock import Monitor
 
 __all__ = ["FitHow", "Job", "discard", "fit", "request_stop", "train_local"]
 
-STOP_POLL_SECONDS = 2.0
+RESIZE_SECONDS = 30.0
+"""How often a fit with fewer workers than it wants looks whether the cluster has room for more."""
 SETTINGS = {
     # The controller looks at its workers this often, so a fit ends that much later.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -102,7 +103,8 @@ def _ray_train(job: Job, how: FitHow, store_uri: str, monitor: Monitor, lease_nu
             _worker,
             train_loop_config={"job": job, "how": how, "store": store_uri, "monitor": monitor, "lease": lease_number},
             scaling_config=ScalingConfig(
-                num_workers=how.workers,
+                num_workers=(how.least_workers, how.workers) if how.least_workers else how.workers,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
                 use_gpu=how.gpus > 0,
                 resources_per_worker={"CPU": how.cpus, **({"GPU": how.gpus} if how.gpus else {})},
             ),
@@ -126,9 +128,11 @@ def _trainer(*, alone: bool) -> Any:
 
     Left out: the manager of Ray datasets (we read blocks), and the detached cleaner of placement groups (they go with
     the driver's job). A worker that is alone on a CPU needs no process group, so nobody but itself imports torch.
+    Added: every worker heeds SIGTERM.
     """
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     if alone:
@@ -136,10 +140,15 @@ def _trainer(*, alone: bool) -> Any:
     else:
         from ray.train.torch import TorchTrainer as base
 
+    class HeedSigterm(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            worker_group.execute(heed_sigterm)  # in each one's main thread: no other may
+
     class Trainer(base):
         def _create_default_callbacks(self) -> list[Any]:
             unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+            used = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+            return [*used, HeedSigterm()]
 
     return Trainer
 
@@ -156,8 +165,10 @@ def _worker(config: dict[str, Any]) -> Refused | None:
     """What runs in each of Ray Train's workers; returns what was refused, or that it was stopped.
 
     Ray Train would start again a worker that raised. So a worker returns what it alone, or every rank at the same step,
-    refused; a rank that returned by itself would leave the others waiting for it, so there it raises.
+    refused; a rank that returned by itself would leave the others waiting for it, so there it raises. All raise, too,
+    where they stopped for a SIGTERM of one of them and not for the driver: then they are to be started again.
     """
+    import ray
     import ray.train
     import torch
 
@@ -169,26 +180,26 @@ def _worker(config: dict[str, Any]) -> Refused | None:
     store, job = open_store(config["store"]), config["job"]
     group = Group(context.get_world_rank(), context.get_world_size())
     device = torch.device("cuda", torch.cuda.current_device()) if how.gpus else torch.device("cpu")
-    stop = _StopFlag(store, _stop_name(job.key, config["lease"]))
+    stop = StopFlag(store, _stop_name(job.key, config["lease"]))
+    draining = Draining(ray._private.state.state.get_draining_nodes, ray.get_runtime_context().get_node_id())
     if how.nice:
         os.nice(how.nice)
     try:
-        train(job, how, store, config["monitor"], lease=config["lease"], group=group, device=device, stop=stop)
+        train(
+            job,
+            how,
+            store,
+            config["monitor"],
+            lease=config["lease"],
+            group=group,
+            device=device,
+            stop=stop,
+            save=draining,
+        )
     except (Refused, Impossible) as error:
+        if isinstance(error, Stopped) and not stop.requested():
+            raise
         if group.ranks > 1 and not isinstance(error, (Stopped, Diverged)):
             raise
         return error if isinstance(error, Refused) else Refused(str(error), code=5)
     return None
-
-
-class _StopFlag:
-    """Whether a stop was requested, looked up in the store every few seconds."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name, self._looked = store, name, time.monotonic()
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self._looked < STOP_POLL_SECONDS:
-            return False
-        self._looked = time.monotonic()
-        return self._store.exists(self._name)

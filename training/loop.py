@@ -6,40 +6,47 @@ number of samples. So a run that was stopped anywhere and resumed gives, on one 
 
 from __future__ import annotations
 
-import time
+import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused, Stopped
 from infra.store import Store
-from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished
+from training.averages import Averages
+from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished, identity
+from training.clock import Clock, Monitor
 from training.data import Batch, Data
 from training.ema import Ema
 from training.feed import Feed
 from training.job import FitHow, Job, TrainConfig
 from training.muon import is_inner
-from training.objectives import Losses, Objective, objective
-from training.optim import Optimiser, learning_rate
+from training.objectives import Objective, objective
+from training.optim import Diverged, Optimiser, learning_rate
 from training.order import Order
-from training.parallel import Flat, Group
-from unclip.folder import read_tensors, write_tensors
+from training.parallel import Flat, Group, Vectors
+from training.precision import Precision
+from training.saving import Saver
+from training.sharded import Learner, is_sharded, shard, whole
+from training.speed import determinism, prepare
+from training.spikes import Spikes
+from training.validate import choose, split
 from unclip.layers import bfloat16_convolutions
 
-QUARTILES = 4
+EXTRA = 3
+STOP, SAVE, LOSS = range(EXTRA)
+"""What the ranks agree on with each gradient: whether any was asked to stop, whether rank 0 finds a save due, and the
+batch's mean loss."""
+MAX_RETURNS = 3
+"""Returns to one and the same state; after that training has diverged."""
 ALONE = Group()
 CPU = torch.device("cpu")
 
-
-class Monitor(Protocol):
-    """Where progress and metrics go; no call waits."""
-
-    def progress(self, stage: str, done: int, total: int, unit: str = "", rate: float | None = None) -> None: ...
-
-    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None: ...
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -52,14 +59,16 @@ def train(
     group: Group = ALONE,
     device: torch.device = CPU,
     stop: Callable[[], bool] = lambda: False,
+    save: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains to the end, on from the newest valid checkpoint; the last one holds the finished model under `RELEASE`.
 
-    Every rank calls it. `stop` is asked after each step; if any rank says yes, rank 0 saves and all raise Stopped.
+    Every rank calls it. `stop` and `save` are asked at each step; if any rank says yes, all save after it, and for
+    `stop` raise Stopped.
     """
     config = job.config
     torch.set_num_threads(how.threads)
-    checkpoints = Checkpoints(store, job.key, lease)
+    checkpoints = Checkpoints(store, job.key, lease, keep=how.keep, best=how.keep_best, job=identity(job))
     found = newest(checkpoints, group)
     if found and finished(found, job):
         return
@@ -69,20 +78,32 @@ def train(
             f"{job.stage}: {config.lanes} micro-batches do not divide among {group.ranks} workers; change train.micro"
         )
     torch.manual_seed(config.seed)
-    model = task.build().to(device).train()
+    model = task.build().train()
     check_divisible(job.stage, model, group.ranks)
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
-    state = State(config, model)
+    learner = Learner(model, task, group)
+    vectors, sharded = None, is_sharded(how, config, task, model, group.ranks, device)
+    prepare(model, how, sharded=sharded)
+    if sharded:
+        vectors = shard(learner, device, group.ranks, EXTRA)
+    else:
+        model.to(device)
+    state = State(config, model, vectors)
     if found:
         state.load(found)
     data = Data(
         store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text, cache=how.cache_bytes
     )
+    data, held = split(data, config)
     order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None)
-    with Feed(data, order, [lane for lane, _ in lanes], state.step, config.steps, how.prefetch, how.threads) as feed:
+    with (
+        determinism(how.deterministic),
+        Saver(checkpoints, group, overlap=how.overlap) as saver,
+        Feed(data, order, [lane for lane, _ in lanes], state.step, config.steps, how.prefetch, how.threads) as feed,
+    ):
         while state.step < config.steps:
             state.flat.wire.zero_()
             micros = [(feed.next().to(device), weight) for _, weight in lanes]
@@ -90,21 +111,31 @@ def train(
                 micros = [(Batch.joined([batch for batch, weight in micros if weight]), 1.0)]
             for batch, weight in micros:
                 torch.manual_seed(batch.seed)  # for dropout
-                losses = task.loss(model, batch, group)
-                (losses.loss.sum() * (weight / config.batch)).backward()
+                with state.precision.autocast():
+                    losses = learner(batch)
+                loss = losses.loss.sum()
+                (loss * (weight / config.batch * state.precision.scale)).backward()
+                state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
                 clock.note(losses, weight)
-            state.flat.extra[0] = float(stop())
-            group.add(state.flat.wire)
-            stopping = bool(state.flat.extra[0])
+            state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(clock.checkpoint_due() or save())
+            state.flat.add(group)
+            stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
             lr = learning_rate(config, state.step)
+            saver.before_update()
             norm = state.update(lr)
-            clock.tick(state.step, state.optimiser.skipped, lr, norm)
-            if group.rank == 0 and state.step < config.steps and (stopping or clock.checkpoint_due()):
-                save(checkpoints, store, state)
+            if state.spikes.too_many:
+                roll_back(checkpoints, saver, group, state, job.stage)
+            clock.tick(state.step, state.counters, lr, norm)
+            if state.averages.due(state.step, state.optimiser.updates):
+                state.averages.snapshot(store, job.key, state.optimiser.updates, group)
+            renewed = state.renew_anchor()
+            if (stopping or saving or renewed) and state.step < config.steps:
+                saver.save(state.samples, state.tensors(), state.head | {"metrics": clock.told})
             if stopping and state.step < config.steps:
+                saver.wait()
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
-    if group.rank == 0:
-        finish(checkpoints, store, state, job, task)
+        saver.wait()
+    finish(checkpoints, store, state, job, task, held, group)
 
 
 def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
@@ -117,14 +148,22 @@ def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
 
 
 class State:
-    """All that a run is: the model, the optimiser, the moving average, and how many steps were done."""
+    """All that a run is: the model, the optimiser, the moving average, and how many steps were done.
 
-    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
+    vectors: what this rank has of the model where it is sharded; default the whole.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, vectors: Vectors | None = None) -> None:
         self.config, self.model = config, model
-        self.flat = Flat(model, extra=1, inner=is_inner if config.muon else None)
+        self.flat = vectors or Flat(model, extra=EXTRA, inner=is_inner if config.muon else None)
         self.optimiser = Optimiser(self.flat, config)
         self.ema = Ema(model, self.flat, config.ema, config.ema_ramp)
+        self.averages = Averages(model, self.flat, config)
+        self.precision = Precision(config.precision, self.flat.weights.device)
+        self.spikes = Spikes(config)
         self.step = 0
+        self.anchor = 0
+        """Samples of the checkpoint that a run returns to after too many bad steps; 0: there is none."""
 
     @property
     def samples(self) -> int:
@@ -133,25 +172,72 @@ class State:
 
     def update(self, lr: float) -> float:
         """One step on the gradient that stands in `flat`; returns its norm."""
-        updates = self.optimiser.updates
-        norm = self.optimiser.step(lr)
-        if self.optimiser.updates > updates:
+        updates, loss = self.optimiser.updates, float(self.flat.extra[LOSS]) if self.spikes.on else 0.0
+        self.precision.unscale_(self.flat.gradient)
+        norm = self.optimiser.step(lr, lambda norm: self.spikes.is_spike(loss, norm))
+        finite, taken = math.isfinite(norm), self.optimiser.updates > updates
+        self.spikes.note(loss, norm, taken=taken, counts=finite or not self.precision.overflows)
+        self.precision.update(finite=finite)
+        if taken:
             self.ema.update(self.optimiser.updates)
+            self.averages.update(self.optimiser.updates)
         self.step += 1
         return norm
 
+    def renew_anchor(self) -> bool:
+        """Makes this state the one to return to, where one is due; whether it has to be saved for that."""
+        due = self.spikes.anchor_due(self.step)
+        if due:
+            self.anchor = self.samples
+            self.spikes.returns = 0
+        return due
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Steps that were not taken, for the metrics and the record."""
+        return {"skipped": self.optimiser.skipped} | self.spikes.counters
+
     @property
     def head(self) -> dict[str, Any]:
-        """The counters, for a checkpoint's manifest."""
-        return {"updates": self.optimiser.updates, "skipped": self.optimiser.skipped}
+        """What is no tensor, for a checkpoint's manifest."""
+        counters: dict[str, Any] = {"updates": self.optimiser.updates, "skipped": self.optimiser.skipped}
+        anchor = {"anchor": self.anchor} if self.anchor else {}
+        return counters | self.precision.head | self.averages.head | self.spikes.head | anchor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes while it trains, by name: views of what is there, to be saved or to be read into.
+
+        Buffers that a forward pass changes (batch norms') are copies, since a save goes on during the next one.
+        """
+        weights = self.flat.tensors(self.flat.weights)
+        parts = {
+            "weights": weights | {name: buffer.clone() for name, buffer in self._buffers()},
+            "average": self.ema.tensors(),
+            "optimiser": self.optimiser.state(),
+            "powers": self.averages.tensors(),
+        }
+        return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+
+    @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Goes to where a checkpoint was written."""
-        self.model.load_state_dict(read_tensors(checkpoint.files["weights.safetensors"]))
-        self.ema.load(read_tensors(checkpoint.files["average.safetensors"]))
-        moments = read_tensors(checkpoint.files["optimiser.safetensors"])
-        self.optimiser.load(moments, checkpoint.head["updates"], checkpoint.head["skipped"])
+        """Goes to where a checkpoint was written, by however many workers."""
+        from training.dcp import load  # resuming pays for the import of torch.distributed.checkpoint, starting does not
+
+        tensors = self.tensors()
+        load(checkpoint, tensors)
+        for name, buffer in self._buffers():
+            buffer.copy_(tensors[f"weights.{name}"])
+        self.flat.publish()
+        self.optimiser.resume(checkpoint.head["updates"], checkpoint.head["skipped"])
+        self.precision.load(checkpoint.head)
+        self.averages.load(checkpoint.head)
+        self.spikes.load(checkpoint.head)
+        self.anchor = checkpoint.head.get("anchor", 0)
         self.step = checkpoint.samples // self.config.batch
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        kept = self.model.state_dict(keep_vars=True)
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in kept]
 
 
 def newest(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
@@ -162,82 +248,57 @@ def newest(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
     return checkpoints.read(place) if place and group.rank else found
 
 
-def save(checkpoints: Checkpoints, store: Store, state: State) -> None:
-    """A checkpoint in the midst of a run."""
-    with store.scratch() as folder:
-        write_tensors(folder / "weights.safetensors", state.model.state_dict())
-        write_tensors(folder / "average.safetensors", state.ema.state())
-        write_tensors(folder / "optimiser.safetensors", state.optimiser.state())
-        checkpoints.save(state.samples, folder, state.head)
+def roll_back(checkpoints: Checkpoints, saver: Saver, group: Group, state: State, stage: str) -> None:
+    """Returns to the anchor's weights, moments and averages, and goes on with the samples that come next.
+
+    Where there is none yet, bad steps go on being skipped. Every rank calls it at the same step. Raises Diverged where
+    that was done too often without another anchor.
+    """
+    if not state.anchor:
+        return
+    saver.wait()
+    found = checkpoints.at(state.anchor) if group.rank == 0 else None
+    place = group.agreed(found and found.place)
+    if place is None or state.spikes.returns == MAX_RETURNS:
+        why = "cannot be read any more" if place is None else f"was returned to {MAX_RETURNS} times already"
+        raise Diverged(
+            f"{state.spikes.in_a_row} steps in a row were no good, and the state of sample {state.anchor} {why}: "
+            "training diverged. Lower train.lr, or raise train.spike.",
+            code=5,
+        )
+    step, skipped, judged = state.step, state.optimiser.skipped, copy(state.spikes)
+    state.load(found or checkpoints.read(place))
+    judged.returned(state.spikes)
+    state.step, state.spikes = step, judged
+    state.optimiser.resume(state.optimiser.updates, skipped)
+    log.warning("%s: too many bad steps; at step %d it returned to the state of sample %d", stage, step, state.anchor)
 
 
-def finish(checkpoints: Checkpoints, store: Store, state: State, job: Job, task: Objective) -> None:
-    """The last checkpoint: the model as it is released, and the facts of its record. Nothing here depends on time."""
+def finish(
+    checkpoints: Checkpoints,
+    store: Store,
+    state: State,
+    job: Job,
+    task: Objective,
+    held: Data | None,
+    group: Group = ALONE,
+) -> None:
+    """The last checkpoint, by rank 0: the model as it is released, and the facts of its record. Nothing here depends on
+    time."""
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "samples": state.samples,
-        "skipped": state.optimiser.skipped,
+        **state.counters,
         "data": job.data,
         **task.facts,
     }
+    released = whole(state.ema.state().items(), keep=group.rank == 0)
+    if group.rank:
+        return
+    if job.config.ema_lengths:
+        released, chosen = choose(task, state.model, state.averages, held, job, store, state.precision)
+        facts |= chosen
     with store.scratch() as folder:
-        facts |= task.save(folder / RELEASE, state.ema.state(), facts)
+        facts |= task.save(folder / RELEASE, released, facts)
         if not checkpoints.save(state.samples, folder, state.head | {"facts": facts}):
             raise Refused(f"{job.stage}: its finished model could not be stored under checkpoints/{job.key}/", code=5)
-
-
-@dataclass
-class Clock:
-    """What happens by the wall clock, on rank 0: metrics and checkpoints. Nothing that is computed depends on it."""
-
-    job: Job
-    config: TrainConfig
-    how: FitHow
-    monitor: Monitor
-    step: int | None
-    """Step of the last report; None on ranks that report nothing."""
-    _placed: bool = False
-    """Whether this kind of loss has a place in a process, of whose quartiles there is something to say."""
-    _sums: Tensor = field(default_factory=lambda: torch.zeros(QUARTILES, 2, dtype=torch.float64))
-    _reported: float = field(default_factory=time.monotonic)
-    _saved: float = field(default_factory=time.monotonic)
-
-    def note(self, losses: Losses, weight: float) -> None:
-        """Adds a micro-batch's losses, by quartile of the timestep."""
-        if self.step is None or not weight:
-            return
-        self._placed = losses.place is not None
-        loss = losses.loss.detach().double().cpu()
-        place = torch.zeros(len(loss)) if losses.place is None else losses.place.detach().cpu()
-        self._sums.index_add_(0, (place * QUARTILES).long(), torch.stack([loss, torch.ones_like(loss)], 1))
-
-    def tick(self, step: int, skipped: int, lr: float, norm: float) -> None:
-        """After a step: reports every `log_seconds`, and at the end."""
-        now = time.monotonic()
-        if self.step is None or (now - self._reported < self.how.log_seconds and step < self.config.steps):
-            return
-        rate = (step - self.step) * self.config.batch / max(now - self._reported, 1e-9)
-        total, count = self._sums.sum(0).tolist()
-        values = {
-            "loss": total / max(count, 1),
-            "gradient_norm": norm,
-            "lr": lr,
-            "samples_per_s": rate,
-            "skipped": float(skipped),
-        }
-        if self._placed:
-            quartiles = {
-                f"loss_q{number}": (row[0] / row[1]) for number, row in enumerate(self._sums.tolist()) if row[1]
-            }
-            values |= quartiles
-        self.monitor.metrics(self.job.stage, step, values)
-        self.monitor.progress(self.job.stage, step, self.config.steps, "steps", rate / self.config.batch)
-        self._sums.zero_()
-        self._reported, self.step = now, step
-
-    def checkpoint_due(self) -> bool:
-        """True once every `checkpoint_seconds`."""
-        if time.monotonic() - self._saved < self.how.checkpoint_seconds:
-            return False
-        self._saved = time.monotonic()
-        return True

@@ -7,9 +7,7 @@ noise depends on neither device nor worker.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -25,6 +23,9 @@ from training.data import Batch, Data, Reads, ReadText, matrix, picture, read_ro
 from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain
 from training.order import derived
 from training.parallel import Group
+from training.precision import in_float32
+from training.reading import unpacked
+from training.warm import configured, started
 from unclip import folder as model_folder
 from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import clip_widths
@@ -83,7 +84,7 @@ def objective(job: Job, store: Store, device: torch.device) -> Objective:
     if job.kind == "clip":
         from training.contrastive import ClipObjective
 
-        return ClipObjective(job)
+        return ClipObjective(job, store)
     from training.decoders import DecoderObjective, InpainterObjective
 
     kinds: dict[str, type[Any]] = {
@@ -110,11 +111,15 @@ class Model:
     whole_batch = False
     read_text: ReadText | None = None
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, store: Store) -> None:
+        self.job, self.store = job, store
         self.config = model_folder.config_from(job.kind, job.model, job.stage)
         self.options: Any = job.config
         self.facts: dict[str, Any] = {}
+
+    def started(self, model: nn.Module) -> nn.Module:
+        """The new model, with the weights of a finished one where the job goes on from one."""
+        return started(model, self.job, self.store, self.facts.get("clip"))
 
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
         model_folder.save_model(out, self.job.kind, self.config, state, clip=self.facts.get("clip"))
@@ -153,7 +158,7 @@ class Diffusion(Noised):
         kind = self.config.prediction
         weight = weights(schedule, t, kind, self.options.weighting, self.options.snr_cap)
         learned = getattr(self.config, "learned_range", False)
-        loss = (hybrid_loss if learned else simple_loss)(schedule, output, x0, noise, t, kind, weight)
+        loss = (hybrid_loss if learned else simple_loss)(schedule, output.float(), x0, noise, t, kind, weight)
         return Losses(loss, t / len(schedule))
 
 
@@ -161,8 +166,7 @@ class Conditioned(Model):
     """A model that sees CLIP's embeddings and token states."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job)
-        self.store = store
+        super().__init__(job, store)
         self.clip = read_clip(store, job.data["clip"]).to(device)
         self.reads_tokens = getattr(self.config, "text", "clip") == "own"
         self.read_text = partial(read_tokens if self.reads_tokens else read_text, self.clip)
@@ -186,12 +190,6 @@ class Conditioned(Model):
         model.null_text.set(*(part[0].cpu() for part in empty))
         return model
 
-    def _started(self, model: nn.Module, version: str, *kinds: str) -> nn.Module:
-        """A new model with the weights and buffers of a finished one, a manifest's only record."""
-        with unpacked(self.store, version) as folder:
-            model_folder.warm_start(model, folder, *kinds, clip=self.clip.fingerprint)
-        return model
-
 
 class PriorObjective(Conditioned, Diffusion):
     """Clean z_i from noised z_i and a caption (section 2.2); standardised embeddings."""
@@ -199,7 +197,7 @@ class PriorObjective(Conditioned, Diffusion):
     reads = Reads(embeddings=True, text=True)
 
     def build(self) -> nn.Module:
-        return self._furnish(DiffusionPrior(self.config))
+        return self.started(self._furnish(DiffusionPrior(self.config)))
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         prior, options, rows = cast(DiffusionPrior, model), cast(PriorTrain, self.options), batch.tensors
@@ -218,13 +216,13 @@ class AutoregressivePriorObjective(Conditioned):
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job, store, device)
-        self.config = self.config.fitted(self.statistics["eigenvalues"])
+        self.config = configured(job, store, self.config, "components").fitted(self.statistics["eigenvalues"])
         self.facts["components"] = self.config.kept
 
     def build(self) -> nn.Module:
         prior = AutoregressivePrior(self.config)
         prior.set_dots(sample_dots(self.store, self.job.data["rows"], self.job.data["selection"]))
-        return self._furnish(prior)
+        return self.started(self._furnish(prior))
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         prior, options, rows = (
@@ -232,18 +230,19 @@ class AutoregressivePriorObjective(Conditioned):
             cast(AutoregressivePriorTrain, self.options),
             batch.tensors,
         )
-        tokens = prior.tokenise(rows["image_embedding"], rows["text_embedding"])
+        with in_float32(rows["image_embedding"].device):  # a bucket more or less is another target
+            tokens = prior.tokenise(rows["image_embedding"], rows["text_embedding"])
         drop = self._drop(batch, options.drop_text, tokens.device)
         context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"], drop)
         logits = prior(tokens[:, :-1], *context)
-        return Losses(F.cross_entropy(logits.mT, tokens, reduction="none").mean(1))
+        return Losses(F.cross_entropy(logits.float().mT, tokens, reduction="none").mean(1))
 
 
 class UpsamplerObjective(Diffusion):
     """Pictures given their low-resolution selves, corrupted a little (section 2.1); trained on crops."""
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job)
+        super().__init__(job, store)
         self.reads = Reads(image=partial(picture, size=self.config.size), originals=True)
         options = cast(UpsamplerTrain, self.options)
         self.bsr = {"bsr": FULL, "bsr_light": LIGHT}.get(options.corruption)
@@ -252,12 +251,13 @@ class UpsamplerObjective(Diffusion):
         self.config.check_crop(options.crop)
 
     def build(self) -> nn.Module:
-        return Upsampler(self.config)
+        return self.started(Upsampler(self.config))
 
     def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
         upsampler, options = cast(Upsampler, model), cast(UpsamplerTrain, self.options)
         x0 = to_unit(batch.tensors["image"])
-        low = self._corrupted(F.avg_pool2d(x0, self.config.factor), batch)
+        with in_float32(x0.device):
+            low = self._corrupted(F.avg_pool2d(x0, self.config.factor), batch)
         if options.crop is not None and options.crop < self.config.size:
             x0, low = self._cropped(x0, low, options.crop, batch)
         t, noise = self._noise(upsampler.schedule, x0, batch)
@@ -318,14 +318,3 @@ def read_clip(store: Store, version: str) -> Clip:
 
     with unpacked(store, version) as folder:
         return Clip.load(folder)
-
-
-@contextmanager
-def unpacked(store: Store, version: str) -> Iterator[Path]:
-    """A folder with the files of a manifest's only record."""
-    with tempfile.TemporaryDirectory(prefix="unclip-") as name:
-        for file, content in Manifest.load(store, version).only.files.items():
-            path = Path(name) / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(store.local(object_name(content.sha256)).absolute())
-        yield Path(name)

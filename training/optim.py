@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from infra.errors import Refused
 from training.job import TrainConfig
 from training.muon import muon_
-from training.parallel import Flat
+from training.parallel import Vectors
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -36,22 +36,22 @@ class Optimiser:
     and counted in `skipped`. `first` is the moving average of the gradient, `second` that of its square (AdamW alone).
     """
 
-    def __init__(self, flat: Flat, config: TrainConfig) -> None:
+    def __init__(self, flat: Vectors, config: TrainConfig) -> None:
         self.flat, self.config = flat, config
         self.updates = 0
         self.skipped = 0
         self._in_a_row = 0
         self.first, self.second = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights)
 
-    def step(self, lr: float) -> float:
-        """Clips the gradient, updates the weights unless it is not finite; returns its norm before clipping."""
-        norm = float(self.flat.gradient.norm())
-        if not math.isfinite(norm):
+    def step(self, lr: float, unwanted: Callable[[float], bool] = lambda norm: False) -> float:
+        """Clips the gradient, updates the weights unless its norm is not finite or is unwanted; returns that norm."""
+        norm = self.flat.norm(self.flat.gradient)
+        if not math.isfinite(norm) or unwanted(norm):
             self.skipped += 1
             self._in_a_row += 1
             if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
-                    f"the gradient was not finite in {self._in_a_row} steps in a row: training diverged. "
+                    f"the gradient was not finite, or leapt, in {self._in_a_row} steps in a row: training diverged. "
                     "Lower train.lr, or lengthen train.warmup.",
                     code=5,
                 )
@@ -61,21 +61,20 @@ class Optimiser:
             self.flat.gradient.mul_(self.config.clip_norm / norm)
         self.updates += 1
         self._update(lr)
+        self.flat.publish()
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """The moving averages, by name of the parameter."""
+        """The moving averages, by name of the parameter: views, to be saved or to be read into."""
         return dict(self._views())
 
-    def load(self, state: dict[str, Tensor], updates: int, skipped: int) -> None:
-        """The inverse of `state`, with the counters."""
-        for name, view in self._views():
-            view.copy_(state[name])
-        self.updates, self.skipped = updates, skipped
+    def resume(self, updates: int, skipped: int) -> None:
+        """Goes on from these counters; the averages are read into the views that `state` gives."""
+        self.updates, self.skipped, self._in_a_row = updates, skipped, 0
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, vector in (("first", self.first), ("second", self.second)):
-            for name, view in self.flat.split(vector).items():
+            for name, view in self.flat.tensors(vector).items():
                 if prefix == "first" or name not in self.flat.stacked:
                     yield f"{prefix}.{name}", view
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +65,51 @@ class _Gather(torch.autograd.Function):
         return total[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows], None, None
 
 
+class Vectors(Protocol):
+    """What a rank holds of a model's trained parameters: one vector of weights, one of their gradient.
+
+    The whole of both for `Flat`, a shard of every parameter for `training.sharded.Shards`. What walks beside the
+    weights (moments, averages) is a vector of the same layout, which `split` and `tensors` give their names back.
+    """
+
+    weights: Tensor
+    gradient: Tensor
+    extra: Tensor
+    """A few numbers that `add` sums over the ranks beside the gradient."""
+    wire: Tensor
+    """Gradient and extra, one behind the other."""
+    stacks: list[tuple[slice, tuple[int, int, int]]]
+    stacked: set[str]
+    matrices: slice
+    vectors: slice
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector of this layout, by name of the parameter: what this rank has of each."""
+        ...
+
+    def tensors(self, vector: Tensor) -> dict[str, Tensor]:
+        """The same views as parts of the whole parameters: DTensors where they are shards."""
+        ...
+
+    def add(self, group: Group) -> None:
+        """Ends a step's backward passes: gradient and extra become their sums over the ranks."""
+        ...
+
+    def norm(self, vector: Tensor) -> float:
+        """The Euclidean norm of a vector over all ranks; every rank calls it, and gets the same."""
+        ...
+
+    def publish(self) -> None:
+        """Gives the model the weights as they are now."""
+        ...
+
+
 class Flat:
     """A model's trained parameters as one vector `weights` and its gradient as one vector `gradient`.
 
     First come the `inner` matrices, those of one shape together, so that each of `stacks` is (place, [k, m, n]); then
     at `matrices` all others; then at `vectors` biases and norms. `extra` numbers stand behind the gradient in `wire`
-    and travel with it through the all-reduce.
+    and travel with it through the all-reduce. A convolution whose channels lie last in memory keeps them there.
     """
 
     def __init__(
@@ -86,6 +125,7 @@ class Flat:
 
         names = sorted(named, key=place)  # stable: registration order among equals
         self.shapes = {name: named[name].shape for name in names}
+        self._last = {name for name in names if _channels_last(named[name])}
         self.stacks: list[tuple[slice, tuple[int, int, int]]] = []
         start = 0
         for (part, shape), group in groupby(names, key=place):
@@ -111,6 +151,35 @@ class Flat:
         views, start = {}, 0
         for name, shape in self.shapes.items():
             stop = start + shape.numel()
-            views[name] = vector[start:stop].view(shape)
+            part = vector[start:stop]
+            if name in self._last:
+                out, channels, height, width = shape
+                views[name] = part.view(out, height, width, channels).permute(0, 3, 1, 2)
+            else:
+                views[name] = part.view(shape)
             start = stop
         return views
+
+    def tensors(self, vector: Tensor) -> dict[str, Tensor]:
+        """See `Vectors`: every rank has the whole."""
+        return self.split(vector)
+
+    def add(self, group: Group) -> None:
+        """See `Vectors`: one all-reduce, in one fixed order."""
+        group.add(self.wire)
+
+    def norm(self, vector: Tensor) -> float:
+        """See `Vectors`."""
+        return float(vector.norm())
+
+    def publish(self) -> None:
+        """Nothing: the parameters are views of the weights."""
+
+
+def _channels_last(parameter: Tensor) -> bool:
+    """Whether it is a convolution's of that layout and of no other (1×1 ones are of both)."""
+    return (
+        parameter.ndim == 4
+        and not parameter.is_contiguous()
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+    )

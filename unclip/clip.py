@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.clip_text import Text, TextTower, foreign_settings
+from unclip.config import SIDE, Range, mistyped, outside
 from unclip.documents import read_text
 from unclip.errors import Refused
-from unclip.folder import CONFIG, WEIGHTS, read_json, read_tensors, understood, write_json, write_tensors
+from unclip.folder import CONFIG, WEIGHTS, misfit, read_json, read_tensors, understood, write_json, write_tensors
+from unclip.open_clip_folder import files_of, model_config
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
@@ -33,6 +35,10 @@ log = logging.getLogger(__name__)
 MERGES = "merges.txt"
 RESIZES = ("shortest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHANNEL = Range(-1e3, 1e3)
+DEVIATION = Range(1e-6, 1e3)
+"""Of a channel in [0, 1]; smaller ones would make of every picture the same overflow."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Preprocess:
     """shortest: scale the shortest side to `size` and crop the centre; squash: scale both sides."""
 
     def __post_init__(self) -> None:
+        if wrong := mistyped(Preprocess, vars(self)) or outside(self, size=SIDE, mean=CHANNEL, std=DEVIATION):
+            raise Refused(f"CLIP preprocessing: {wrong}")
         if self.resize not in RESIZES:
             raise Refused(f"CLIP preprocessing: resize {self.resize!r} is unknown; use one of {', '.join(RESIZES)}")
         if self.interpolation not in INTERPOLATIONS:
@@ -61,16 +69,16 @@ class Preprocess:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 3, h, w], or floats in [0, 1] → float32 [b, 3, size, size], in torch alone, hence repeatable."""
-        x = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+        x = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures.float()
         height, width = x.shape[-2:]
         if (height, width) != (self.size, self.size):
             short = min(height, width)
             sides = [self.size if self.resize == "squash" else self.size * side // short for side in (height, width)]
-            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+            x = F.interpolate(x, sides, mode=self.interpolation, antialias=True, align_corners=False).clamp_(0, 1)
             top, left = (round((side - self.size) / 2) for side in sides)
             x = x[..., top : top + self.size, left : left + self.size]
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - mean).div_(std)
 
 
 def build(model: dict[str, Any]) -> nn.Module:
@@ -121,7 +129,7 @@ def clip_widths(model: dict[str, Any]) -> dict[str, int]:
 
 
 class Clip:
-    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`].
+    """A frozen CLIP: embeddings are raw (not normalised) float32 [b, `embedding_width`], whatever it computes in.
 
     model: open_clip's configuration. state: open_clip's state dict. Nothing of it is ever trained or changed.
     """
@@ -140,6 +148,7 @@ class Clip:
         self.tokenizer = Tokenizer(text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY), merges)
         self.state = {name: tensor.detach() for name, tensor in state.items()}
         self.device = torch.device("cpu")
+        self.dtype = torch.float32
 
     @classmethod
     def of(cls, module: nn.Module, model: dict[str, Any], preprocess: Preprocess | None = None) -> Clip:
@@ -147,25 +156,28 @@ class Clip:
         return cls(model, {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}, preprocess)
 
     @classmethod
-    def pretrained(cls, name: str, weights: str) -> Clip:
-        """An open_clip model by name with a pretrained tag, or with a file of weights.
+    def pretrained(cls, name: str, weights: str = "") -> Clip:
+        """An open_clip model by name with a pretrained tag, or with a file of weights; or `local-dir:<folder>`, which
+        has its own (unclip/open_clip_folder.py).
 
         Raises Refused for an unknown name or tag, a file that does not fit, or weights that cannot be fetched.
         """
         import open_clip
         from open_clip.pretrained import get_pretrained_cfg
 
-        model = open_clip.get_model_config(name)
+        files = files_of(name)
+        model = open_clip.get_model_config(name) if files is None else model_config(files[0])
         if model is None:
             raise Refused(f"open_clip has no model {name!r}; it has {', '.join(open_clip.list_models())}")
-        tag = get_pretrained_cfg(name, weights)
-        if not tag and not Path(weights).is_file():
+        tag = get_pretrained_cfg(name, weights) if files is None else {}
+        if files is None and not tag and not Path(weights).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise Refused(f"{weights!r} is neither a file nor a pretrained tag of {name}, whose tags are {tags}")
         model["quick_gelu"] = bool(tag.get("quick_gelu", model.get("quick_gelu", False)))
         check(model)
+        wanted = {"pretrained": weights} if files is None else {}
         try:
-            module = open_clip.create_model(name, pretrained=weights, force_quick_gelu=model["quick_gelu"])
+            module = open_clip.create_model(name, **wanted, force_quick_gelu=model["quick_gelu"])
         except Exception as error:  # open_clip passes on whatever its downloader, unpickler or load_state_dict raised
             raise Refused(f"open_clip could not load {name} with {weights!r}: {error}") from error
         asked: dict[str, Any] = module.visual.preprocess_cfg
@@ -244,12 +256,24 @@ class Clip:
         """Side of the image tower's input, in pixels."""
         return self.preprocess.size
 
-    def to(self, device: torch.device | str) -> Clip:
-        """Moves to a device; returns itself."""
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether nothing that stands behind a text's end token reaches its embedding."""
+        return isinstance(self.text, TextTower) and self.text.causal
+
+    def to(self, device: torch.device | str, precision: str | None = None) -> Clip:
+        """Moves to a device, and computes in one of PRECISIONS from now on where one is named; returns itself.
+
+        Weights are rounded to it, from those that were given, and so is what runs between the layers.
+        """
         self.device = torch.device(device)
+        dtype = self.dtype if precision is None else PRECISIONS[precision]
         for part in ("model", "text"):
-            if part in self.__dict__:
+            if part in self.__dict__ and dtype == self.dtype:
                 self.__dict__[part].to(self.device)
+            else:
+                self.__dict__.pop(part, None)  # built anew from the weights that were given
+        self.dtype = dtype
         return self
 
     @cached_property
@@ -260,9 +284,8 @@ class Clip:
                 "this CLIP has no image tower, so it reads texts only: it was imported from a folder without an "
                 "image_encoder. Import it again together with one (unclip releases import --images)."
             )
-        model = build(self.config)
-        self._fill(model, self.state)
-        return model
+        # timm's towers read numbers out of tensors while they are built, which only real ones have.
+        return self._filled(build, self.state, on_meta=not self.config["vision_cfg"].get("timm_model_name"))
 
     @cached_property
     def text(self) -> nn.Module:
@@ -271,18 +294,29 @@ class Clip:
             from unclip.clip_text import OpenClipText
 
             return OpenClipText(self.model)
-        tower = TextTower(self.config)
         prefix = "text." if self.config.get("custom_text") else ""
-        names = {prefix + name: name for name in tower.state_dict()}
-        self._fill(tower, {names[name]: tensor for name, tensor in self.state.items() if name in names})
-        return tower
+        others = ("visual.", "logit_scale", "logit_bias")
+        state = {
+            name.removeprefix(prefix): tensor for name, tensor in self.state.items() if not name.startswith(others)
+        }
+        return self._filled(TextTower, state)
 
-    def _fill(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+    def _filled(
+        self, build: Callable[[dict[str, Any]], nn.Module], state: dict[str, Tensor], *, on_meta: bool = True
+    ) -> nn.Module:
+        """A tower with these weights, frozen. on_meta: compare shapes before anything as large as they say is built."""
+        unfit = "these weights do not fit this CLIP's configuration:"
+        if on_meta:
+            with torch.device("meta"):
+                needed = {name: tensor.shape for name, tensor in build(self.config).state_dict().items()}
+            if wrong := misfit({name: tensor.shape for name, tensor in state.items()}, needed):
+                raise Refused(f"{unfit} {wrong}")
+        module = build(self.config)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise Refused(f"these weights do not fit this CLIP's configuration: {shorten(str(error), 300)}") from None
-        module.requires_grad_(False).eval().to(self.device)
+            raise Refused(f"{unfit} {shorten(str(error), 300)}") from None
+        return module.requires_grad_(False).eval().to(self.device, self.dtype)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """int64 [b, L]."""
@@ -301,12 +335,23 @@ class Clip:
     @torch.no_grad()
     def encode_images(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 3, h, w], or floats in [0, 1] → raw embeddings [b, d] on this CLIP's device."""
-        return self.model.encode_image(self.preprocess(pictures.to(self.device))).float()  # type: ignore[operator]
+        return self.encode_pixels(self.preprocess(pictures.to(self.device)))
 
     @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """What `preprocess` gives, [b, 3, size, size] on this CLIP's device → raw embeddings [b, d]."""
+        return self.model.encode_image(pixels.to(self.dtype)).float()  # type: ignore[operator]
+
     def encode_text(self, texts: Sequence[str]) -> Text:
         """Raw embeddings [b, d], token states after the final norm [b, L, w], and which of them are no padding."""
-        return self.text(self.tokenize(texts).to(self.device))
+        return self.encode_tokens(self.tokenize(texts).to(self.device))
+
+    @torch.no_grad()
+    def encode_tokens(self, ids: Tensor) -> Text:
+        """The same of `tokenize`'s rows on this CLIP's device, [b, L]; or of their first columns, [b, n], where all the
+        texts end in these and this CLIP `ignores_padding`."""
+        embedding, states, mask = self.text(ids)
+        return Text(embedding.float(), states.float(), mask)
 
 
 def _side(model: dict[str, Any]) -> int:

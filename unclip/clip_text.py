@@ -81,7 +81,7 @@ class Blocks(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids [b, L] → Text."""
+    """Token ids [b, n], with n at most the context L → Text."""
 
     def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class TextTower(nn.Module):
             self.text_projection = nn.Parameter(torch.zeros(width, model["embed_dim"]))
 
     def forward(self, ids: Tensor) -> Text:
-        x = self.token_embedding(ids) + self.positional_embedding
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, self.causal)
         states = self.ln_final(x)

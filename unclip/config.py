@@ -56,6 +56,8 @@ SEED = Range(0, 2**53 - 1)
 AMOUNT = Range(0)
 POSITIVE = Range(0, above=True)
 FRACTION = Range(0, 1)
+PART = Range(0, 1, above=True)
+"""A fraction of which there must be something."""
 SHARE = Range(0, 1, below=True)
 """A decay or a dropout: all of it is impossible."""
 

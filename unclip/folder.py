@@ -7,7 +7,7 @@ another kind, or one written by another unclip, is refused before a tensor is re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -94,21 +94,29 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    with _readable(path):
+        tensors = load_file(path)
+    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
+        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
+    return tensors
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a missing or damaged safetensors file leads to into Refused."""
+    from safetensors import SafetensorError
 
     if path.exists() and not path.is_file():
         raise Refused(f"{path} is no regular file")
     try:
-        tensors = load_file(path)
+        yield
     except FileNotFoundError:
         raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
-    except (SafetensorError, OSError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        # The last four are torch's, for a header of impossible shapes.
+    except (SafetensorError, OSError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # The last five are torch's, for a header of impossible shapes.
         raise Refused(f"{path} is no readable safetensors file: {shorten(str(error), 300)}") from None
-    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
-        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
-    return tensors
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
@@ -165,17 +173,44 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     config, _ = read_model_config(folder, *kinds)
     kind, _ = _kind(folder, kinds)
     with understood(folder / CONFIG, f"configuration of a {kind}"):
+        with torch.device("meta"):  # its shapes cost nothing; what does not fit the file is never built
+            needed = KINDS[kind][1](config).state_dict()
+        check_shapes(folder / WEIGHTS, needed)
         model = KINDS[kind][1](config)
-    tensors, needed = read_tensors(folder / WEIGHTS), model.state_dict()
-    for name, tensor in tensors.items():
-        # Copying would round, cut off an imaginary part, or take any number for True, without a word.
-        if name in needed and _number_kind(tensor) != _number_kind(needed[name]):
-            raise Refused(f"{folder / WEIGHTS} holds {tensor.dtype} in {name}, and {needed[name].dtype} is needed")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise Refused(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {shorten(str(error), 300)}") from None
+    tensors = read_tensors(folder / WEIGHTS)
+    check_numbers(folder / WEIGHTS, tensors, needed)
+    model.load_state_dict(tensors)
     return model.requires_grad_(False).eval()
+
+
+def check_shapes(path: Path, needed: Mapping[str, Tensor]) -> None:
+    """Raises Refused unless a file's header names just these tensors, in these shapes; reads nothing else of it."""
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if wrong := misfit(found, {name: tuple(tensor.shape) for name, tensor in needed.items()}):
+        raise Refused(f"{path} does not fit its {CONFIG}: {wrong}")
+
+
+def misfit(found: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str:
+    """What of these shapes, by a tensor's name, is not as needed; "" where all is."""
+    wrong = [f"{name} is missing" for name in sorted(needed.keys() - found.keys())]
+    wrong += [f"there is no {name} in it" for name in sorted(found.keys() - needed.keys())]
+    wrong += [
+        f"{name} is {list(found[name])}, and {list(shape)} is needed"
+        for name, shape in sorted(needed.items())
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    return "; ".join(wrong[:3]) + " …" * (len(wrong) > 3)
+
+
+def check_numbers(path: Path, tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Raises Refused where a file holds another kind of number than is needed: copying would round, cut off an
+    imaginary part, or take any number for True, without a word."""
+    for name, tensor in tensors.items():
+        if name in needed and _number_kind(tensor) != _number_kind(needed[name]):
+            raise Refused(f"{path} holds {tensor.dtype} in {name}, and {needed[name].dtype} is needed")
 
 
 def _number_kind(tensor: Tensor) -> tuple[bool, bool, bool]:

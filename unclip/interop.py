@@ -356,6 +356,8 @@ def _tensors(folder: Path, stem: str) -> dict[str, Tensor]:
         tensors = read_tensors(path)
     # Buffers of position numbers, which old versions of transformers saved.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    if bad := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise Refused(f"{folder} holds {tensors[bad[0]].dtype} in {bad[0]}, and weights are floating-point numbers")
     if bad := sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())):
         raise Refused(f"{folder} holds numbers that are not finite, in {', '.join(bad[:5])}")
     return tensors

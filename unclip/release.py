@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,19 @@ def _parsed(path: Path, document: dict[str, Any]) -> Release:
     except TypeError as error:
         raise Refused(f"{path} has sampling settings that this unclip does not know: {error}") from None
     return Release(str(document["name"]), document["components"], sampling, document["data"], str(document["clip"]))
+
+
+def asked(folder: Path | str, **changes: Any) -> Sampling:
+    """A release's settings of its decoder, with what the caller changes of them (None: nothing).
+
+    Reads no tensor. Raises Refused for impossible settings, and for a guide or a class that the release does not have.
+    """
+    folder, release = Path(folder), read(folder)
+    said = {name: value for name, value in changes.items() if value is not None}
+    settings = replace(release.sampling["decoder"], **said)
+    there = (name for name in GUIDES if name in release.components)
+    check_asked(settings, {name: read_model_config(folder / name, *PARTS[name].kinds)[0] for name in there})
+    return settings
 
 
 def check(folder: Path | str) -> Release:

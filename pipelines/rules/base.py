@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
 from infra.manifest import digest, digest_file
+from unclip.config import LATER, Range, outside
 
 NOT_IN_KEY = {"how": True}
 """Metadata of a field that says where something lies, or holds its bytes: a digest beside it is in the key."""
 PHASH, DEVIATION = "picture:phash", "picture:deviation"
 """Columns that no shard has: `look` is given them measured from the decoded picture (pipelines/rules/picture.py)."""
 EMBEDDING = "image_embedding"
+COSINE = Range(-1, 1)
 
 
 class Rule(Protocol):
-    """One rule of a recipe; a frozen dataclass whose `rule` is its name there and in every selection.
+    """One rule of a recipe; a frozen dataclass whose `rule` is its kind there.
 
     Rules are applied in the recipe's order, and each sees only the rows that those before it let stay.
     """
 
     rule: Any
+
+    @property
+    def verdict(self) -> str:
+        """What the rows that it rejects are marked with, in every selection and account."""
+        ...
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -43,7 +51,34 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class BaseRule:
+    """What all rules have: the ranges of their numbers, and a name where a recipe has several of one kind."""
+
+    bounds: ClassVar[Mapping[str, Range]] = {}
+    """Field → the numbers that it may be."""
+    name: str = field(default="", metadata=LATER)
+    """Tells it from others of its kind: the rows that it rejects are marked `<kind>-<name>` instead of `<kind>`."""
+    rule: Any = ""
+
+    def __post_init__(self) -> None:
+        if wrong := outside(self, **self.bounds):
+            raise Refused(f"rule {self.rule}: {wrong}")
+        if self.name and not re.fullmatch("[a-z0-9_]+", self.name):
+            raise Refused(f"rule {self.rule}: name is {self.name!r}; write small letters, digits and _")
+
+    @property
+    def verdict(self) -> str:
+        """What the rows that it rejects are marked with."""
+        return f"{self.rule}-{self.name}" if self.name else str(self.rule)
+
+
+def kind_of(verdict: str) -> str:
+    """The kind of the rule that marked a row."""
+    return verdict.partition("-")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(BaseRule):
     """What rules share that read a small file: it is read once, where the recipe is, and its bytes travel with the
     rule to whoever looks. The SHA-256 is in the key and the path is not, so a moved file changes nothing.
     """

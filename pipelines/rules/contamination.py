@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
 from pipelines.pictures import SUFFIXES, picture
-from pipelines.rules.base import EMBEDDING, NOT_IN_KEY, PHASH, Reading, digest_of_files, directions, numbers, pinned
+from pipelines.rules.base import (
+    COSINE,
+    EMBEDDING,
+    NOT_IN_KEY,
+    PHASH,
+    Reading,
+    digest_of_files,
+    directions,
+    numbers,
+    pinned,
+)
 from pipelines.rules.hamming import MOST, hashes, near, split
 from pipelines.rules.picture import phash
-from unclip.config import Range, outside
+from unclip.config import Range
 
 _ROWS = 4096  # rows compared at a time
 
@@ -40,10 +50,10 @@ class Contamination(Reading):
     min_cosine: float = 0.95
     """With embeddings: the cosine from which on two pictures are the same."""
     rule: Literal["contamination"] = "contamination"
+    bounds: ClassVar[Mapping[str, Range]] = {"max_distance": Range(0, MOST), "min_cosine": COSINE}
 
     def __post_init__(self) -> None:
-        if wrong := outside(self, max_distance=Range(0, MOST), min_cosine=Range(-1, 1)):
-            raise Refused(f"rule contamination: {wrong}")
+        super().__post_init__()
         if (self.images is None) == (self.embeddings is None):
             raise Refused("rule contamination: give either images (in filter) or embeddings (in curate)")
 
@@ -107,7 +117,10 @@ class Contamination(Reading):
             raise Refused(f"{self.embeddings} is no .npy file of numbers ({error})") from None
         if raw.ndim != 2 or not raw.size or not np.isfinite(raw).all():
             raise Refused(f"{self.embeddings} has shape {list(raw.shape)}; it must be [rows, width], of finite numbers")
-        return raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), 1e-12)
+        length = np.linalg.norm(raw, axis=1, keepdims=True)
+        if not length.all():
+            raise Refused(f"{self.embeddings}: row {int(np.argmin(length))} is 0, and is near to nothing; leave it out")
+        return raw / length
 
 
 def pictures_of(images: str) -> list[Path]:

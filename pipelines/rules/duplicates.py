@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from infra.errors import Refused
-from pipelines.rules.base import PHASH
+from pipelines.rules.base import PHASH, BaseRule
 from pipelines.rules.hamming import MOST, hashes, repeats, split
-from unclip.config import Range, outside
+from unclip.config import Range
 
 
-@dataclass(frozen=True)
-class ExactDuplicates:
+@dataclass(frozen=True, kw_only=True)
+class ExactDuplicates(BaseRule):
     """Rejects every picture whose bytes, as they were fetched, came before: the first of them stays.
 
     The caption does not count: what a model memorises is the picture, and a second caption for it is as often wrong as
@@ -40,8 +39,8 @@ class ExactDuplicates:
             yield np.array(rejected, bool)
 
 
-@dataclass(frozen=True)
-class NearDuplicates:
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicates(BaseRule):
     """Rejects every picture that looks nearly as one that stays and came before it: the first of them stays.
 
     Two pictures look nearly the same where their perceptual hashes (64 bits, see picture.phash) differ in at most
@@ -55,10 +54,7 @@ class NearDuplicates:
     """Bits of 64 that may differ."""
     rule: Literal["near_duplicates"] = "near_duplicates"
     columns: ClassVar[tuple[str, ...]] = (PHASH,)
-
-    def __post_init__(self) -> None:
-        if wrong := outside(self, max_distance=Range(0, MOST)):
-            raise Refused(f"rule near_duplicates: {wrong}")
+    bounds: ClassVar[Mapping[str, Range]] = {"max_distance": Range(0, MOST)}
 
     def look(self, rows: pa.Table) -> pa.Table:
         return pa.table({"phash": rows[PHASH]})

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from infra.errors import Refused
-from pipelines.rules.base import EMBEDDING, directions
-from unclip.config import COUNT, Range, outside
+from pipelines.rules.base import COSINE, EMBEDDING, BaseRule, directions
+from unclip.config import COUNT, Range
 
 _SAMPLE, _LEAST = 256, 39  # rows of a cluster that k-means learns from at most and at least: faiss's own bounds
 _BATCH = 1024  # rows that are searched for at a time
 
 
-@dataclass(frozen=True)
-class SemanticDuplicates:
+@dataclass(frozen=True, kw_only=True)
+class SemanticDuplicates(BaseRule):
     """Rejects every picture that means the same as one that stays and came before it: the first of them stays.
 
     SemDeDup (Abbas et al. 2023, arXiv 2303.09540): CLIP's image embeddings fall into clusters (spherical k-means), and
@@ -38,10 +37,7 @@ class SemanticDuplicates:
     """Clusters; about rows / 1000 is quick."""
     rule: Literal["semantic_duplicates"] = "semantic_duplicates"
     columns: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-
-    def __post_init__(self) -> None:
-        if wrong := outside(self, min_cosine=Range(-1, 1), clusters=COUNT):
-            raise Refused(f"rule semantic_duplicates: {wrong}")
+    bounds: ClassVar[Mapping[str, Range]] = {"min_cosine": COSINE, "clusters": COUNT}
 
     def look(self, rows: pa.Table) -> pa.Table:
         z = directions(rows)

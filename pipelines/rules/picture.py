@@ -5,7 +5,7 @@ Sides are known from the index. What needs pixels is measured once for all rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.errors import Refused
 from pipelines.pictures import picture
-from pipelines.rules.base import DEVIATION, PHASH, numbers
-from unclip.config import SIDE, Range, outside
+from pipelines.rules.base import DEVIATION, PHASH, BaseRule, numbers
+from unclip.config import SIDE, Range
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,18 +24,15 @@ _HASHED = 32  # pixels of the side that a picture is brought down to for its has
 _LOW = 8  # lowest frequencies of each axis that are hashed
 
 
-@dataclass(frozen=True)
-class Size:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseRule):
     """Rejects pictures whose original has a shorter side below `min_side` pixels."""
 
     min_side: int
     """Pixels of the shorter side, at least."""
     rule: Literal["size"] = "size"
     columns: ClassVar[tuple[str, ...]] = ("width", "height")
-
-    def __post_init__(self) -> None:
-        if wrong := outside(self, min_side=SIDE):
-            raise Refused(f"rule size: {wrong}")
+    bounds: ClassVar[Mapping[str, Range]] = {"min_side": SIDE}
 
     def look(self, rows: pa.Table) -> pa.Table:
         return pa.table({"side": pc.min_element_wise(rows["width"], rows["height"])})
@@ -46,18 +42,15 @@ class Size:
             yield numbers(look, "side") < self.min_side
 
 
-@dataclass(frozen=True)
-class Aspect:
+@dataclass(frozen=True, kw_only=True)
+class Aspect(BaseRule):
     """Rejects pictures whose original is more than `max_ratio` times as long as it is wide, or the other way round."""
 
     max_ratio: float
     """Longer side over shorter side, at most."""
     rule: Literal["aspect"] = "aspect"
     columns: ClassVar[tuple[str, ...]] = ("width", "height")
-
-    def __post_init__(self) -> None:
-        if wrong := outside(self, max_ratio=Range(1)):
-            raise Refused(f"rule aspect: {wrong}")
+    bounds: ClassVar[Mapping[str, Range]] = {"max_ratio": Range(1)}
 
     def look(self, rows: pa.Table) -> pa.Table:
         longer = pc.max_element_wise(rows["width"], rows["height"]).cast(pa.float64())
@@ -68,8 +61,8 @@ class Aspect:
             yield numbers(look, "ratio") > self.max_ratio
 
 
-@dataclass(frozen=True)
-class Blank:
+@dataclass(frozen=True, kw_only=True)
+class Blank(BaseRule):
     """Rejects pictures of (nearly) one colour: placeholders, scans of nothing, "image removed".
 
     Measured is the standard deviation of each colour channel over the picture, and the largest of the three counts.
@@ -79,10 +72,7 @@ class Blank:
     """Standard deviation of the most varied channel, at least; channels go from 0 to 255."""
     rule: Literal["blank"] = "blank"
     columns: ClassVar[tuple[str, ...]] = (DEVIATION,)
-
-    def __post_init__(self) -> None:
-        if wrong := outside(self, min_deviation=Range(0, 127.5)):
-            raise Refused(f"rule blank: {wrong}")
+    bounds: ClassVar[Mapping[str, Range]] = {"min_deviation": Range(0, 127.5)}
 
     def look(self, rows: pa.Table) -> pa.Table:
         return pa.table({"deviation": rows[DEVIATION]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import Refused
-from pipelines.rules.base import EMBEDDING, NOT_IN_KEY, Reading, directions, numbers
-from unclip.config import Range, outside
+from pipelines.rules.base import COSINE, EMBEDDING, NOT_IN_KEY, BaseRule, Reading, directions, numbers
+from unclip.config import PART, Range
 
 _ANY = Range(-1e30, 1e30)
 
 
-@dataclass(frozen=True)
-class ClipScore:
+@dataclass(frozen=True, kw_only=True)
+class ClipScore(BaseRule):
     """Rejects pairs whose picture and caption are far apart in CLIP's eyes: by a threshold, or all but a top fraction.
 
     The score is the cosine of image and text embedding. A threshold decides about each row alone; the top fraction is
@@ -34,14 +34,12 @@ class ClipScore:
     """Fraction of rows that stay, rounded up."""
     rule: Literal["clip_score"] = "clip_score"
     columns: ClassVar[tuple[str, ...]] = ("score",)
+    bounds: ClassVar[Mapping[str, Range]] = {"min_score": COSINE, "top_fraction": PART}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.min_score is None) == (self.top_fraction is None):
             raise Refused("rule clip_score: give either min_score (a cosine) or top_fraction")
-        if self.min_score is not None and not -1 <= self.min_score <= 1:
-            raise Refused(f"rule clip_score: min_score is {self.min_score}; a cosine lies between -1 and 1")
-        if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
-            raise Refused(f"rule clip_score: top_fraction is {self.top_fraction}; it lies above 0, up to 1")
 
     def look(self, rows: pa.Table) -> pa.Table:
         return pa.table({"score": rows["score"].cast(pa.float32())})
@@ -76,18 +74,15 @@ class _Scored(Reading, ABC):
     """A safetensors file with `weight` and `bias`."""
     unknown: Literal["keep", "reject"] = "reject"
     """What becomes of rows without a score."""
-    rule: Any = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.column is None) == (self.head is None):
             raise Refused(f"rule {self.rule}: give either column (kept from the list) or head (a safetensors file)")
         if self.column == "":
             raise Refused(f"rule {self.rule}: column is empty; name one of source.columns.keep")
         if self.sha256 and self.head is None:
             raise Refused(f"rule {self.rule}: sha256 is given without head")
-        bounds = {name: _ANY for name in ("min_score", "max_score") if hasattr(self, name)}
-        if wrong := outside(self, **bounds):
-            raise Refused(f"rule {self.rule}: {wrong}")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -133,37 +128,49 @@ class _Scored(Reading, ABC):
             tensors = load(self.content)
             weight, bias = tensors["weight"], tensors["bias"]
         except (SafetensorError, KeyError) as error:
-            raise Refused(f"{self.head} is no safetensors file with `weight` and `bias` ({error})") from None
-        if bias.size != 1 or weight.size != max(weight.shape, default=0) or not np.isfinite(weight).all():
+            raise Refused(
+                f"{self.head} is no safetensors file with `weight` and `bias` in float16 or float32 ({error}); "
+                "a pickle is never read"
+            ) from None
+        if bias.size != 1 or weight.size != max(weight.shape, default=0):
             raise Refused(
                 f"{self.head}: weight is {list(weight.shape)} and bias {list(bias.shape)}; a head with one score has "
-                "[1, width] and [1], and finite numbers"
+                "[1, width] and [1]"
             )
-        return weight.reshape(-1).astype(np.float32), float(bias.reshape(-1)[0])
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told
+            numbers = [one.astype(np.float32).reshape(-1) for one in (weight, bias) if one.dtype.kind == "f"]
+        if len(numbers) != 2 or not all(np.isfinite(one).all() for one in numbers):
+            raise Refused(
+                f"{self.head}: weight is of {weight.dtype} and bias of {bias.dtype}; a head has finite floating-point "
+                "numbers"
+            )
+        return numbers[0], float(numbers[1][0])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watermark(_Scored):
+class _AtMost(_Scored):
+    """Rejects pictures with a score above `max_score`."""
+
+    max_score: float
+    """Score, at most."""
+    bounds: ClassVar[Mapping[str, Range]] = {"max_score": _ANY}
+
+    def _bad(self, scores: np.ndarray) -> np.ndarray:
+        return scores > self.max_score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watermark(_AtMost):
     """Rejects pictures that probably bear a watermark: those with a score above `max_score` (LAION: `pwatermark`)."""
 
-    max_score: float
-    """Score, at most."""
     rule: Literal["watermark"] = "watermark"
-
-    def _bad(self, scores: np.ndarray) -> np.ndarray:
-        return scores > self.max_score
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nsfw(_Scored):
+class Nsfw(_AtMost):
     """Rejects pictures that are probably not safe for work: those with a score above `max_score` (LAION: `punsafe`)."""
 
-    max_score: float
-    """Score, at most."""
     rule: Literal["nsfw"] = "nsfw"
-
-    def _bad(self, scores: np.ndarray) -> np.ndarray:
-        return scores > self.max_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +179,7 @@ class Aesthetic(_Scored):
 
     min_score: float
     """Score, at least."""
+    bounds: ClassVar[Mapping[str, Range]] = {"min_score": _ANY}
     rule: Literal["aesthetic"] = "aesthetic"
 
     def _bad(self, scores: np.ndarray) -> np.ndarray:

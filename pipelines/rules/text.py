@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal
@@ -13,16 +13,16 @@ import pyarrow as pa
 import regex
 
 from infra.errors import Refused
-from pipelines.rules.base import NOT_IN_KEY, Reading, numbers
-from unclip.config import FRACTION, WHOLE, outside
+from pipelines.rules.base import NOT_IN_KEY, BaseRule, Reading, numbers
+from unclip.config import FRACTION, WHOLE, Range
 
 _WORD = regex.compile(r"\w+")
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 _MARKS = regex.compile("[\u0300-\u036f]")
 
 
-@dataclass(frozen=True)
-class Caption:
+@dataclass(frozen=True, kw_only=True)
+class Caption(BaseRule):
     """Rejects captions that are too short or too long; surrounding blanks do not count."""
 
     min_characters: int = 1
@@ -35,15 +35,21 @@ class Caption:
     """Words, at most."""
     rule: Literal["caption"] = "caption"
     columns: ClassVar[tuple[str, ...]] = ("caption",)
+    bounds: ClassVar[Mapping[str, Range]] = dict.fromkeys(
+        ("min_characters", "max_characters", "min_words", "max_words"), WHOLE
+    )
 
     def __post_init__(self) -> None:
-        bounds = dict.fromkeys(("min_characters", "max_characters", "min_words", "max_words"), WHOLE)
-        if wrong := outside(self, **bounds):
-            raise Refused(f"rule caption: {wrong}")
+        super().__post_init__()
         for what in ("characters", "words"):
             least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if most is not None and most < least:
                 raise Refused(f"rule caption: min_{what} {least} and max_{what} {most} let no caption stay")
+        if self.max_characters is not None and self.max_characters < 2 * self.min_words - 1:
+            raise Refused(
+                f"rule caption: {self.min_words} words (min_words) with blanks between them have more than "
+                f"{self.max_characters} characters (max_characters), so no caption would stay"
+            )
 
     def look(self, rows: pa.Table) -> pa.Table:
         said = [(caption or "").strip() for caption in rows["caption"].to_pylist()]
@@ -61,8 +67,8 @@ class Caption:
             yield rejected
 
 
-@dataclass(frozen=True)
-class Language:
+@dataclass(frozen=True, kw_only=True)
+class Language(BaseRule):
     """Rejects captions that are in none of the languages named.
 
     py3langid (a model of 97 languages that it carries) says which language is the likeliest, and how likely. Captions
@@ -78,10 +84,10 @@ class Language:
     """What becomes of captions whose language is not known."""
     rule: Literal["language"] = "language"
     columns: ClassVar[tuple[str, ...]] = ("caption",)
+    bounds: ClassVar[Mapping[str, Range]] = {"min_confidence": FRACTION}
 
     def __post_init__(self) -> None:
-        if wrong := outside(self, min_confidence=FRACTION):
-            raise Refused(f"rule language: {wrong}")
+        super().__post_init__()
         if not self.languages:
             raise Refused("rule language: languages is empty; name one, as [en]")
         if bad := [code for code in self.languages if not regex.fullmatch("[a-z]{2}", code)]:
@@ -123,7 +129,7 @@ def language(caption: str) -> tuple[str | None, float]:
     return code, float(confidence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockedTerms(Reading):
     """Rejects captions that hold one of the terms as a whole word or as successive whole words.
 
@@ -140,6 +146,7 @@ class BlockedTerms(Reading):
     columns: ClassVar[tuple[str, ...]] = ("caption",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.terms and self.file is None:
             raise Refused("rule blocked_terms: give terms, or a file with a term a line")
         if self.sha256 and self.file is None:

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[float, tuple[Rule, ...]]] = {
     "exact_duplicates": (2, (ExactDuplicates(),)),
     "near_duplicates": (3, (NearDuplicates(),)),
     "size, caption, blocked_terms, exact and near duplicates": (
-        2, (Size(64), Caption(), BlockedTerms(terms=("blocked",)), ExactDuplicates(), NearDuplicates()),
+        2, (Size(min_side=64), Caption(), BlockedTerms(terms=("blocked",)), ExactDuplicates(), NearDuplicates()),
     ),
 }  # fmt: skip
 """Rules, and the most that the time per row may grow by."""
@@ -114,7 +114,7 @@ def test_crowds_and_clusters_take_time_in_proportion_to_the_rows(name: str, make
     """From 10 k to 100 k rows, a cluster for 1000; a crowd takes its logarithm more."""
     per_row = {}
     for rows in ROWS[:2]:
-        rule = NearDuplicates() if make is crowd else SemanticDuplicates(0.95, clusters=rows // 1000)
+        rule = NearDuplicates() if make is crowd else SemanticDuplicates(min_cosine=0.95, clusters=rows // 1000)
         made = make(rows)
         began = time.process_time()
         rejected = sum(int(np.count_nonzero(marks)) for _, marks in judged((rule,), iter([made])))

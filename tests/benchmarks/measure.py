@@ -89,9 +89,9 @@ def peak_bytes(call: Call) -> int:
     call()
     with open("/proc/self/clear_refs", "w") as clear:  # 5: the peak of resident memory begins anew
         clear.write("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 def peak_in_child(module: str, *arguments: str) -> int:
@@ -111,6 +111,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _status(name: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name + ":"))
+def status(name: str) -> int:
+    """A line of /proc/self/status that counts memory, as VmHWM, in bytes."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

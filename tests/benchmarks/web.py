@@ -1,7 +1,7 @@
 """A web server for benchmarks: many hosts (addresses of loopback) on one port, some of which never answer.
 
-Run as `python -m tests.benchmarks.web HOSTS HANGING`: it prints its port, and serves until its standard input ends.
-A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
+Run as `python -m tests.benchmarks.web HOSTS HANGING CLOSING`: it prints its port, and serves until its standard input
+ends. A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
 """
 
 from __future__ import annotations
@@ -36,23 +36,27 @@ def pictures() -> list[bytes]:
     return made
 
 
-async def serve(hosts: int, hanging: int) -> None:
-    """Serves until standard input ends. The last `hanging` hosts take connections and never answer."""
+async def serve(hosts: int, hanging: int, closing: bool) -> None:
+    """Serves until standard input ends. The last `hanging` hosts take connections and never answer; with `closing` the
+    others hang up behind each answer."""
     mute = {address(host) for host in range(hosts - hanging, hosts)}
     bodies = pictures()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            if writer.get_extra_info("sockname")[0] in mute:
-                await reader.read()  # until the client hangs up
-                return
-            body = bodies[int(head.split(b" ", 2)[1][1:].partition(b".")[0]) % PICTURES]
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nConnection: close\r\n")
-            writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            await writer.drain()
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # a client that hung up
+            last = False
+            while not last:  # as web servers do: a connection stays until its client says, or hangs up
+                head = await reader.readuntil(b"\r\n\r\n")
+                if writer.get_extra_info("sockname")[0] in mute:
+                    await reader.read()  # until the client hangs up
+                    return
+                last = closing or b"connection: close" in head.lower()
+                body = bodies[int(head.split(b" ", 2)[1][1:].partition(b".")[0]) % PICTURES]
+                lines = [b"HTTP/1.1 200 OK", b"Content-Type: image/jpeg", b"Content-Length: %d" % len(body)]
+                writer.write(b"\r\n".join([*lines, *[b"Connection: close"] * last, b"", b""]) + body)
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # a client that hung up, or the end of all
         finally:
             writer.close()
 
@@ -65,9 +69,9 @@ async def serve(hosts: int, hanging: int) -> None:
 
 
 @contextmanager
-def serving(hosts: int, hanging: int) -> Iterator[int]:
+def serving(hosts: int, hanging: int, closing: bool = False) -> Iterator[int]:
     """The port of a server that runs until the context ends."""
-    command = [sys.executable, "-m", "tests.benchmarks.web", str(hosts), str(hanging)]
+    command = [sys.executable, "-m", "tests.benchmarks.web", str(hosts), str(hanging), str(int(closing))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -77,4 +81,4 @@ def serving(hosts: int, hanging: int) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(*map(int, sys.argv[1:3])))
+    asyncio.run(serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import yaml
 
 from infra.cluster import connect, submit
 from infra.errors import Refused
+from infra.mlflow_runs import open_client
 from infra.monitor import NullMonitor
-from infra.tracking import default_uri, open_client
+from infra.tracking_uri import default_uri
 from pipelines import recipe, workflow
 from pipelines.admission import needs_of
 from tests.fixtures.s3 import free_port
@@ -108,9 +111,15 @@ def test_a_local_ray_holds_a_monitor_and_takes_a_job(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "marker").touch()
     uri = default_uri(str(tmp_path / "store"))
-    ran = subprocess.run(
-        [sys.executable, "-c", RUN, uri, tmp_path / "job"], capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:  # sockets are made there: tmp_path is too long for them
+        ran = subprocess.run(
+            [sys.executable, "-c", RUN, uri, tmp_path / "job"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"TMPDIR": folder, "RAY_TMPDIR": "/tmp"},
+        )
+        assert not os.listdir(folder)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)  # and not a line of Ray's beside it
     assert told["board"] == {"prior": {"done": 100, "total": 100, "unit": "steps", "rate": 3.0, "loss": 0.01}}

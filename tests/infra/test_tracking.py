@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from infra.errors import Refused
-from infra.tracking import Tracker, check_server, default_uri, open_client, spool_folder
+from infra.mlflow_runs import open_client
+from infra.tracking import Tracker
+from infra.tracking_uri import check_server, default_uri, spool_folder
 from tests.fixtures.mlflow import mlflow_server
 from tests.fixtures.s3 import free_port
 

@@ -81,7 +81,7 @@ def refused(result: tuple[int, str, str], said: str, expected: int = 2) -> None:
         (["edit", "vary", "picture.png", "-n", -1], "nothing to draw"),
         (["edit", "interpolate", "a", "b", "--steps", 1], "at least 2 pictures"),
         (["edit", "diff", "picture.png", "a", "b", "--theta", "nan"], "theta"),
-        (["edit", "redraw", "picture.png", "a", "--strength", "nan"], "share of the steps"),
+        (["edit", "redraw", "picture.png", "a", "--strength", "nan"], "--strength is"),
         (["edit", "inpaint", "picture.png", "small.png", "a"], "8×8 px, and the picture 40×40; they must be equally"),
     ],
 )

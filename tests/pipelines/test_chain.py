@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -127,6 +128,26 @@ def test_every_row_of_the_list_is_in_exactly_one_final_state(finished: tuple[Pat
     assert sum(states.values()) == recipe.load("tiny").world.pictures  # type: ignore[union-attr]
     assert states["kept"] > 0.5 * sum(states.values())
     assert {"filter.exact_duplicates", "filter.near_duplicates", "curate.clip_score"} <= set(states)
+
+
+def test_mlflow_knows_what_became_of_the_rows_of_every_data_stage(finished: tuple[Path, str]) -> None:
+    query = "select m.key, m.value from latest_metrics m join runs r using (run_uuid) where r.name = ? and r.status = ?"
+    for stage in ("download", "filter", "embed", "curate"):
+        with sqlite3.connect(finished[0] / "mlflow" / "mlflow.db") as database:
+            told = dict(database.execute(query, (stage, "FINISHED")).fetchall())
+        made = newest(finished[0], stage)
+        assert {name.removeprefix("rows."): count for name, count in told.items() if "." in name} == made.states
+        assert (told["rows"], told["shards"]) == (made.rows, len(made.records))
+        assert told["success_rate"] == pytest.approx(made.states["kept"] / made.rows)
+
+
+def test_a_run_leaves_a_page_about_its_data(finished: tuple[Path, str], tmp_path: Path) -> None:
+    store, said = finished
+    (line,) = [line for line in said.splitlines() if line.startswith("data  ")]
+    page = Path(line.split()[1])
+    assert page == store / "view" / newest(store, "curate").version[:12] / "data.html"
+    unclip("data", "report", "--store", store, "--out", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
 def test_the_trainers_overlap_in_time(finished: tuple[Path, str]) -> None:

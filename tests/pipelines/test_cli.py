@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import socket
@@ -118,6 +119,15 @@ def test_a_plan_makes_no_store(unclip: Run, tmp_path: Path) -> None:
     assert code == 0, err
     assert "download" in out
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_the_fits_ask_of_the_machine(unclip: Run) -> None:
+    card = ("--set", "hardware={H: {tflops: 0.5, memory_gib: 1, hourly: 2}}")
+    assert "FLOPs a sample" in unclip("plan", "tiny", *card)[1]
+    fits = json.loads(unclip("plan", "tiny", "--json", *card)[1])["fits"]
+    assert {fit["stage"] for fit in fits} == {"clip", "decoder", "prior", "upsampler-32", "upsampler-64"}
+    assert all(fit["on"]["H"]["hours"] > 0 for fit in fits)
 
 
 def test_no_champion_yet_says_how_to_get_one(unclip: Run) -> None:

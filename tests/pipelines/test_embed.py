@@ -15,10 +15,11 @@ from infra.errors import Refused
 from infra.manifest import Action, Block, Manifest, Record, commit, object_name
 from infra.rows import INDEX, KEPT, embedded
 from infra.store import Store
-from pipelines.embed import Embed, EmbedSpec, base, chosen_rows, load_clip, pixels
+from pipelines.embed import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels
 from pipelines.select import Look, Select
-from pipelines.stage import PoolHow
+from pipelines.stage import plain
 from tests.fixtures.stages import Data, clip, make
+from unclip.clip import Clip
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def seen(data: Data) -> tuple[Manifest, Manifest]:
 
 
 def stage(batch: int = 16, **how) -> Embed:
-    return Embed(EmbedSpec(base=32, batch=batch), PoolHow(**how))
+    return Embed(EmbedSpec(base=32, batch=batch), EmbedHow(**how))
 
 
 def rows(store: Store, record: Record) -> pa.Table:
@@ -161,12 +162,49 @@ def test_row_groups_hold_256_rows(store, seen):
     assert [(block.first, block.rows) for block in record.blocks] == [(0, 256), (256, 44)]
 
 
-def test_bytes_do_not_depend_on_how_many_actors_there_are(data: Data, seen, tmp_path):
+@pytest.mark.parametrize("how", [{"actors": 3, "cpus": 0.5}, {"decoders": 4}])
+def test_bytes_do_not_depend_on_how_many_actors_and_threads_there_are(data: Data, seen, tmp_path, how):
     made, embed = seen
-    again = stage(actors=3, cpus=0.5)
+    again = stage(**how)
     actions = list(again.actions(data.download, data.filter, made))
     assert [action.key for action in actions] == [record.key for record in embed.records]
     assert again.run(actions[0], data.store, tmp_path).files == embed.records[0].files
+
+
+def test_settings_that_came_later_are_in_no_key_at_their_defaults():
+    assert plain(EmbedSpec()) == {"base": 64, "batch": 64}
+    assert plain(EmbedSpec(precision="bfloat16", lengths=(8, 16))) == {
+        "base": 64, "batch": 64, "precision": "bfloat16", "lengths": [8, 16]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [{"precision": "bfloat16"}, {"precision": "float16"}, {"lengths": (8, 16)}])
+def test_faster_settings_give_the_same_rows_but_for_rounding(data: Data, seen, spec):
+    made, embed = seen
+    faster = Embed(EmbedSpec(base=32, batch=16, **spec))
+    again = make(data.store, faster, data.download, data.filter, made)
+    least = 0.999 if "precision" in spec else 1 - 1e-6
+    for one, other in zip(embed.records, again.records, strict=True):
+        assert one.key != other.key
+        exact, fast = rows(data.store, one), rows(data.store, other)
+        for column in ("uid", "caption", "url", "image"):
+            assert exact[column].equals(fast[column])
+        for column in ("image_embedding", "text_embedding"):
+            a, b = (np.stack(table[column].to_pylist()) for table in (exact, fast))
+            assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > least
+
+
+def test_embeddings_that_overflow_are_refused_not_stored(data: Data, seen):
+    adapter = load_clip(data.store, seen[0].version, "cpu")
+    loud = adapter.state | {"visual.attnpool.c_proj.weight": adapter.state["visual.attnpool.c_proj.weight"] * 1e7}
+    action = Action("clip/1", {"loud": True}, ())
+    with data.store.scratch() as out:
+        Clip(adapter.config, loud, adapter.preprocess).save(out)
+        made = Manifest(action, (commit(data.store, action, Record.of(action, out), out),))
+    made.save(data.store)
+    one = shard(data.store, [noise(1), noise(2)])
+    with pytest.raises(Refused, match="not finite in float16"):
+        make(data.store, Embed(EmbedSpec(base=32, precision="float16")), *one, made)
 
 
 def test_the_base_picture_is_the_central_square():
@@ -194,7 +232,10 @@ def test_clip_is_loaded_once_a_process(data: Data, seen):
     assert load_clip(data.store, seen[0].version, "cpu") is load_clip(data.store, seen[0].version, "cpu")
 
 
-@pytest.mark.parametrize("options", [{"base": 0}, {"batch": 0}, {"batch": 257}])
+@pytest.mark.parametrize(
+    "options",
+    [{"base": 0}, {"batch": 0}, {"batch": 257}, {"precision": "int8"}, {"lengths": (16, 8)}, {"lengths": (1,)}],
+)
 def test_impossible_specs_are_refused(options):
     with pytest.raises(Refused, match="embed"):
         EmbedSpec(**options)

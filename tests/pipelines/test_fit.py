@@ -61,6 +61,17 @@ def test_a_recipe_says_name_tag_or_file_and_not_the_digest(tmp_path: Path) -> No
     found = clip(f"{{name: ViT-L-14, file: {tmp_path / 'weights'}}}")
     assert found.spec.sha256 == digest_file(tmp_path / "weights")
     assert found.how.file == str(tmp_path / "weights")
+    for place in ("here", "there"):  # the key is of what a folder holds, not of where it lies
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP}))
+        (tmp_path / place / "open_clip_model.safetensors").write_bytes(b"weights")
+    stages = [clip(f"{{name: 'local-dir:{tmp_path / place}'}}") for place in ("here", "there")]
+    assert stages[0].spec == stages[1].spec
+    assert stages[0].how != stages[1].how
+    (tmp_path / "there" / "open_clip_model.safetensors").write_bytes(b"others")
+    assert clip(f"{{name: 'local-dir:{tmp_path / 'there'}'}}").spec != stages[0].spec
+    with pytest.raises(Refused, match=r"clip\.pretrained\.name: .* there is no such folder"):
+        clip("{name: 'local-dir:nowhere'}")
     with pytest.raises(Refused, match="is no file"):
         clip("{name: ViT-L-14, file: nowhere}")
     with pytest.raises(Refused, match=r"clip\.pretrained\.sha256 is no known key; known keys: name, tag, file"):

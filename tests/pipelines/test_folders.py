@@ -24,7 +24,6 @@ from pipelines.layouts import columns_of
 from pipelines.places import Folder, Unreadable
 from pipelines.select import Look, Select
 from pipelines.source import SourceHow
-from pipelines.stage import PoolHow
 from tests.fixtures.samples import caption, gather_of, picture, plain, source_of, table_of, write_folder, write_tar
 from tests.fixtures.stages import RULES, clip, make, todo
 
@@ -248,7 +247,7 @@ def test_what_is_behind_finds_what_it_finds_behind_a_download(tmp_path):
     looks = make(store, Look("filter", RULES), manifest)
     chosen = make(store, Select("filter", RULES), looks, manifest)
     model = clip(store)
-    embed = Embed(EmbedSpec(base=16), PoolHow())
+    embed = Embed(EmbedSpec(base=16))
     embedded = make(store, embed, manifest, chosen, model)
     curate = make(store, Select("curate", ()), make(store, Look("curate", ()), embedded), embedded)
     account = reconcile(listed, manifest, chosen, embedded, curate)

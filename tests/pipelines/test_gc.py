@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
+from infra.forgotten import Names
 from infra.lease import Lease
 from infra.ledger import Entry, Ledger
 from infra.manifest import Action, Manifest, Record, commit, digest, object_name
 from infra.store import LocalStore, Store, open_store
 from pipelines import gc
 from pipelines.data import versions
+from pipelines.data_verify import verify
+from pipelines.forget import forget
 from pipelines.gc import Garbage, Keep, announced, collect
 from pipelines.graph import resolve
 from pipelines.shards import perform
@@ -295,3 +298,12 @@ def test_in_s3_what_is_put_again_is_young_again(s3_uri: str, monkeypatch: pytest
     assert not store.exists(left)
     assert store.get(used) == b"used again"
     assert whole(store, kept[0])
+
+
+def test_a_generation_that_no_manifest_lists_yet_stays(chain: Chain, tmp_path: Path) -> None:
+    """As after `data forget`, or a later pass over failed rows, before a run lists what they wrote."""
+    own = chain.copy(tmp_path / "store")
+    row = next(row for row in own.index() if row["state"] == "kept")
+    forget(own.store, Names(uids=frozenset({row["uid"]})))
+    collect(own.store, older_s=0, delete=True)
+    assert verify(own.store).findings == []

@@ -211,7 +211,9 @@ def test_differences_are_dotted_paths() -> None:
 
 
 def stage(kind: str, cpus: float, gpus: float = 0, workers: int = 1) -> Any:
-    return SimpleNamespace(name="it", group="it", kind=kind, how=SimpleNamespace(cpus=cpus, gpus=gpus, workers=workers))
+    return SimpleNamespace(
+        name="it", group="it", kind=kind, how=SimpleNamespace(cpus=cpus, gpus=gpus, workers=workers, fewest=workers)
+    )
 
 
 @pytest.mark.parametrize(

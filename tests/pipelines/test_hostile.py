@@ -8,6 +8,8 @@ import itertools
 import socket
 import struct
 import tarfile
+import tempfile
+import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -44,15 +46,15 @@ def frames(kind: str) -> bytes:
     return out.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
-    """A PNG of any header and packed pixels, each line behind its filter byte."""
+def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG of any header, further chunks and packed pixels, each line behind its filter byte."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    rest = chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rest
+    more = [*extra, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunk(*one) for one in more)
 
 
 def body(data: bytes, **headers: str) -> Callable[[Any], None]:
@@ -64,6 +66,17 @@ def moved(where: str) -> Callable[[Any], None]:
     return lambda asked: give(asked, 302, b"", Location=where.format(port=asked.server.port))
 
 
+def said(*lines: bytes, again: bytes = b"") -> Callable[[Any], None]:
+    """An answer of these lines, and then this one for ever."""
+
+    def answer(asked: Any) -> None:
+        asked.wfile.write(b"".join(line + b"\r\n" for line in lines))
+        while again:
+            asked.wfile.write((again + b"\r\n") * 100)
+
+    return answer
+
+
 def then(*answers: Callable[[Any], None]) -> Callable[[Any], None]:
     """Another answer each time, the last for ever."""
     turn = itertools.chain(answers, itertools.repeat(answers[-1]))
@@ -71,6 +84,14 @@ def then(*answers: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 PICTURE = encode()
+ZEROS = zlib.compress(bytes(200_000_000), 9)
+SCREEN = (
+    b"GIF89a"
+    + struct.pack("<HHBBB6x", 60_000, 60_000, 0x80, 0, 0)
+    + struct.pack("<cHHHHB", b",", 0, 0, 60_000, 60_000, 0)
+    + b"\2\2\x4c\1\0;"
+)
+CHUNKED = b"Transfer-Encoding: chunked"
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
 
@@ -92,19 +113,40 @@ TABLE: dict[str, tuple[Callable[[Any], None], str]] = {
     "promises-less": (lambda asked: give(asked, body=PICTURE, length=len(PICTURE) // 2), "truncated"),
     "negative-length": (lambda asked: give(asked, body=PICTURE, length=-5), KEPT),
     "cut-chunk": (cut_chunk, "truncated"),
+    "negative-chunk": (said(b"HTTP/1.1 200 OK", CHUNKED, b"", b"-5", b"12345"), "timeout"),
+    "no-chunk": (said(b"HTTP/1.1 200 OK", CHUNKED, b"", b"9" * 70_000), "bad_answer"),
+    "headers-without-end": (said(b"HTTP/1.1 200 OK", again=b"X-More: and more"), "bad_answer"),
+    "header-without-end": (said(b"HTTP/1.1 200 OK", b"X-Long: " + b"x" * (1 << 20)), "bad_answer"),
+    "continues-for-ever": (said(again=b"HTTP/1.1 100 Continue\r\n"), "timeout"),
+    "trailer-without-end": (said(b"HTTP/1.1 200 OK", CHUNKED, b"", b"0", again=b"X-More: and more"), "timeout"),
     "loop": (moved("/loop"), "too_many_redirects"),
+    "loop-of-two": (moved("http://loop-of-two.web.test/and-back"), "too_many_redirects"),
     "to-loopback": (moved("http://127.0.0.2:{port}/private"), "refused_address"),
     "to-loopback-decimal": (moved("http://2130706434:{port}/private"), "refused_address"),
+    "to-loopback-octal": (moved("http://0177.0.0.02:{port}/private"), "refused_address"),
+    "to-loopback-hex": (moved("http://0x7f000002:{port}/private"), "refused_address"),
+    "to-loopback-short": (moved("http://127.2:{port}/private"), "refused_address"),
+    "to-loopback-nat64": (moved("http://[64:ff9b::7f00:2]:{port}/private"), "refused_address"),
+    "to-loopback-6to4": (moved("http://[2002:7f00:2::]:{port}/private"), "refused_address"),
+    "to-loopback-as-user": (moved("http://clean.web.test@127.0.0.2:{port}/private"), "bad_url"),
+    "to-loopback-backslash": (moved("http://127.0.0.2:{port}\\@clean.web.test/private"), "bad_url"),
+    "to-loopback-by-scheme": (moved("//127.0.0.2:{port}/private"), "refused_address"),
+    "to-no-port": (moved("http://clean.web.test:99999/clean"), "bad_url"),
+    "to-gopher": (moved("gopher://127.0.0.2:{port}/_GET%20/private"), "refused_scheme"),
     "to-loopback-mapped": (moved("http://[::ffff:127.0.0.2]:{port}/private"), "refused_address"),
     "to-this-host": (moved("http://0.0.0.0:{port}/private"), "refused_address"),
     "to-loopback-6": (moved("http://[::1]:{port}/private"), "refused_address"),
     "to-link-local": (moved("http://169.254.1.1/"), "refused_address"),
     "to-metadata": (moved("http://169.254.169.254/latest/meta-data/"), "refused_address"),
+    "to-metadata-mapped": (moved("http://[::ffff:169.254.169.254]/latest/meta-data/"), "refused_address"),
     "to-metadata-6": (moved("http://[fd00:ec2::254]/latest/meta-data/"), "refused_address"),
     "to-file": (moved("file:///etc/passwd"), "refused_scheme"),
     "to-blocked": (moved("http://x.ads.web.test/clean"), "blocked"),
     "bomb-by-header": (body(png(100_000, 100_000, 8, 2, b"")), "too_large"),
     "bomb-by-pixels": (body(png(30_000, 30_000, 1, 0, bytes(3751) * 30_000)), "too_large"),
+    "bomb-in-text": (body(png(4, 4, 8, 2, bytes(13) * 4, (b"zTXt", b"k\0\0" + ZEROS))), "broken"),
+    "bomb-in-profile": (body(png(4, 4, 8, 2, bytes(13) * 4, (b"iCCP", b"k\0\0" + ZEROS))), "broken"),
+    "bomb-by-screen": (body(SCREEN), "too_large"),
     "bomb-by-encoding": (body(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"), "not_an_image"),
     "half": (body(encode("JPEG")[: len(encode("JPEG")) // 2]), "truncated"),
     "garbage": (body(PICTURE[:60] + b"garbage" * 99), "broken"),
@@ -134,6 +176,7 @@ ODD: list[tuple[str | None, str | None, str]] = [
     ("http://ADS.web.test./clean", "blocked by name", "blocked"),
     ("http://rebinding.test:{port}/again", "leads to itself, elsewhere by then", "refused_address"),
     ("http://127.0.0.2:{port}/private", "private", "refused_address"),
+    ("http://①②⑦.⓪.⓪.②:{port}/private", "private, in circles", "refused_address"),
     ("http://me:secret@clean.web.test/clean", "a password", "bad_url"),
     ("data:image/png;base64,AA", "no address at all", "refused_scheme"),
     (None, "no URL", "no_url"),
@@ -166,9 +209,12 @@ def peak_bytes() -> int:
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(index, members of the tar, states wanted, the public server, the private one, bytes of memory taken)."""
     store = open_store(str(tmp_path_factory.mktemp("hostile") / "store"))
+    elsewhere = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch, serving() as web, serving("127.0.0.2", web.port) as private:
         patch.setattr(socket, "getaddrinfo", rebinding(socket.getaddrinfo))
+        patch.setattr(tempfile, "tempdir", str(elsewhere))
         web.answers = {f"/{name}": answer for name, (answer, _) in TABLE.items()}
+        web.answers["/and-back"] = moved("http://loop-of-two.web.test/loop-of-two")
         web.answers["/again"] = moved("http://rebinding.test:{port}/again")
         private.answers["/private"] = private.answers["/again"] = body(PICTURE)
         rows = [(f"http://{name}.web.test/{name}", name, state) for name, (_, state) in TABLE.items()]
@@ -181,6 +227,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Any:
             retries=1,
             resolve={"*.web.test": f"127.0.0.1:{web.port}"},
             allow=("127.0.0.1/32",),
+            contact="people@here.test",
         )
         stage.setup()
         listing = listed(store, pa.table({"url": urls, "caption": captions}))
@@ -189,10 +236,11 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Any:
         before = peak_bytes()
         manifest = make(store, stage, listing)
         taken = peak_bytes() - before
+        assert not [one.name for one in threading.enumerate() if one.name.startswith("fetch")]
         (index,) = indexes(store, manifest)
         with tarfile.open(store.local(object_name(manifest.only.sha("images.tar")))) as tar:
             members = [(one.name, tar.extractfile(one).read()) for one in tar]
-        assert not list((store.root / "tmp").iterdir())
+        assert not [*(store.root / "tmp").iterdir(), *elsewhere.iterdir()]
         yield index.to_pylist(), members, states, web, private, taken
 
 
@@ -236,6 +284,13 @@ def test_the_first_frame_of_what_moves_is_kept(shard: Any) -> None:
 def test_memory_holds_no_bomb(shard: Any) -> None:
     *_, taken = shard
     assert taken < 100 << 20  # the smallest of the bombs is 112 MB
+
+
+def test_everybody_is_told_who_asks(shard: Any) -> None:
+    _, _, _, web, _, _ = shard
+    (agent,) = {agent for _, _, agent in web.seen}
+    assert agent.startswith("unclip/")
+    assert agent.endswith("; +people@here.test)")
 
 
 def test_opt_outs_are_asked_once(shard: Any) -> None:

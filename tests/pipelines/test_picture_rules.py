@@ -151,10 +151,10 @@ def test_embeddings_are_judged_in_curate(data: Data, tmp_path: Path) -> None:
 
 
 def test_rules_are_sent_where_what_they_read_is() -> None:
-    for rule in (SemanticDuplicates(0.9), Aesthetic(head="h", min_score=0), Contamination(embeddings="e")):
+    for rule in (SemanticDuplicates(min_cosine=0.9), Aesthetic(head="h", min_score=0), Contamination(embeddings="e")):
         with pytest.raises(Refused, match=r"reads image_embedding, which .* put it under curate\.rules"):
             Look("filter", (rule,))
-    for rule in (Blank(), NearDuplicates(), Contamination(images="i"), Size(1)):
+    for rule in (Blank(), NearDuplicates(), Contamination(images="i"), Size(min_side=1)):
         with pytest.raises(Refused, match=r"which the rows of embed do not have; put it under filter\.rules"):
             Select("curate", (rule,))
     with pytest.raises(Refused, match=r"nsfw reads punsafe, .* name the list's column in source\.columns\.keep"):
@@ -173,7 +173,7 @@ def test_a_recipe_names_the_file_whose_digest_is_in_the_key(tmp_path: Path) -> N
     assert rule.sha256
     assert rule.content == terms.read_bytes()
     terms.unlink()
-    with pytest.raises(Refused, match=r"filter\.rules: .*terms\.txt cannot be read"):
+    with pytest.raises(Refused, match=r"filter\.rules\.0: .*terms\.txt cannot be read"):
         workflow.stages(read, workflow.Inputs("list.parquet", ("0" * 64,), str(prompts), None))
-    with pytest.raises(Refused, match=r"filter\.rules\.0\.blocked_terms\.content|content is no known key"):
+    with pytest.raises(Refused, match=r"filter\.rules\.0\.content is no known key"):
         recipe.load("demo", ["filter.rules=[{rule: blocked_terms, terms: [x], content: y}]"])

@@ -101,10 +101,11 @@ def every(tmp_path: Path) -> list[Rule]:
     """One of each rule, opened."""
     np.save(tmp_path / "set.npy", np.eye(4)[:2])
     rules = [
-        Size(1), Aspect(2.0), Caption(), ExactDuplicates(), ClipScore(min_score=0.0), Blank(), Language(("en",)),
+        Size(min_side=1), Aspect(max_ratio=2.0), Caption(), ExactDuplicates(), ClipScore(min_score=0.0), Blank(),
+        Language(languages=("en",)),
         BlockedTerms(terms=("bad",)), NearDuplicates(), Watermark(column="pwatermark", max_score=0.5),
         Nsfw(column="punsafe", max_score=0.5), Aesthetic(head=linear_head(tmp_path), min_score=5.0),
-        SemanticDuplicates(0.95), Contamination(embeddings=str(tmp_path / "set.npy")),
+        SemanticDuplicates(min_cosine=0.95), Contamination(embeddings=str(tmp_path / "set.npy")),
     ]  # fmt: skip
     assert {type(rule) for rule in rules} == set(RULES)
     return [opened(rule) for rule in rules]

@@ -34,12 +34,12 @@ def test_captions_of_other_languages_go_and_those_one_cannot_tell_stay():
         None,
         "1234 !",
     ]
-    assert rejected(Language(("en",)), {"caption": said}) == [[False, True, True, False, False, False, False]]
-    assert rejected(Language(("en", "de", "ko")), {"caption": said}) == [[False] * 7]
-    sure = Language(("en",), unsure="reject")
+    assert rejected(Language(languages=("en",)), {"caption": said}) == [[False, True, True, False, False, False, False]]
+    assert rejected(Language(languages=("en", "de", "ko")), {"caption": said}) == [[False] * 7]
+    sure = Language(languages=("en",), unsure="reject")
     assert rejected(sure, {"caption": said}) == [[False, True, True, True, True, True, True]]
     with pytest.raises(Refused, match="xx is none of the languages"):
-        Language(("en", "xx")).opened()
+        Language(languages=("en", "xx")).opened()
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ def greedy(vectors: np.ndarray, least: float) -> list[bool]:
 def test_with_one_cluster_semantic_duplicates_are_those_of_comparing_all_with_all():
     random = np.random.default_rng(0)
     vectors = random.normal(size=(60, 16))[random.integers(60, size=1500)] + random.normal(size=(1500, 16)) * 0.3
-    found = semantic(SemanticDuplicates(0.9, clusters=1), vectors[:7], vectors[7:7], vectors[7:1200], vectors[1200:])
+    found = semantic(
+        SemanticDuplicates(min_cosine=0.9, clusters=1), vectors[:7], vectors[7:7], vectors[7:1200], vectors[1200:]
+    )
     assert [len(shard) for shard in found] == [7, 0, 1193, 300]
     flat = list(itertools.chain(*found))
     assert flat == greedy(vectors, 0.9)
@@ -103,7 +105,7 @@ def test_with_one_cluster_semantic_duplicates_are_those_of_comparing_all_with_al
 def test_clusters_miss_few_semantic_duplicates_and_growth_changes_no_verdict():
     random = np.random.default_rng(1)
     vectors = random.normal(size=(300, 16))[random.integers(300, size=3000)] + random.normal(size=(3000, 16)) * 0.02
-    rule = SemanticDuplicates(0.95, clusters=8)
+    rule = SemanticDuplicates(min_cosine=0.95, clusters=8)
     found = list(itertools.chain(*semantic(rule, *np.split(vectors, 3))))
     exact = greedy(vectors, 0.95)
     assert 0.97 * sum(exact) < sum(found) <= sum(exact)
@@ -116,7 +118,7 @@ def test_semantic_duplicates_are_the_same_on_any_number_of_threads():
     before, found = faiss.omp_get_max_threads(), []
     for threads in (1, 3):
         faiss.omp_set_num_threads(threads)
-        found.append(semantic(SemanticDuplicates(0.9, clusters=5), vectors))
+        found.append(semantic(SemanticDuplicates(min_cosine=0.9, clusters=5), vectors))
     faiss.omp_set_num_threads(before)
     assert found[0] == found[1]
     assert 0 < sum(found[0][0]) < 1500

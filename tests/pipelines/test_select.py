@@ -78,7 +78,7 @@ def test_a_rejected_row_is_not_the_one_that_later_rules_prefer(store):
 
 def test_states_account_for_every_kept_row_and_selections_name_them(store):
     data = downloaded(store, [(KEPT, 100, "a b"), (KEPT, 9, "c d")], [("timeout", 1, "gone")], [(KEPT, 100, "a too")])
-    selection = choose(store, data, Size(64), ExactDuplicates())
+    selection = choose(store, data, Size(min_side=64), ExactDuplicates())
     assert selection.states == {KEPT: 1, "size": 1, "exact_duplicates": 1}
     assert selection.rows == data.states[KEPT] == 3
     for record in data.records:
@@ -100,7 +100,7 @@ def test_without_rules_every_row_stays(store):
 def test_growth_leaves_old_selections_byte_equal(store):
     first = [(KEPT, 100, "a b"), (KEPT, 100, "c d"), (KEPT, 10, "e f")]
     second = [(KEPT, 100, "a too"), (KEPT, 100, "g h")]
-    rules = Size(64), Caption(min_words=2), ExactDuplicates()
+    rules = Size(min_side=64), Caption(min_words=2), ExactDuplicates()
     before = choose(store, downloaded(store, first, second), *rules).only
     after = choose(store, downloaded(store, first, second, [(KEPT, 100, "c again"), (KEPT, 99, "z z")]), *rules).only
     assert before.files.items() < after.files.items()
@@ -144,15 +144,15 @@ def test_duplicates_of_the_world_are_rejected_and_its_other_good_rows_stay(data:
 
 def test_looks_of_shards_that_are_known_are_not_done_again(store):
     one, two = [(KEPT, 100, "a b")], [(KEPT, 100, "c d")]
-    choose(store, downloaded(store, one), Size(64))
-    assert todo(store, Look("filter", (Size(64),)), downloaded(store, one, two)) == 1
-    assert todo(store, Look("filter", (Size(65),)), downloaded(store, one)) == 1
+    choose(store, downloaded(store, one), Size(min_side=64))
+    assert todo(store, Look("filter", (Size(min_side=64),)), downloaded(store, one, two)) == 1
+    assert todo(store, Look("filter", (Size(min_side=65),)), downloaded(store, one)) == 1
 
 
 def test_when_nothing_stays_the_rules_that_took_it_are_named(store):
     data = downloaded(store, [(KEPT, 10, "a b"), (KEPT, 100, "c")])
     with pytest.raises(Refused, match=r"of the 2 rows of download none stays \(caption 1, size 1\)"):
-        choose(store, data, Size(64), Caption(min_words=2))
+        choose(store, data, Size(min_side=64), Caption(min_words=2))
     with pytest.raises(Refused, match=r"filter: download kept no row \(http_404 1\)"):
         choose(store, downloaded(store, [("http_404", 1, "gone")]))
 
@@ -163,7 +163,7 @@ def test_rules_in_the_wrong_place_or_twice_are_refused():
     with pytest.raises(Refused, match=r"exact_duplicates reads sha256, .* put it under filter\.rules"):
         Select("curate", (ExactDuplicates(),))
     with pytest.raises(Refused, match="'size' twice"):
-        Look("filter", (Size(1), Size(2)))
+        Look("filter", (Size(min_side=1), Size(min_side=2)))
 
 
 def test_the_stages_are_named_as_the_graph_needs_them():

@@ -105,6 +105,17 @@ def test_components_are_rows_by_falling_eigenvalue_that_decorrelate(store):
     assert (np.take_along_axis(pca, np.abs(pca).argmax(1)[:, None], 1) > 0).all()
 
 
+def test_one_pass_gives_what_numpy_gives_over_all_rows_at_once(store):
+    tables = shards(300, 7, 0, 1, 120)
+    data = embed(store, tables)
+    got = tensors(store, make(store, Statistics(), data, curate(store, data)))
+    image = np.stack(pa.concat_tables(tables)["image_embedding"].to_pylist()).astype(np.float64)
+    _, singular, components = np.linalg.svd(image - image.mean(0), full_matrices=False)
+    np.testing.assert_allclose(got["eigenvalues"], singular**2 / len(image), rtol=1e-5)
+    assert np.abs((got["pca"] * components).sum(1)).min() > 1 - 1e-6  # signs are a convention
+    np.testing.assert_allclose(got["image_std"], image.std(0), rtol=1e-6)
+
+
 def test_a_constant_dimension_gets_a_deviation_that_can_be_divided_by(store):
     data = embed(store, shards(20))
     got = tensors(store, make(store, Statistics(), data, curate(store, data)))

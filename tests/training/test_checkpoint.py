@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from infra.store import LocalStore
 from training.checkpoint import Checkpoints
@@ -18,7 +20,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def put(checkpoints: Checkpoints, samples: int, text: str = "weights") -> bool:
-    with checkpoints._store.scratch() as folder:
+    with checkpoints.store.scratch() as folder:
         (folder / "a").write_text(f"{text} at {samples}")
         (folder / "below").mkdir()
         (folder / "below" / "b").write_text("more")
@@ -56,6 +58,55 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(store, caplog, name)
     damage(store, f"checkpoints/key/000000000016-1/{name}")
     assert checkpoints.newest().samples == 8
     assert "000000000016-1" in caplog.text
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), which=st.sampled_from(["a", "below/b", "manifest.json"]))
+def test_a_checkpoint_cut_at_any_byte_is_never_loaded_and_the_one_before_is(tmp_path_factory, share, which):
+    store = LocalStore(tmp_path_factory.mktemp("cut"))
+    store.check(create=True)
+    checkpoints = Checkpoints(store, "key", 1)
+    put(checkpoints, 8)
+    put(checkpoints, 16)
+    path = store.local(f"checkpoints/key/000000000016-1/{which}")
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert checkpoints.newest().samples == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_manifest_with_a_flipped_bit_is_not_believed(tmp_path_factory, share, bit):
+    store = LocalStore(tmp_path_factory.mktemp("flipped"))
+    store.check(create=True)
+    checkpoints = Checkpoints(store, "key", 1)
+    put(checkpoints, 8)
+    path = store.local("checkpoints/key/000000000008-1/manifest.json")
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    at = int(share * len(data))
+    assume(b'"digest":' not in data[max(0, at - 9) : at + 10])  # without that name it is an earlier release's
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+    assert checkpoints.newest() is None
+
+
+def test_the_checkpoint_where_a_metric_was_least_is_kept_beside_the_newest(store):
+    checkpoints = Checkpoints(store, "key", 1, keep=1, best="loss")
+    for samples, loss in ((8, 3.0), (16, 1.0), (24, 2.0), (32, None), (40, 4.0)):
+        with store.scratch() as folder:
+            (folder / "a").write_text(str(samples))
+            assert checkpoints.save(samples, folder, {"metrics": {} if loss is None else {"loss": loss}})
+    names = {entry.name.split("/")[2] for entry in store.list("checkpoints/key/")}
+    assert names == {"000000000016-1", "000000000040-1"}
+
+
+def test_a_checkpoint_of_another_job_is_passed_over(store, caplog):
+    put(Checkpoints(store, "key", 1, job="one"), 8)
+    assert Checkpoints(store, "key", job="one").newest().samples == 8
+    assert Checkpoints(store, "key").newest().samples == 8
+    assert Checkpoints(store, "key", job="another").newest() is None
+    assert "of another job" in caplog.text
 
 
 def test_a_checkpoint_without_its_manifest_does_not_exist(store):

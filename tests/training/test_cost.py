@@ -3,13 +3,17 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import pytest
+import torch
+from torch import nn
 
 from tests.training.tiny import CLIP
-from training.cost import parameters
+from training.cost import STATE_BYTES, cost, parameters
 from unclip.ar_prior import AutoregressivePrior
+from unclip.decoder import Decoder
 from unclip.errors import Refused
 from unclip.presets import PAPER, TINY
 from unclip.prior import DiffusionPrior
+from unclip.upsampler import Upsampler
 
 
 def test_the_count_is_that_of_the_real_model():
@@ -37,3 +41,69 @@ def test_a_clip_is_counted_from_open_clips_configuration():
 def test_an_impossible_configuration_is_refused():
     with pytest.raises(Refused, match="heads"):
         parameters("prior", asdict(TINY.prior) | {"heads": 3})
+
+
+@pytest.mark.parametrize("preset", [TINY, PAPER], ids=["tiny", "paper"])
+def test_a_transformers_operations_are_six_a_weight_and_token_and_its_attention(preset):
+    config = preset.prior
+    tokens, width = config.context + 4, config.width
+    blocks = config.depth * 12 * width**2
+    attention = config.depth * 4 * tokens**2 * width
+    by_hand = tokens * (6 * blocks + 4 * config.text_width * width) + 3 * attention  # no gradient of the token states
+    assert cost("prior", asdict(config)).flops == pytest.approx(by_hand, rel=0.03)
+
+
+def test_a_convolutional_models_operations_are_those_that_its_layers_are_seen_to_do():
+    seen = 0
+
+    def look(layer, inputs, output):
+        nonlocal seen
+        places = output.shape[2:].numel() if isinstance(layer, nn.Conv2d) else output.shape[1:-1].numel()
+        seen += 3 * 2 * layer.weight.numel() * places
+
+    config = TINY.upsamplers[0]
+    upsampler = Upsampler(config)
+    for layer in upsampler.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(look)
+    upsampler(torch.zeros(1, 3, 32, 32), torch.ones(1, dtype=torch.long), torch.zeros(1, 3, config.low, config.low))
+    assert cost("upsampler", asdict(config)).flops == pytest.approx(seen, rel=0.03)
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_a_real_pass_keeps():
+    decoder, kept = Decoder(TINY.decoder).train(), {}
+    config = decoder.config
+    own = {weight.untyped_storage()._cdata for weight in (*decoder.parameters(), *decoder.buffers())}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    text = torch.zeros(1, config.embedding), torch.zeros(1, config.context, config.text_width)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        context = decoder.context(torch.zeros(1, config.embedding), *text, torch.ones(1, config.context) > 0)
+        output = decoder(torch.zeros(1, 3, config.size, config.size), torch.ones(1, dtype=torch.long), context)
+        found = cost("decoder", asdict(config))
+        assert output.requires_grad
+    assert found.activations == pytest.approx(sum(kept.values()), rel=0.1)
+    assert found.memory(4) == found.parameters * STATE_BYTES + 4 * found.activations
+
+
+def test_a_crop_costs_as_much_less_as_it_is_smaller():
+    config = asdict(TINY.upsamplers[1])
+    whole, crop = cost("upsampler", config), cost("upsampler", config, TINY.upsamplers[1].size // 2)
+    assert crop.flops == pytest.approx(whole.flops / 4, rel=0.01)
+    assert crop.parameters == whole.parameters
+
+
+@pytest.mark.slow
+def test_every_kind_has_a_cost(tmp_path):
+    from tests.training.tiny import tiny
+
+    data = tiny(tmp_path / "store")
+    for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip"):
+        found = cost(kind, data.job(kind).model)
+        assert found.flops > 2 * found.parameters / 10
+        assert found.activations > 0

@@ -82,6 +82,57 @@ def test_what_training_refuses_is_refused_once_and_in_its_own_words(world, tmp_p
     assert caught.value.code == 2
 
 
+class Told:
+    """A monitor that notes each step in a file, which other processes can read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "", rate: float | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{done}\n")
+
+    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
+        pass
+
+    @property
+    def steps(self) -> list[int]:
+        return [int(line) for line in self.path.read_text().split()] if self.path.exists() else []
+
+
+def test_a_worker_told_to_end_saves_and_its_successor_goes_on_from_there(world, tmp_path):
+    job = world.job("decoder", "told", **{**SHORT, "steps": 200})
+    told, signalled = Told(tmp_path / "steps"), []
+
+    def end() -> None:
+        while not told.steps:
+            time.sleep(0.02)
+        for pid in trainers():
+            os.kill(pid, signal.SIGTERM)
+            signalled.append(pid)
+
+    ender = threading.Thread(target=end)
+    ender.start()
+    how = FitHow(cpus=0.5, checkpoint_seconds=1000, log_seconds=0)  # so that what is saved is saved for the signal
+    fit(job, how, world.store.uri, tmp_path / "told", told, 1)
+    ender.join()
+    assert len(signalled) == 1
+    assert told.steps == list(range(1, 201))  # no step was lost, or done twice
+    train_local(world.job("decoder", "untold", **{**SHORT, "steps": 200}), HOW, world.store, tmp_path, NullMonitor())
+    assert weights(tmp_path / "told") == weights(tmp_path)
+
+
+def test_a_fit_begins_with_fewer_workers_than_it_wants_and_goes_on_with_another_number(world, tmp_path):
+    job = world.job("prior", "elastic", **SHORT)
+    request_stop(world.store, job.key, 5)
+    wants = FitHow(workers=3, least_workers=1, cpus=1)  # of which the cluster holds two
+    with pytest.raises(Stopped):
+        fit(job, wants, world.store.uri, tmp_path, NullMonitor(), 5)
+    saved = Checkpoints(world.store, job.key).newest()
+    assert set(saved.files) == {"00000-of-00002.safetensors", "00001-of-00002.safetensors"}
+    assert fit(job, HOW, world.store.uri, tmp_path / "one", NullMonitor(), 6)["samples"] == 72
+
+
 def test_a_killed_worker_is_started_again_and_nothing_is_lost(world, tmp_path):
     job = world.job("decoder", "killed", **{**SHORT, "steps": 60})
     how = FitHow(cpus=0.5, checkpoint_seconds=0)

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from infra.errors import Refused, Stopped
+from infra.manifest import canonical, digest_file
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import Checkpoints
+from training.checkpoint import EARLIER, Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
 from training.objectives import objective
 from unclip.errors import Refused as Impossible
-from unclip.folder import load_model, read_json
+from unclip.folder import load_model, read_json, read_tensors, write_tensors
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
 HOW = FitHow(checkpoint_seconds=1000)
@@ -111,12 +112,39 @@ def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(world, undistur
     for lease in (1, 2):
         with pytest.raises(Stopped):
             train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=lease, stop=stopping_after(3))
-    newest = Checkpoints(world.store, job.key).newest().files["weights.safetensors"]
+    (newest,) = Checkpoints(world.store, job.key).newest().files.values()
     newest.chmod(0o644)
     newest.write_bytes(newest.read_bytes()[:-1] + b"!")
     train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=3)
     assert "passed over" in caplog.text
     assert contents(tmp_path) == undisturbed["prior"]
+
+
+def test_a_checkpoint_of_an_earlier_release_is_gone_on_from(world, undisturbed, tmp_path):
+    # three files of whole tensors, and a manifest that does not say what is in them
+    job = world.job("prior", "earlier", **SHORT)
+    with pytest.raises(Stopped):
+        train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=1, stop=stopping_after(5))
+    found = Checkpoints(world.store, job.key).newest()
+    (path,) = found.files.values()
+    tensors, place = read_tensors(path), found.place
+    for name in [entry.name for entry in world.store.list(place)]:
+        world.store.delete(name)
+    files = {}
+    for part in EARLIER:
+        write_tensors(
+            tmp_path / part, {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(part)}
+        )
+        assert world.store.put_new(f"{place}{part}.safetensors", tmp_path / part)
+        about = {"sha256": digest_file(tmp_path / part), "bytes": (tmp_path / part).stat().st_size}
+        files[f"{part}.safetensors"] = about
+    head = {"updates": found.head["updates"], "skipped": 0}
+    manifest = {"schema_version": 1, "samples": found.samples, "head": head, "files": files}
+    assert world.store.put_new(f"{place}manifest.json", canonical(manifest))
+    seen = Seen()
+    train_local(job, FitHow(log_seconds=0), world.store, tmp_path / "out", seen, lease_number=2)
+    assert seen.steps[0] == 7
+    assert contents(tmp_path / "out") == undisturbed["prior"]
 
 
 def test_a_finished_fit_is_delivered_again_without_training(world, undisturbed, tmp_path):

@@ -68,7 +68,9 @@ def test_a_restored_optimiser_goes_on_exactly(muon):
                 flat = Flat(model, inner=inner)
                 model.load_state_dict(weights)
                 optimiser = Optimiser(flat, config)
-                optimiser.load(saved, updates, 0)
+                for name, view in optimiser.state().items():
+                    view.copy_(saved[name])
+                optimiser.resume(updates, 0)
             flat.gradient.zero_()
             backward(model, step)
             optimiser.step(0.01)

@@ -19,9 +19,12 @@ from infra import rows
 from infra.manifest import Action, Block, Manifest, Record, commit
 from infra.store import LocalStore, Store
 from training.job import Job
+from training.objectives import read_clip
 from unclip.classifier import ClassifierConfig
 from unclip.clip import Clip
 from unclip.clip_text import TextTower
+from unclip.decoder import Decoder
+from unclip.folder import save_model
 from unclip.noised_clip import NoisedClipConfig
 from unclip.presets import TINY
 
@@ -31,6 +34,7 @@ CLIP = {
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
     "text_cfg": {"context_length": 24, "vocab_size": 600, "width": 32, "heads": 2, "layers": 1},
 }
+UNSPOILED: dict[int, float] = {}
 WORDS = ("red", "green", "blue", "round", "large", "small", "square", "a", "the", "on")
 
 
@@ -63,16 +67,38 @@ class Tiny:
         models["noised_clip"] = NoisedClipConfig(**vars(TINY.encoder), embedding=32)
         return Job(kind, key, kind, asdict((models | {"upsampler": upsampler})[kind]), train, data)
 
+    def startable(self, kind: str, key: str = "k", **train: Any) -> Job:
+        """The same, with the decoder that an inpainter goes on from: one that was never trained."""
+        job = self.job(kind, key, **train)
+        if kind != "inpainter":
+            return job
+        with self.store.scratch() as folder, torch.random.fork_rng():
+            torch.manual_seed(0)
+            fingerprint = read_clip(self.store, self.clip).fingerprint
+            save_model(folder / "start", "decoder", TINY.decoder, Decoder(TINY.decoder).state_dict(), clip=fingerprint)
+            return replace(job, data=job.data | {"start": stored(self.store, folder / "start")})
 
-def tiny(root: Path, *, shards: int = 3, count: int = 40, group: int = 16, seed: int = 0) -> Tiny:
-    """shards × count rows, of which every fifth is not downloaded and every seventh of the rest rejected by curate."""
+
+def tiny(
+    root: Path,
+    *,
+    shards: int = 3,
+    count: int = 40,
+    group: int = 16,
+    seed: int = 0,
+    spoiled: dict[int, float] = UNSPOILED,
+) -> Tiny:
+    """shards × count rows, of which every fifth is not downloaded and every seventh of the rest rejected by curate.
+
+    spoiled: shard → the factor by which all of its image embeddings are too large.
+    """
     store, random = LocalStore(root), np.random.default_rng(seed)
     store.check(create=True)
     downloads, filters, embeds, curates = [], {}, [], {}
     kept: dict[bytes, tuple[str, np.ndarray]] = {}
     labels: dict[bytes, tuple[str | None, int | None]] = {}
     for shard in range(shards):
-        pictures, index, table = _shard(random, shard, count, labels)
+        pictures, index, table = _shard(random, shard, count, labels, spoiled.get(shard, 1.0))
         download = _commit(store, f"download-{shard}", {"images.tar": _tar(pictures), "index.parquet": index}, group)
         downloads.append(download)
         sha, uids = download.sha("index.parquet"), table["uid"].to_pylist()
@@ -111,8 +137,23 @@ def stored(store: Store, folder: Path) -> str:
     return _manifest(store, [_commit(store, folder.name, {path.name: path.read_bytes() for path in folder.iterdir()})])
 
 
+def stored_tree(store: Store, folder: Path) -> str:
+    """The same of a folder with folders in it, such as a release."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    action = Action("test/1", {"name": folder.as_posix()}, ())
+    with store.scratch() as out:
+        for name, path in files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(path.read_bytes())
+        return _manifest(store, [commit(store, action, Record.of(action, out), out)])
+
+
 def _shard(
-    random: np.random.Generator, shard: int, count: int, labels: dict[bytes, tuple[str | None, int | None]]
+    random: np.random.Generator,
+    shard: int,
+    count: int,
+    labels: dict[bytes, tuple[str | None, int | None]],
+    factor: float,
 ) -> tuple[dict[bytes, np.ndarray], bytes, pa.Table]:
     """Pictures by uid, index.parquet, and the table of the embedded rows; adds the rows' labels to `labels`."""
     captions = [" ".join(random.choice(WORDS, 4)) for _ in range(count)]
@@ -156,6 +197,7 @@ def _shard(
     )
     kept = [number for number, here in enumerate(there) if here]
     vectors = random.standard_normal((2, len(kept), 32)).astype(np.float32)
+    vectors[0] *= np.float32(factor)
     base = [png(pictures[uids[number]][:, 2::4, 2::4]) for number in kept]
     table = pa.table(
         {

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +107,41 @@ def test_preprocessing_is_open_clips_to_three_grey_levels(size, resize):
     assert (ours - theirs).abs().max() < 3 / 255 / 0.26
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_lower_precision_keeps_directions_and_answers_in_float32(clip, precision):
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    low = Clip(clip.config, clip.state, clip.preprocess).to("cpu", precision)
+    for ours, exact in (
+        (low.encode_images(pictures), clip.encode_images(pictures)),
+        (low.encode_text(TEXTS).embedding, clip.encode_text(TEXTS).embedding),
+        (low.encode_text(TEXTS).states.flatten(1), clip.encode_text(TEXTS).states.flatten(1)),
+    ):
+        assert ours.dtype == torch.float32
+        assert not torch.equal(ours, exact)
+        assert torch.cosine_similarity(ours, exact).min() > 0.999
+    assert low.fingerprint == clip.fingerprint
+
+
+def test_precision_is_taken_back_without_a_trace(clip):
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    again = Clip(clip.config, clip.state, clip.preprocess).to("cpu", "bfloat16")
+    again.encode_images(pictures)
+    again.encode_text(TEXTS)
+    again.to("cpu", "float32")
+    assert torch.equal(again.encode_images(pictures), clip.encode_images(pictures))
+    assert torch.equal(again.encode_text(TEXTS).states, clip.encode_text(TEXTS).states)
+
+
+def test_what_stands_behind_the_end_token_is_ignored_by_a_causal_tower_alone(clip):
+    assert clip.ignores_padding
+    ids = clip.tokenize(TEXTS[:2])
+    short = clip.encode_tokens(ids[:, :8])
+    assert short.states.shape == (2, 8, 32)
+    assert torch.allclose(short.embedding, clip.model.encode_text(ids), atol=1e-6)
+    assert not made(text_cfg=MODEL["text_cfg"] | {"no_causal_mask": True}).ignores_padding
+    assert not made(text_cfg=MODEL["text_cfg"] | {"pool_type": "last"}).ignores_padding
+
+
 def test_a_saved_clip_comes_back_the_same(clip, tmp_path):
     clip.save(tmp_path)
     again = Clip.load(tmp_path)
@@ -186,6 +224,68 @@ def test_a_named_model_is_read_from_a_file_of_weights(tmp_path):
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
     with pytest.raises(Refused, match="could not load"):
         Clip.pretrained("ViT-S-32-alt", str(tmp_path / "wrong.pt"))
+
+
+def saved_by_open_clip(folder: Path, preprocess: dict[str, Any]) -> torch.nn.Module:
+    """A folder as open_clip pushes it to the hub, and the model in it."""
+    torch.manual_seed(3)
+    module = build(MODEL).eval()
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": preprocess}))
+    save_file(module.state_dict(), folder / "open_clip_model.safetensors")
+    return module
+
+
+def test_a_folder_that_open_clip_saved_is_read_with_its_preprocessing(tmp_path: Path):
+    asked = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"}
+    module = saved_by_open_clip(tmp_path / "model", asked)
+    clip = Clip.pretrained(f"local-dir:{tmp_path / 'model'}")
+    assert clip.preprocess == Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", "squash")
+    pictures = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(clip.encode_images(pictures), module.encode_image(clip.preprocess(pictures)))
+        assert torch.allclose(clip.encode_text(TEXTS).embedding, module.encode_text(clip.tokenize(TEXTS)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: (folder / "open_clip_model.safetensors").unlink(), "the model's weights are missing"),
+        (lambda folder: (folder / "open_clip_config.json").unlink(), "has no open_clip_config.json"),
+        (lambda folder: (folder / "open_clip_config.json").write_text("{}"), "has no model_cfg"),
+        (lambda folder: (folder / "open_clip_config.json").write_text("["), "cannot be read as JSON"),
+        (lambda folder: (folder / "open_clip_model.safetensors").write_bytes(b"no"), "open_clip could not load"),
+        (lambda folder: folder.rename(folder.with_name("elsewhere")), "there is no such folder"),
+    ],
+)
+def test_a_folder_of_open_clips_that_is_not_whole_is_refused(tmp_path: Path, harm: Callable[[Path], object], said: str):
+    saved_by_open_clip(tmp_path / "model", {})
+    harm(tmp_path / "model")
+    with pytest.raises(Refused, match=said):
+        Clip.pretrained(f"local-dir:{tmp_path / 'model'}")
+
+
+def test_widths_that_weights_do_not_have_are_refused_before_they_are_built(clip: Clip):
+    wide = MODEL | {"text_cfg": MODEL["text_cfg"] | {"width": 2**16, "heads": 64}}
+    for tower in ("text", "model"):
+        with pytest.raises(Refused, match=r"do not fit this CLIP's configuration: .* is needed"):
+            getattr(Clip(wide, clip.state, clip.preprocess), tower)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"std": (0.2, 0.0, 0.2)},
+        {"std": (1, 1, float("nan"))},
+        {"mean": (0.5, 0.5)},
+        {"mean": (0, 0, float("inf"))},
+        {"size": 0},
+        {"size": 224.5},
+    ],
+)
+def test_preprocessing_that_gives_no_numbers_is_refused(wrong: dict[str, Any]):
+    with pytest.raises(Refused, match=f"CLIP preprocessing: {next(iter(wrong))} is"):
+        Preprocess(**{"size": 224} | wrong)
 
 
 @pytest.mark.slow

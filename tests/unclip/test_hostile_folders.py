@@ -14,26 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fixtures.release import SAMPLING, write_parts
-from tests.unclip.test_release_guard import rewrite, signed
-from unclip import UnCLIP, documents, release
+from tests.fixtures.hostile import rewrite, signed
+from unclip import UnCLIP, documents
 from unclip.errors import Refused
 from unclip.interop_clip import read_clip
 
 DEEP = b"[" * 100_000
 SECONDS = 10.0
 """Far more than a refusal takes, far less than building a million layers does."""
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture
-def folder(parts: dict[str, Path], tmp_path: Path) -> Path:
-    release.save(tmp_path / "release", "tiny", parts, SAMPLING)
-    return tmp_path / "release"
 
 
 def configured(component: str, **settings: Any) -> Callable[[Path], None]:
@@ -78,11 +66,12 @@ HARMS = {
     "nested config": (lambda folder: signed(folder, "decoder/config.json", DEEP), "nested too deeply"),
     "pipe": (piped, "no regular file"),
     "merges": (lambda folder: signed(folder, "clip/merges.txt", b"\xff\xfe"), "tokeniser cannot be read"),
-    "header": (headed(ENDLESS), "no readable safetensors"),
+    "header": (headed(ENDLESS), "does not fit its config.json"),
     "a million blocks": (configured("decoder", depth=10**6), r"depth is 1000000; it must be at most 1,024"),
     "a million layers": (configured("prior", depth=10**6), r"depth is 1000000; it must be at most 1,024"),
-    "a wide decoder": (configured("decoder", channels=2**20), "no configuration of a decoder that this unclip"),
-    "a wide prior": (configured("prior", width=2**20), "no configuration of a prior that this unclip"),
+    "a wide decoder": (configured("decoder", channels=2**20), "does not fit its config.json"),
+    "a wide prior": (configured("prior", width=2**20), "does not fit its config.json"),
+    "a prior of 10 GB": (configured("prior", width=2**14), r"does not fit its config.json: .* is needed"),
     "half a timestep": (configured("prior", timesteps=10.5), r"timesteps is 10\.5; it must be of type int"),
     "a true width": (configured("prior", heads=True), "heads is True; it must be of type int"),
     "texts for numbers": (configured("decoder", attention=["a"]), "attention is"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,13 +346,16 @@ def sharded(folder: Path) -> None:
     weights.unlink()
 
 
-def not_a_number(folder: Path) -> None:
+def weights(part: str, name: str, harm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Another tensor in the place of one of a component's."""
     from safetensors.torch import load_file, save_file
 
-    path = folder / "prior/diffusion_pytorch_model.safetensors"
-    state = load_file(path)
-    state["proj_in.bias"][0] = float("nan")
-    save_file(state, path)
+    def done(folder: Path) -> None:
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        save_file(state | {name: harm(state[name])}, path)
+
+    return done
 
 
 DECODER_SCHEDULER = "decoder_scheduler/scheduler_config.json"
@@ -382,7 +385,12 @@ BAD = {
     "shards": (sharded, "understands|outside its folder|does not exist"),
     "nested": (lambda f: (f / INDEX).write_text("[" * 100_000), "nested too deeply"),
     "a pickle": (pickled, "pickle"),
-    "NaN": (not_a_number, "not finite"),
+    "NaN": (weights("prior", "proj_in.bias", lambda t: t * torch.nan), "not finite"),
+    "integers": (weights("prior", "proj_in.bias", torch.Tensor.long), "holds torch.int64 in proj_in.bias"),
+    "imaginary": (weights("decoder", "conv_in.bias", lambda t: t.to(torch.complex64)), "torch.complex64 in conv_in"),
+    "imaginary texts": (
+        weights("text_encoder", "text_projection.weight", lambda t: t.to(torch.complex64)), "holds torch.complex64"
+    ),
 }  # fmt: skip
 
 
@@ -394,6 +402,15 @@ def test_a_folder_that_is_no_unclip_of_ours_is_refused(case, karlo, tmp_path):
     with pytest.raises(Refused, match=reason):
         import_diffusers(tmp_path / "folder", tmp_path / "release")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("std", [[0.2, 0.0, 0.2], [0.2, 0.2], "a"])
+def test_preprocessing_that_divides_by_nothing_is_refused(karlo, exported, tmp_path, std):
+    shutil.copytree(exported[1], tmp_path / "images")
+    change(tmp_path / "images/image_encoder/config.json", hidden_act="quick_gelu")
+    change(tmp_path / "images/feature_extractor/preprocessor_config.json", image_std=std)
+    with pytest.raises(Refused, match="CLIP preprocessing: std is"):
+        import_diffusers(karlo, tmp_path / "release", images=tmp_path / "images")
 
 
 def test_nothing_is_written_over(exported, karlo, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -20,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.fixtures.release import MODEL, SAMPLING, write_parts
+from tests.fixtures.hostile import rewrite, signed
+from tests.fixtures.release import MODEL, SAMPLING
 from unclip import UnCLIP, release
 from unclip.clip import Clip, build
 from unclip.decoder import Decoder
@@ -28,32 +28,6 @@ from unclip.errors import Refused
 from unclip.folder import load_model, save_model
 from unclip.presets import TINY
 from unclip.prior import DiffusionPrior
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture
-def folder(parts: dict[str, Path], tmp_path: Path) -> Path:
-    release.save(tmp_path / "release", "tiny", parts, SAMPLING)
-    return tmp_path / "release"
-
-
-def rewrite(path: Path, data: bytes) -> None:
-    """As a new file: the old one may be a hard link into another folder."""
-    path.unlink()
-    path.write_bytes(data)
-
-
-def signed(folder: Path, file: str, data: bytes) -> None:
-    """Puts other bytes into a release, and their digest into release.json: what someone who means it would do."""
-    rewrite(folder / file, data)
-    document = json.loads((folder / "release.json").read_text())
-    component, name = file.split("/")
-    document["components"][component][name] = hashlib.sha256(data).hexdigest()
-    rewrite(folder / "release.json", json.dumps(document).encode())
 
 
 def test_every_file_of_a_release_is_missed_and_every_changed_byte_seen(folder: Path):

@@ -1,0 +1,132 @@
+"""What the fits of a recipe ask of the machine, before any starts: operations, memory, time and price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from infra.errors import Refused
+from pipelines.stage import Stage
+from training.job import CONFIGS, TrainConfig
+from unclip.config import AMOUNT, POSITIVE, Range, outside
+
+GIB = 2**30
+WHOLE_BATCH = ("clip", "noised_clip")
+"""Kinds whose worker holds all its samples of a batch at once, since their loss compares each with each."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A kind of device: what its maker and your provider say of it, and what training was seen to reach."""
+
+    tflops: float
+    """Its peak at the precision that you train in, in 10¹² operations a second (dense)."""
+    memory_gib: float
+    """Its memory in GiB."""
+    hourly: float = 0.0
+    """Price of one for an hour, in a currency of yours."""
+    reached: float = 0.35
+    """Share of that peak that training reaches, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        share = Range(0, 1, above=True)
+        if wrong := outside(self, tflops=POSITIVE, memory_gib=POSITIVE, hourly=AMOUNT, reached=share):
+            raise Refused(wrong)
+
+
+@dataclass(frozen=True)
+class Time:
+    """A fit on devices of one kind."""
+
+    hours: float
+    price: float
+    """Of all its devices for that time."""
+    fits: bool
+    """Whether a worker's memory, as estimated, is there."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one fit takes."""
+
+    stage: str
+    parameters: int
+    flops: int
+    """Of one sample's forward and backward pass."""
+    samples: int
+    """Seen in the whole training."""
+    memory: int
+    """Bytes a worker: weights, gradient, moments, average, and what a micro-batch keeps for its backward pass, in
+    float32."""
+    devices: float
+    on: dict[str, Time]
+    """By kind of accelerator."""
+
+
+def needs(stages: Sequence[Stage], hardware: Mapping[str, Accelerator]) -> list[Need]:
+    """What each of these stages that trains would take, on each of these accelerators."""
+    return [_need(stage, hardware) for stage in stages if stage.kind == "fit"]
+
+
+def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
+    from training.cost import cost
+
+    config: TrainConfig = CONFIGS[stage.model](**stage.spec.train)
+    one = cost(stage.model, stage.spec.model, getattr(config, "crop", None))
+    workers = stage.how.workers
+    at_once = -(-config.batch // workers) if stage.model in WHOLE_BATCH else config.micro_size
+    memory, samples = one.memory(at_once), config.steps * config.batch
+    devices = workers * (stage.how.gpus or 1)
+    on = {}
+    for name, kind in hardware.items():
+        hours = samples * one.flops / (devices * kind.tflops * 1e12 * kind.reached) / 3600
+        on[name] = Time(hours, hours * devices * kind.hourly, memory <= kind.memory_gib * GIB)
+    return Need(stage.name, one.parameters, one.flops, samples, memory, devices, on)
+
+
+def as_json(found: Sequence[Need]) -> list[dict[str, Any]]:
+    """`[{"stage", "parameters", "flops", "samples", "memory", "devices", "on": {NAME: {"hours", "price", "fits"}}}]`"""
+    return [asdict(need) for need in found]
+
+
+def as_table(found: Sequence[Need]) -> Any:
+    """The same as a person reads it: a table of rich."""
+    from rich.table import Table
+
+    names = list(found[0].on) if found else []
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("to train")
+    for title in ("FLOPs a sample", "samples", "memory a worker", "devices", *names):
+        table.add_column(title, justify="right")
+    for need in found:
+        row = [count(need.flops), count(need.samples), f"{need.memory / GIB:.3g} GiB"]
+        table.add_row(need.stage, *row, f"{need.devices:g}", *(_told(need.on[name]) for name in names))
+    if len(found) > 1 and any(time.price for need in found for time in need.on.values()):
+        prices = [sum(need.on[name].price for need in found) for name in names]
+        table.add_row("all", *[""] * 4, *(f"{price:,.0f}" if price else "" for price in prices), style="dim")
+    return table
+
+
+def _told(time: Time) -> str:
+    if not time.fits:
+        return "too little memory"
+    price = f", {time.price:,.0f}" if time.price else ""
+    return span(time.hours) + price
+
+
+def span(hours: float) -> str:
+    """A time in words: seconds to days."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def count(number: float) -> str:
+    """A large number in three digits: 3.46 B, 6.66 T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"

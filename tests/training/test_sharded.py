@@ -1,0 +1,82 @@
+"""FSDP2 against the flat way and against a single process: the same batch, dropout on, in processes over gloo."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.errors import Refused, Stopped
+from infra.monitor import NullMonitor
+from tests.training.ranks import Ask, stopping_after, together
+from tests.training.tiny import Tiny, tiny
+from training.checkpoint import Checkpoints, deliver
+from training.job import FitHow, Job
+from training.launch import train_local
+from training.objectives import objective
+from training.sharded import is_sharded
+from unclip.folder import read_tensors
+
+SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}
+"""With Adam's usual ε the last bits of a gradient that is nearly 0 (a key's bias) would decide a step's sign."""
+KINDS = ("prior", "decoder", "upsampler")
+FLAT, FSDP = FitHow(shard="flat", checkpoint_seconds=1000), FitHow(shard="fsdp", checkpoint_seconds=1000)
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+"""Sums are added in another order."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def job(world: Tiny, kind: str, key: str, **train: Any) -> Job:
+    made = world.job(kind, f"{kind}-{key}", **SHORT | train)
+    return replace(made, model={**made.model, "dropout": 0.2})
+
+
+def delivered(world: Tiny, job: Job, out: Path) -> dict[str, torch.Tensor]:
+    assert deliver(world.store, job, out / job.key) is not None
+    return read_tensors(out / job.key / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_path):
+    asks = [Ask(job(world, kind, how.shard), how) for how in (FLAT, FSDP) for kind in KINDS]
+    # what a checkpoint holds fits another number of workers, and the other way to hold the model
+    asks += [Ask(job(world, "decoder", f"from-{how.shard}"), how, 1, 3) for how in (FLAT, FSDP)]
+    with pytest.raises(Stopped):
+        train_local(job(world, "decoder", "to"), FLAT, world.store, tmp_path, NullMonitor(), stop=stopping_after(3))
+    met = together(Path(world.store.uri), 2, [*asks, Ask(job(world, "decoder", "to"), FSDP, 1)])
+    assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""]
+    for kind in KINDS:
+        train_local(job(world, kind, "one"), FLAT, world.store, tmp_path / kind, NullMonitor())
+        alone = read_tensors(tmp_path / kind / "model.safetensors")
+        for how in ("flat", "fsdp"):
+            torch.testing.assert_close(delivered(world, job(world, kind, how), tmp_path), alone, **CLOSE)
+    alone = read_tensors(tmp_path / "decoder" / "model.safetensors")
+    torch.testing.assert_close(delivered(world, job(world, "decoder", "to"), tmp_path), alone, **CLOSE)
+    for how, parts in (("flat", {1}), ("fsdp", {1, 2})):
+        saved = Checkpoints(world.store, f"decoder-from-{how}").newest()
+        assert {len(stored.parts) for stored in saved.tensors.values()} == parts
+        assert set(saved.files) == {"00000-of-00002.safetensors", "00001-of-00002.safetensors"}
+        train_local(job(world, "decoder", f"from-{how}"), FLAT, world.store, tmp_path / how, NullMonitor())
+        torch.testing.assert_close(read_tensors(tmp_path / how / "model.safetensors"), alone, **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "train"), [("decoder", {"muon": 0.02}), ("noised_clip", {})])
+def test_what_cannot_be_sharded_is_refused_if_asked_for_and_stays_whole_if_not(world, kind, train):
+    fit = world.job(kind, "refused", **SHORT | train)
+    task = objective(fit, world.store, torch.device("cpu"))
+    with pytest.raises(Refused, match="shard is fsdp, and"):
+        is_sharded(FSDP, fit.config, task, torch.nn.Linear(2, 2), 2, torch.device("cpu"))
+    assert not is_sharded(FitHow(), fit.config, task, torch.nn.Linear(2, 2), 2, torch.device("cpu"))
+
+
+def test_one_worker_has_nothing_to_share(world):
+    fit = world.job("prior", "one", **SHORT)
+    task = objective(fit, world.store, torch.device("cpu"))
+    assert not is_sharded(FSDP, fit.config, task, torch.nn.Linear(2, 2), 1, torch.device("cpu"))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from infra.monitor import NullMonitor
+from tests.training.test_loop import contents
+from tests.training.test_objectives import again
+from tests.training.tiny import CLIP, Tiny, tiny
+from training.data import Data
+from training.job import KINDS, FitHow, Job
+from training.launch import train_local
+from training.objectives import objective
+from training.order import Order
+from training.parallel import Flat, Group
+from training.speed import compile_parts, determinism, prepare
+from unclip.folder import read_tensors
+
+CPU = torch.device("cpu")
+SHORT = {"steps": 2, "batch": 4, "micro": 2, "warmup": 0, "window": 3}
+VIT = {**CLIP, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}}
+LAST = torch.channels_last
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def dropping(world: Tiny, kind: str, key: str = "k") -> Job:
+    """A fit with dropout, where that kind knows it; of a CLIP with a vision transformer."""
+    job = world.startable(kind, f"{key}-{kind}", **SHORT)
+    if kind == "clip":
+        return replace(job, model=VIT)
+    return replace(job, model=job.model | {"dropout": 0.3}) if "dropout" in job.model else job
+
+
+def furnished(world: Tiny, job: Job):
+    """(objective, model in training mode, a batch of 8)."""
+    task = objective(job, world.store, CPU)
+    torch.manual_seed(0)
+    data = Data(world.store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text)
+    model = task.build().train()
+    for parameter in model.parameters():  # what starts at zero would hide the branches behind it
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return task, model, data.batch(Order(data.counts, 1, 8, 4, 0).rows(0, 0), seed=5)
+
+
+def gradient(task, model: nn.Module, batch) -> torch.Tensor:
+    """The flat gradient of the mean loss, its dropout from one seed."""
+    flat = Flat(model)
+    torch.manual_seed(7)
+    task.loss(model, again(batch), Group()).loss.mean().backward()
+    return flat.gradient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_gives_the_same_gradient_to_the_bit_with_dropout(world: Tiny, kind: str):
+    task, model, batch = furnished(world, dropping(world, kind))
+    less, times = copy.deepcopy(model), list[int]()
+    prepare(less, FitHow(recompute=True), sharded=False)
+    blocks = [module for module in less.modules() if type(module).__name__.endswith("Block")]
+    for module in blocks:
+        next(module.children()).register_forward_pre_hook(lambda *_: times.append(1))
+    assert torch.equal(gradient(task, model, batch), gradient(task, less, batch))
+    assert len(times) == 2 * len(blocks)  # on the way there, and again on the way back
+
+
+@pytest.mark.parametrize("kind", ["decoder", "upsampler", "clip"])
+def test_channels_last_is_the_same_model_in_another_layout(world: Tiny, tmp_path: Path, kind: str):
+    # without dropout, which draws in the order of memory
+    job = replace(world.job(kind, **SHORT), model=VIT) if kind == "clip" else world.job(kind, **SHORT)
+    task, model, batch = furnished(world, job)
+    last = copy.deepcopy(model)
+    prepare(last, FitHow(channels_last=True), sharded=False)
+    expected, found = (torch.cat([g.flatten() for g in _named(task, m, batch)]) for m in (model, last))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    turned = [p for p in last.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert turned
+    for parameter in turned:
+        assert parameter.is_contiguous(memory_format=LAST)
+        assert parameter.grad is not None
+        assert parameter.grad.is_contiguous(memory_format=LAST)
+
+
+def _named(task, model: nn.Module, batch) -> list[torch.Tensor]:
+    """The gradient by name, whatever the layout."""
+    gradient(task, model, batch)
+    return [parameter.grad for _, parameter in sorted(model.named_parameters())]
+
+
+def test_a_fit_in_another_layout_with_muon_ends_near_the_plain_one_and_goes_on(world: Tiny, tmp_path: Path):
+    ends = {}
+    for last in (False, True):
+        job = world.job("decoder", f"layout-{last}", **SHORT, muon=0.02)
+        job = replace(job, model=asdict(replace(_decoder(job), dropout=0.0)))
+        how = FitHow(channels_last=last, checkpoint_seconds=0)
+        train_local(job, how, world.store, tmp_path / str(last), NullMonitor())
+        ends[last] = read_tensors(tmp_path / str(last) / "model.safetensors")
+    for name, tensor in ends[False].items():
+        torch.testing.assert_close(ends[True][name], tensor, rtol=0.01, atol=1e-3, msg=name)
+
+
+def _decoder(job: Job):
+    from unclip.folder import config_from
+
+    return config_from("decoder", job.model, "test")
+
+
+def test_determinism_and_recomputing_do_not_change_a_byte_of_a_fit(world: Tiny, tmp_path: Path):
+    for name, how in (("plain", FitHow()), ("both", FitHow(recompute=True, deterministic=True))):
+        train_local(dropping(world, "decoder", name), how, world.store, tmp_path / name, NullMonitor())
+    assert contents(tmp_path / "plain") == contents(tmp_path / "both")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_in_deterministic_mode_what_depends_on_chance_is_refused():
+    x = torch.randn(4, 8, 8, requires_grad=True)
+    with determinism(True), pytest.raises(RuntimeError, match="deterministic"):
+        torch.Tensor.put_(torch.zeros(3), torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+    with determinism(False):
+        x.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_compiled_is_the_same_model(world: Tiny, kind: str):
+    """Traced and differentiated ahead of time, without the code generator, which takes a minute a model."""
+    task, model, batch = furnished(world, world.startable(kind, **SHORT))
+    made = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compile_parts(made, "aot_eager")
+    expected, found = gradient(task, model, batch), gradient(task, made, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.slow
+def test_a_compiled_fit_ends_near_the_plain_one(world: Tiny, tmp_path: Path):
+    ends = []
+    for name, how in (("eager", FitHow()), ("compiled", FitHow(compile=True))):
+        train_local(world.job("prior", name, **SHORT), how, world.store, tmp_path / name, NullMonitor())
+        ends.append(read_tensors(tmp_path / name / "model.safetensors"))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)

@@ -1,0 +1,84 @@
+"""What a fit does by the clock on the wall: it tells how it goes, and when a checkpoint is due."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from training.job import FitHow, Job, TrainConfig
+from training.objectives import Losses
+
+QUARTILES = 4
+
+
+class Monitor(Protocol):
+    """Where progress and metrics go; no call waits."""
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "", rate: float | None = None) -> None: ...
+
+    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None: ...
+
+
+@dataclass
+class Clock:
+    """What happens by the wall clock, on rank 0: metrics and checkpoints. Nothing that is computed depends on it."""
+
+    job: Job
+    config: TrainConfig
+    how: FitHow
+    monitor: Monitor
+    step: int | None
+    """Step of the last report; None on ranks that report nothing."""
+    _placed: bool = False
+    """Whether this kind of loss has a place in a process, of whose quartiles there is something to say."""
+    _sums: Tensor = field(default_factory=lambda: torch.zeros(QUARTILES, 2, dtype=torch.float64))
+    _reported: float = field(default_factory=time.monotonic)
+    _saved: float = field(default_factory=time.monotonic)
+    told: dict[str, float] = field(default_factory=dict)
+    """What was last reported, as far as it is finite."""
+
+    def note(self, losses: Losses, weight: float) -> None:
+        """Adds a micro-batch's losses, by quartile of the timestep."""
+        if self.step is None or not weight:
+            return
+        self._placed = losses.place is not None
+        loss = losses.loss.detach().double().cpu()
+        place = torch.zeros(len(loss)) if losses.place is None else losses.place.detach().cpu()
+        self._sums.index_add_(0, (place * QUARTILES).long(), torch.stack([loss, torch.ones_like(loss)], 1))
+
+    def tick(self, step: int, counters: dict[str, int], lr: float, norm: float) -> None:
+        """After a step: reports every `log_seconds`, and at the end."""
+        now = time.monotonic()
+        if self.step is None or (now - self._reported < self.how.log_seconds and step < self.config.steps):
+            return
+        rate = (step - self.step) * self.config.batch / max(now - self._reported, 1e-9)
+        total, count = self._sums.sum(0).tolist()
+        values = {
+            "loss": total / max(count, 1),
+            "gradient_norm": norm,
+            "lr": lr,
+            "samples_per_s": rate,
+            **{name: float(count) for name, count in counters.items()},
+        }
+        if self._placed:
+            quartiles = {
+                f"loss_q{number}": (row[0] / row[1]) for number, row in enumerate(self._sums.tolist()) if row[1]
+            }
+            values |= quartiles
+        self.told = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.monitor.metrics(self.job.stage, step, values)
+        self.monitor.progress(self.job.stage, step, self.config.steps, "steps", rate / self.config.batch)
+        self._sums.zero_()
+        self._reported, self.step = now, step
+
+    def checkpoint_due(self) -> bool:
+        """True once every `checkpoint_seconds`, on the rank that reports."""
+        if self.step is None or time.monotonic() - self._saved < self.how.checkpoint_seconds:
+            return False
+        self._saved = time.monotonic()
+        return True

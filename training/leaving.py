@@ -1,0 +1,75 @@
+"""Why a worker should save at once: its process was told to end (SIGTERM), or its node will be taken away.
+
+Neither ends the run: a checkpoint is written after the step, and the fit goes on from there on other nodes, or with
+fewer workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from infra.store import Store
+
+POLL_SECONDS = 2.0
+
+_told = threading.Event()
+
+
+def heed_sigterm() -> None:
+    """From now on SIGTERM lets the loop save and end; the second one ends the process at once. Runs in the main thread
+    of a worker's process, whose training runs in another."""
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, lambda *_: os._exit(128 + number))
+        _told.set()
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def told_to_end() -> bool:
+    """Whether this process was sent SIGTERM."""
+    return _told.is_set()
+
+
+class StopFlag:
+    """Whether to save and stop: a stop was requested (looked up in the store every few seconds), or SIGTERM came."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self._looked = store, name, time.monotonic()
+
+    def __call__(self) -> bool:
+        if told_to_end():
+            return True
+        if time.monotonic() - self._looked < POLL_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return self.requested()
+
+    def requested(self) -> bool:
+        """Whether the driver asked for it."""
+        return self._store.exists(self._name)
+
+
+class Draining:
+    """Whether to save since this node is about to be taken away: True once, as soon as the cluster says so.
+
+    Ray's own `get_preemption_info` is a barrier of all workers and costs a process a fit; the ranks agree with each
+    gradient anyway, so it is enough that the one concerned looks, every few seconds.
+    """
+
+    def __init__(self, nodes: Callable[[], dict[str, int]], node: str) -> None:
+        self._nodes, self._node, self._looked, self._saved = nodes, node, time.monotonic(), False
+
+    def __call__(self) -> bool:
+        if self._saved or time.monotonic() - self._looked < POLL_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        with suppress(RuntimeError, OSError):  # a head that does not answer tells nothing
+            self._saved = self._node in self._nodes()
+        return self._saved

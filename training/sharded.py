@@ -1,0 +1,179 @@
+"""FSDP2: a model that one device does not hold. Each rank keeps a shard of every parameter, and gathers the whole of a
+block just while it computes with it.
+
+What a rank holds are DTensors cut along their first dimension, and beside them the same numbers in one flat vector, as
+`training.parallel.Flat` has the whole model's: so optimiser, moving averages and clipping are the same code for both.
+A rank of R keeps 6 numbers for each R-th parameter (weights twice, gradient, two moments, an average) and the whole of
+one block at a time, where the flat way keeps 5 for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import Refused
+from training.data import Batch
+from training.job import FitHow, TrainConfig
+from training.objectives import Losses, Objective
+from training.parallel import Group
+from unclip.layers import ContextAttention, ResBlock, TransformerBlock
+
+FLAT_BYTES = 20
+"""A rank's bytes a parameter of a flat model: weights, gradient, two moments, an average, in float32."""
+SHARE = 0.6
+"""Part of a device's memory that these may take, before `auto` shards; the rest is for activations."""
+
+
+def is_sharded(
+    how: FitHow, config: TrainConfig, task: Objective, model: nn.Module, ranks: int, device: torch.device
+) -> bool:
+    """Whether a fit keeps its model in shards: as `how.shard` says, or, for `auto`, where one GPU is too small for it.
+
+    Raises Refused for what cannot be sharded and was asked to be.
+    """
+    if how.shard == "flat" or ranks == 1:
+        return False
+    why = ""
+    if config.muon:
+        why = "train.muon multiplies whole matrices, of which a rank would have a part"
+    elif len(config.ema_lengths) > 1:
+        why = "choosing among several train.ema_lengths needs the whole model on one device"
+    elif task.whole_batch:
+        why = "a contrastive model bounds its temperature, a single number, in place"
+    if how.shard == "fsdp" and why:
+        raise Refused(f"shard is fsdp, and {why}. Leave shard at auto or flat, or train.muon at 0.")
+    if how.shard == "fsdp":
+        return True
+    size = sum(parameter.numel() for parameter in model.parameters()) * FLAT_BYTES
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    return not why and size > SHARE * room
+
+
+class Learner(nn.Module):
+    """A model and what it learns, in one call: so that all that touches a parameter happens inside one forward pass."""
+
+    def __init__(self, model: nn.Module, task: Objective, group: Group) -> None:
+        super().__init__()
+        self.model, self.task, self.group = model, task, group
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of a micro-batch."""
+        return self.task.loss(self.model, batch, self.group)
+
+
+def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Shards:
+    """Cuts the model, which lies on the CPU alike on every rank; every rank calls it.
+
+    Blocks are gathered one by one, what stands between them together. Gradients are summed, not averaged, in float32,
+    after each micro-batch, so that no rank ever holds a whole gradient.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks,))
+    cut = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for unit in _units(learner.model):
+        cut(unit)
+    cut(learner)
+    for module in learner.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return Shards(learner.model, extra)
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered at once. An attention's projections are units of their own, since keys and values of the context
+    are made before its forward pass."""
+    for module in model.modules():
+        if isinstance(module, ResBlock | TransformerBlock):
+            yield module
+        elif isinstance(module, ContextAttention):
+            yield from (part for part in module.children() if isinstance(part, nn.Linear))
+
+
+class Shards:
+    """This rank's shards of a model's trained parameters in one flat vector; see `training.parallel.Vectors`.
+
+    Matrices come first, then vectors, each in the order of registration.
+    """
+
+    def __init__(self, model: nn.Module, extra: int) -> None:
+        from torch.distributed.tensor import DTensor
+
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        names = sorted(named, key=lambda name: named[name].ndim <= 1)
+        self._parameters: dict[str, DTensor] = {name: named[name] for name in names}  # type: ignore[misc]
+        mine = {name: parameter.to_local() for name, parameter in self._parameters.items()}
+        rest = sum(part.numel() for part in mine.values() if part.ndim > 1)
+        self.matrices, self.vectors = slice(0, rest), slice(rest, None)
+        self.stacks: list[tuple[slice, tuple[int, int, int]]] = []
+        self.stacked: set[str] = set()
+        self.shapes = {name: part.shape for name, part in mine.items()}
+        self.weights = torch.cat([part.detach().flatten() for part in mine.values()])
+        self.wire = torch.zeros(len(self.weights) + extra, device=self.weights.device)
+        self.gradient, self.extra = self.wire[: len(self.weights)], self.wire[len(self.weights) :]
+        for parameter, into in zip(self._parameters.values(), self.split(self.gradient).values(), strict=True):
+            parameter.register_post_accumulate_grad_hook(partial(_collect, into))
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """See `Vectors`."""
+        views, start = {}, 0
+        for name, shape in self.shapes.items():
+            stop = start + shape.numel()
+            views[name] = vector[start:stop].view(shape)
+            start = stop
+        return views
+
+    def tensors(self, vector: Tensor) -> dict[str, Tensor]:
+        """See `Vectors`."""
+        return {name: placed(view, self._parameters[name]) for name, view in self.split(vector).items()}
+
+    def add(self, group: Group) -> None:
+        """See `Vectors`: the backward passes have summed the gradient, shard by shard."""
+        group.add(self.extra)
+
+    def norm(self, vector: Tensor) -> float:
+        """See `Vectors`."""
+        square = vector.norm().double().square()
+        torch.distributed.all_reduce(square)
+        return math.sqrt(float(square))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """See `Vectors`."""
+        parts = [parameter.to_local() for parameter in self._parameters.values()]
+        torch._foreach_copy_(parts, list(self.split(self.weights).values()))
+
+
+def placed(local: Tensor, like: Any) -> Tensor:
+    """A rank's shard as part of a whole that is cut as the DTensor `like` is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _collect(into: Tensor, parameter: Tensor) -> None:
+    """Adds a shard's gradient, just summed over the ranks, to the flat one, and frees it."""
+    assert parameter.grad is not None
+    into.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the host, gathered one after the other; every rank calls it, and those that `keep` get them."""
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, tensor in tensors:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = full.detach().cpu()
+    return found
