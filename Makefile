@@ -61,6 +61,9 @@ proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result
 proof-parallel: $(STAMP)  ## trainers in parallel against one after another, three repeats
 	$(BIN)/python -m tests.proofs.parallel --store $(STORE)-proof-parallel
 
+proof-faults: $(STAMP)  ## kill -9 in every stage of the data, failing S3, full disks; byte-identical; under an hour
+	$(BIN)/python -m tests.proofs.faults --store $(STORE)-proof-faults --docs docs
+
 proof-interrupt: $(STAMP)  ## fits killed, terminated and resized at bad moments end as undisturbed ones; under an hour
 	$(BIN)/python -m tests.proofs.interrupt --out $(STORE)-proof-interrupt
 

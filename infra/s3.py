@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
@@ -25,6 +23,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from infra.copies import copying, fetched
 from infra.errors import Refused
 from infra.manifest import canonical, digest
 from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
@@ -33,8 +32,10 @@ from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratc
 _SINGLE = 4 << 30
 _PART = 256 << 20
 _CHUNK = 1 << 20
-_IN_USE_S = 3600
-_fetched: Counter[Path] = Counter()  # bytes that this process fetched into a cache since it last looked at its size
+PATIENCE_S, ATTEMPTS = 20.0, 8
+"""Seconds until a connection or (three times as long) an answer is given up, and how often each request is tried."""
+ABANDONED_S = 86_400
+"""An upload in parts that was begun so long ago and is not finished is nobody's any more."""
 _MARKER = "store.json"
 _CONFLICT = "ConditionalRequestConflict"
 _BROKEN = (boto.ReadTimeoutError, boto.ResponseStreamingError, boto.IncompleteReadError, boto.ConnectionClosedError)
@@ -90,7 +91,7 @@ class S3Store:
     def check(self, create: bool) -> None:
         """Refused if there is no such bucket, we may not use it, or its server does not know If-None-Match."""
         with self._speaking():
-            client = _client(self.endpoint, 3, 2)  # little patience: a person waits
+            client = _client(self.endpoint, 3, 3)  # little patience: a person waits
             client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
         if not create:
             return
@@ -102,7 +103,9 @@ class S3Store:
                     f"store {self.uri}: its server ignores If-None-Match, so that two runs could overwrite each "
                     "other's results. Use a server with conditional writes (Amazon S3, Ceph, MinIO and others)."
                 )
-        self._tmp.mkdir(parents=True, exist_ok=True)
+        self._abandon(client)
+        with copying(self._tmp):
+            self._tmp.mkdir(parents=True, exist_ok=True)
         sweep(self._tmp)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
@@ -147,9 +150,8 @@ class S3Store:
     def local(self, name: str) -> Path:
         path = self._copies / check_name(name)
         with suppress(FileNotFoundError):
-            os.utime(path)  # used just now, which `_trim` goes by
+            os.utime(path)  # used just now, which `trim` goes by
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
         @_again
         def fetch() -> None:
@@ -162,12 +164,10 @@ class S3Store:
                 os.chmod(copy, 0o444)
                 os.replace(copy, path)  # whole or not at all
 
-        with self._speaking(name):
+        with self._speaking(name), copying(self._copies):
+            path.parent.mkdir(parents=True, exist_ok=True)
             fetch()
-        _fetched[self._copies] += path.stat().st_size
-        if _fetched[self._copies] > _bound() // 16:
-            _fetched[self._copies] = 0
-            _trim(self._copies, _bound())
+        fetched(self._copies, path.stat().st_size)
         return path
 
     def exists(self, name: str) -> bool:
@@ -190,7 +190,7 @@ class S3Store:
 
     @property
     def _client(self) -> Any:
-        return _client(self.endpoint, 20, 8)
+        return _client(self.endpoint, PATIENCE_S, ATTEMPTS)
 
     @property
     def _copies(self) -> Path:
@@ -245,9 +245,26 @@ class S3Store:
         except BaseException as error:
             with suppress(boto.BotoCoreError, boto.ClientError):
                 self._client.abort_multipart_upload(**place, UploadId=upload)
-            if isinstance(error, boto.ClientError) and _code(error) in ("PreconditionFailed", "412"):
-                return False
+            if isinstance(error, boto.ClientError):
+                if _code(error) in ("PreconditionFailed", "412"):
+                    return False
+                if _code(error) == "NoSuchUpload" and self.exists(name):  # joined, and the answer to that was lost
+                    return False
             raise
+
+    def _abandon(self, client: Any) -> None:
+        """Gives up uploads in parts that killed writers left: they have no name, and cost what their parts take.
+
+        What the server does not let us list is left to the bucket's own rule (AbortIncompleteMultipartUpload).
+        """
+        begun = datetime.now(UTC) - timedelta(seconds=ABANDONED_S)
+        with suppress(boto.ClientError, boto.BotoCoreError):
+            listing = client.get_paginator("list_multipart_uploads")
+            for page in listing.paginate(Bucket=self.bucket, Prefix=self._key("")):
+                for upload in page.get("Uploads", ()):
+                    if upload["Initiated"] < begun:
+                        place = {"Bucket": self.bucket, "Key": upload["Key"]}
+                        client.abort_multipart_upload(**place, UploadId=upload["UploadId"])
 
     def _renewed(self, name: str, same: bool) -> bool:
         """Dates an object anew if the bytes put were its own and are not young: a copy onto itself, in the server."""
@@ -303,6 +320,10 @@ class S3Store:
                     raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
                 case "MethodNotAllowed" | "NotImplemented":
                     raise Refused(f"{where}: its server cannot do this ({error}).") from error
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504):
+                raise Refused(
+                    f"{where}: its server fails just now ({error}) What is done stays done; run again later.", code=5
+                ) from error
             hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
             raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error
         except boto.BotoCoreError as error:  # such as an answer that is no XML
@@ -318,43 +339,8 @@ def _age(head: dict[str, Any]) -> float:
     return (now - head["LastModified"]).total_seconds()
 
 
-def _bound() -> int:
-    """Bytes that the copies of one store may take: $UNCLIP_CACHE_GB (10^9 bytes), 100 if it is not set."""
-    text = os.environ.get("UNCLIP_CACHE_GB", "100")
-    try:
-        bound = float(text)
-    except ValueError:
-        bound = -1
-    if not bound >= 0:
-        raise Refused(f"UNCLIP_CACHE_GB is {text!r}; it is the size of the local cache of S3 objects, such as 50")
-    return int(bound * 1e9) if bound < 1e9 else 1 << 62
-
-
-def _trim(copies: Path, bound: int) -> None:
-    """Removes the copies used longest ago until the others take at most `bound` bytes.
-
-    Other processes use the cache too: what was asked for within `_IN_USE_S` stays, even above the bound. A file that is
-    open outlives its name, and whoever asks for it again gets a new copy.
-    """
-    found = []
-    for folder, below, names in os.walk(copies):
-        if folder == str(copies):
-            below[:] = [name for name in below if name != "tmp"]
-        for name in names:
-            with suppress(FileNotFoundError):
-                status = os.stat(os.path.join(folder, name))
-                found.append((status.st_mtime, status.st_size, os.path.join(folder, name)))
-    over = sum(size for _, size, _ in found) - bound
-    for used, size, path in sorted(found):
-        if over <= 0 or time.time() - used < _IN_USE_S:
-            return
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        over -= size
-
-
 @cache
-def _client(endpoint: str | None, patience_s: int, attempts: int) -> Any:
+def _client(endpoint: str | None, patience_s: float, attempts: int) -> Any:
     """One client a process (they are thread-safe). Checksums only on demand: not every server knows the new ones."""
     session = boto3.session.Session()
     return session.client(

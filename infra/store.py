@@ -151,6 +151,8 @@ class LocalStore:
             with tempfile.TemporaryFile(dir=self._tmp):
                 pass
         except OSError as error:
+            if error.errno in FULL:
+                raise Refused(f"store {self.root}: {advice(error)}", code=5) from error
             raise Refused(
                 f"store {self.root} is not writable ({error.strerror or error}). "
                 "Choose another with --store or $UNCLIP_STORE, or make it writable."
@@ -181,7 +183,8 @@ class LocalStore:
             finally:
                 written.unlink(missing_ok=True)
         except OSError as error:
-            if isinstance(data, Path) and error.filename == str(data):
+            # Copying names the caller's file even where it is the store that has no room.
+            if isinstance(data, Path) and error.filename == str(data) and error.errno not in FULL:
                 raise  # the caller's file, not the store, is the trouble
             raise Refused(f"store {self.root}: {name} could not be written: {advice(error)}", code=5) from error
 
@@ -268,7 +271,12 @@ class LocalStore:
 def scratch_folder(tmp: Path) -> Iterator[Path]:
     """A new empty folder in tmp, named after this process; it goes when the context ends."""
     folder = tmp / _scratch_name()
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        if error.errno not in EXPECTED:
+            raise
+        raise Refused(f"{tmp}, where files are made on their way into the store: {advice(error)}", code=5) from error
     try:
         yield folder
     finally:
@@ -310,7 +318,8 @@ def same_bytes(there: Path, data: bytes | Path) -> bool:
     return True
 
 
-EXPECTED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+EXPECTED = (*FULL, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 """What goes wrong with files through no fault of the program's."""
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -200,7 +201,7 @@ def main() -> None:
 
     from infra.damage import damaged
     from infra.errors import Refused
-    from infra.store import NotFound
+    from infra.store import EXPECTED, NotFound, advice
     from unclip.errors import Refused as Impossible
 
     interrupted = _Interrupted()
@@ -218,6 +219,10 @@ def main() -> None:
         _end(str(error), getattr(error, "code", 2))
     except NotFound as error:
         _end(str(damaged(error.name, "is missing")), 5)
+    except OSError as error:  # of a file outside the store: a temporary one, or one that was to be written for a person
+        if error.errno not in EXPECTED:
+            raise
+        _end(f"{error.filename or tempfile.gettempdir()}: {advice(error)}", 5)
 
 
 class _Interrupted:

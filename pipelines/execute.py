@@ -24,7 +24,7 @@ from infra.damage import damaged
 from infra.errors import Refused, Stopped
 from infra.lease import TTL_S
 from infra.manifest import Manifest, Record
-from infra.store import NotFound, Store
+from infra.store import EXPECTED, NotFound, Store, advice
 from pipelines.admission import Admission, check_room
 from pipelines.console import Console
 from pipelines.fitting import Fits, settle
@@ -180,6 +180,9 @@ class Execution:
                     codes.append(getattr(cause, "code", 2))
             elif type(cause).__module__ == "ray.exceptions":  # a process, a node or the head is gone
                 lines.append(f"{name}: Ray lost what it was running ({type(cause).__name__}: {first_line(cause)})")
+                codes.append(5)
+            elif isinstance(cause, OSError) and cause.errno in EXPECTED:  # Ray's own files, or a stage's set-up
+                lines.append(f"{name}: {cause.filename or 'a file that it wrote'}: {advice(cause)}")
                 codes.append(5)
             else:
                 log.error("stage %s failed", name, exc_info=error)

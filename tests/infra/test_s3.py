@@ -80,7 +80,9 @@ def test_a_file_larger_than_one_put_takes_goes_in_parts(
 
 
 @contextmanager
-def conflicts(store: infra.s3.S3Store, operation: str, times: int) -> Iterator[list[str]]:
+def conflicts(
+    store: infra.s3.S3Store, operation: str, times: int, status: int = 409, code: str = "ConditionalRequestConflict"
+) -> Iterator[list[str]]:
     """The first `times` requests of an operation are answered with S3's 409 on the wire, and do not reach the server.
 
     Yields the methods of those requests. (The test server never answers so itself.)
@@ -95,8 +97,8 @@ def conflicts(store: infra.s3.S3Store, operation: str, times: int) -> Iterator[l
         if len(answered) >= times:
             return None
         answered.append(request.method)
-        body = b"<Error><Code>ConditionalRequestConflict</Code><Message>conflict</Message></Error>"
-        return AWSResponse(request.url, 409, {"Content-Type": "application/xml"}, Raw(body))
+        body = f"<Error><Code>{code}</Code><Message>on the wire</Message></Error>".encode()
+        return AWSResponse(request.url, status, {"Content-Type": "application/xml"}, Raw(body))
 
     events, event = store._client.meta.events, f"before-send.s3.{operation}"
     events.register(event, answer)
@@ -136,6 +138,33 @@ def test_an_upload_in_parts_that_meets_another_begins_again(
     assert store.local("checkpoints/large").read_bytes() == (tmp_path / "large").read_bytes()
     left = boto3.client("s3", endpoint_url=store.endpoint).list_multipart_uploads(Bucket=store.bucket)
     assert left.get("Uploads", []) == []
+
+
+@pytest.mark.parametrize("first", ["mine", "another's", "nobody's"])
+def test_an_upload_in_parts_that_is_gone_is_settled_by_what_lies_there(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Amazon's answer to joining the parts once more, where the answer to the first joining was lost."""
+    monkeypatch.setattr(infra.s3, "_SINGLE", 6 << 20)
+    (tmp_path / "mine").write_bytes(os.urandom((6 << 20) + 7))
+    (tmp_path / "another's").write_bytes(os.urandom(100))
+    store, other = open_store(s3_uri), open_store(s3_uri)
+    assert isinstance(store, infra.s3.S3Store)
+
+    def joined(**_: Any) -> None:
+        if first != "nobody's":
+            monkeypatch.setattr(infra.s3, "_SINGLE", 1 << 30)
+            other.put_new("objects/large", tmp_path / first)
+
+    store._client.meta.events.register_first("before-send.s3.CompleteMultipartUpload", joined)
+    with conflicts(store, "CompleteMultipartUpload", 1, 404, "NoSuchUpload") as answered:
+        if first == "nobody's":
+            with pytest.raises(Refused, match="NoSuchUpload"):
+                store.put_new("objects/large", tmp_path / "mine")
+        else:
+            assert store.put_new("objects/large", tmp_path / "mine") == (first == "mine")
+    store._client.meta.events.unregister("before-send.s3.CompleteMultipartUpload", joined)
+    assert answered == ["POST"]
 
 
 def test_a_copy_is_fetched_once(s3_uri: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hypothesis import settings
 
 from tests.fixtures.chain import chain  # noqa: F401  fixtures are found by their names here
+from tests.fixtures.disk import disk  # noqa: F401
+from tests.fixtures.faulty_s3 import proxy  # noqa: F401
 from tests.fixtures.s3 import s3_endpoint, s3_uri  # noqa: F401
 from tests.fixtures.stages import data  # noqa: F401
 
