@@ -184,6 +184,7 @@ def test_every_row_ends_in_exactly_one_state(rows, threads, per_host, give_up):
 @pytest.mark.parametrize(
     ("said", "low", "high"),
     [("120", 120, 120), (" 0 ", 0, 0), (format_datetime(localtime()), 0, 1), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)],
+    ids=["seconds", "spaces", "now", "long ago"],
 )
 def test_retry_after_is_read_as_seconds_or_date(said, low, high):
     headers = Message()
