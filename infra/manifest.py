@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,8 +148,14 @@ class Record:
     @property
     def content(self) -> dict[str, Any]:
         """What was made, without how it was asked for: this is what the manifest's version digests."""
-        whole = asdict(self)
-        return {name: whole[name] for name in ("files", "rows", "states", "blocks", "facts")}
+        # Not dataclasses.asdict, which copies leaf by leaf: a manifest may have ten thousand records.
+        return {
+            "files": {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in self.files.items()},
+            "rows": self.rows,
+            "states": self.states,
+            "blocks": [{"file": block.file, "first": block.first, "rows": block.rows} for block in self.blocks],
+            "facts": self.facts,
+        }
 
     def check(self) -> Record:
         """Returns itself; raises Refused if rows do not reconcile with states."""

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.damage import reading
@@ -77,7 +77,7 @@ def _newest_records(store: Store, place: str) -> dict[tuple[str, int], Record]:
             return {}  # the records say it too, and the next run writes it anew
         records = Manifest.load(store, head["version"]).records
         return {
-            (key, generation): Record.from_content(record.content, key, generation)
+            (key, generation): replace(record, key=key, generation=generation)
             for (key, generation), record in zip(head["records"], records, strict=True)
         }
 

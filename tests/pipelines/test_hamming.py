@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.rules import hamming
-from pipelines.rules.hamming import BITS, MOST, blocks, keys, near, pairs, repeats
+from pipelines.rules.hamming import BITS, MOST, blocks, near, pairs, repeats, tables
 
 DISTANCES = st.integers(0, MOST)
 BASES = (0, 2**64 - 1, 0xAAAA_AAAA_AAAA_AAAA)
@@ -31,14 +31,12 @@ def every_pair(values: list[int], distance: int) -> set[tuple[int, int]]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(near_hashes(), DISTANCES, st.integers(0, 5))
-def test_no_near_pair_is_missed_and_no_other_is_found(values, distance, more):
-    chosen = hamming.blocks
-    hamming.blocks = lambda count, distance: distance + 1 + more  # every scheme that `blocks` may choose
-    try:
-        found = pairs(np.array(values, np.uint64), distance)
-    finally:
-        hamming.blocks = chosen
+@given(near_hashes(), DISTANCES, st.integers(0, 5), st.sampled_from([1, 3, 100]))
+def test_no_near_pair_is_missed_and_no_other_is_found(values, distance, more, at_once):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hamming, "blocks", lambda count, distance: distance + 1 + more)  # whatever `blocks` may choose
+        patched.setattr(hamming, "_AT_ONCE", at_once)
+        found = [tuple(pair) for pair in pairs(np.array(values, np.uint64), distance).tolist()]
     assert len(found) == len(set(found))
     assert set(found) == every_pair(values, distance)
     assert found == sorted(found, key=lambda pair: pair[::-1])
@@ -69,8 +67,8 @@ def test_whichever_bits_differ_some_table_does_not_look_at_them(distance):
         for _ in range(20):
             one = random.integers(2**64, dtype=np.uint64)
             flipped = sum(1 << int(bit) for bit in random.choice(BITS, distance, replace=False))
-            tables = list(keys(np.array([one, one ^ np.uint64(flipped)]), parts, distance, 44))
-            assert any(key[0] == key[1] for key in tables)
+            two = np.array([one, one ^ np.uint64(flipped)])
+            assert any(key[0] == key[1] for key in (table.key(two) for table in tables(2**20, parts, distance)))
 
 
 def test_crowds_of_near_hashes_are_judged_as_all_others_are():
@@ -95,4 +93,28 @@ def test_more_hashes_mean_more_tables():
 
 def test_many_hashes_of_one_bucket_are_all_compared():
     values = np.arange(200, dtype=np.uint64)
-    assert set(pairs(values, 2)) == every_pair(values.tolist(), 2)
+    assert set(map(tuple, pairs(values, 2).tolist())) == every_pair(values.tolist(), 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(near_hashes(), DISTANCES, st.integers(5, 40))
+def test_what_a_word_says_of_a_hash_is_true(values, distance, bits):
+    """Words of one key differ, above the index, in no more bits than their hashes do."""
+    hashes = np.array(values, np.uint64)
+    for parts in range(distance + 1, distance + 4):
+        for table in tables(1 << bits, parts, distance):
+            words = table.sorted(hashes)
+            index = (words & table.index).astype(int)
+            assert sorted(index) == list(range(len(values)))
+            apart = words[1:] ^ words[:-1]
+            truly = np.bitwise_count(hashes[index[1:]] ^ hashes[index[:-1]])
+            same = apart < table.bucket
+            assert (same == (table.key(hashes[index[1:]]) == table.key(hashes[index[:-1]]))).all()
+            assert (np.bitwise_count(apart >> table.bits)[same] <= truly[same]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63]), max_size=40))
+def test_equal_hashes_leave_the_first(values):
+    expected = [value in values[:place] for place, value in enumerate(values)]
+    assert repeats(np.array(values, np.uint64), 0).tolist() == expected
