@@ -1,11 +1,11 @@
 """Pairs of 64-bit hashes that differ in few bits, found without comparing all with all.
 
-A hash is cut into `blocks` parts. Where two hashes differ in at most t bits, at most t parts differ, so at least
-blocks − t are equal: for one of the C(blocks, t) choices of that many parts the two agree in all bits of it. So one
-table a choice, with those bits as the key, has every such pair in one bucket (Manku, Jain, Das Sarma: "Detecting
-Near-Duplicates for Web Crawling", WWW 2007, section 3). More blocks are more tables with longer keys, hence fewer
-chance meetings: how many is chosen by the number of hashes, which keeps the work per hash nearly the same. What is
-found does not depend on it, since every pair of a bucket is compared.
+A hash is cut into parts, and the parts fall into groups. Where two hashes differ in at most t bits, at most t parts
+differ; of t + 1 + groups · (k − 1) parts, more than groups · (k − 1) are then equal, so that some group has k of them.
+So one table for each choice of k parts of one group, with those bits as the key, has every such pair in one bucket
+(with a single group: Manku, Jain, Das Sarma: "Detecting Near-Duplicates for Web Crawling", WWW 2007, section 3). More
+tables have longer keys, hence fewer chance meetings: which it shall be is chosen by the number of hashes. What is found
+does not depend on it, since every pair of a bucket is compared.
 
 A table is one sorted array of 64-bit words: the key, then further bits of the hash, then whose it is. So neighbours of
 a bucket lie beside each other, and the further bits tell nearly all of them apart before a hash is looked up. Words are
@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,8 @@ MOST = 8
 """The largest distance that is searched; beyond it tables grow too many."""
 _CROWDED = 64  # comparisons a hash: chance meetings need far fewer
 _FEW = 1024  # hashes that are compared all with all if need be
-_SORT, _COMPARE = 25.0, 8.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_SORT, _COMPARE = 16.0, 4.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_DENSE = 8  # where more than one word in so many meets another, all are compared, whether they meet or not
 _AT_ONCE = 1 << 15  # hashes: 256 kB
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
@@ -113,36 +115,57 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
     """uint64 [pairs, 2]: all (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each
     once. None if more than `most` comparisons were needed.
     """
-    count, found = np.uint64(len(values)), [np.empty(0, np.uint64)]
-    for table in tables(len(values), blocks(len(values), distance), distance):
+    bits = np.uint64(_index_bits(len(values)))
+    found = [np.empty(0, np.uint64)]
+    for table in tables(len(values), scheme(len(values), distance)):
         words = table.sorted(values)
         for here in _chunks(len(values) - 1):
-            apart, step = words[here] ^ words[1:][here], 1
-            places = np.flatnonzero(apart < table.bucket) + here.start
-            apart = apart[places - here.start]
-            while len(places):  # each against the one `step` places behind it, as long as that is in its bucket
-                most -= len(places)
-                if most < 0:
-                    return None
-                hit = places[np.bitwise_count(apart >> table.bits) <= distance]
-                one, other = words[hit] & table.index, words[hit + step] & table.index
-                close = np.bitwise_count(values[one] ^ values[other]) <= distance
-                one, other = one[close], other[close]
-                found.append(np.maximum(one, other) * count + np.minimum(one, other))
-                step += 1
-                places = places[: np.searchsorted(places, len(values) - step)]
-                apart = words[places] ^ words[places + step]
-                inside = apart < table.bucket
-                places, apart = places[inside], apart[inside]
-    later, earlier = np.divmod(np.unique(np.concatenate(found)), max(count, np.uint64(1)))
-    return np.stack([earlier, later], 1)
+            met, hits = _met(words, here, table, distance)
+            most -= met
+            if most < 0:
+                return None
+            found += hits
+    both = np.unique(np.concatenate(found))  # a pair may meet in several tables
+    pair = np.stack([both & ((np.uint64(1) << bits) - np.uint64(1)), both >> bits], 1)
+    return pair[np.bitwise_count(values[pair[:, 0]] ^ values[pair[:, 1]]) <= distance]
+
+
+def _met(words: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, list[np.ndarray]]:
+    """How many comparisons there are of these words with those behind them in their buckets, and the pairs (later, and
+    earlier in the lowest bits) that may be near, from what the words say."""
+
+    def hit(places: np.ndarray) -> np.ndarray:
+        one, other = words[places] & table.index, words[places + step] & table.index
+        return np.maximum(one, other) << table.bits | np.minimum(one, other)
+
+    met, step, found, dense = 0, 0, list[np.ndarray](), True
+    while dense:  # all with those `step` places behind them
+        step += 1
+        end = max(here.start, min(here.stop, len(words) - step))
+        apart = words[here.start : end] ^ words[here.start + step : end + step]
+        places = np.flatnonzero(np.bitwise_count(apart >> table.bits) <= distance)
+        found.append(hit(places + here.start))
+        inside = apart < table.bucket
+        count = int(np.count_nonzero(inside))
+        met += count
+        dense = count * _DENSE > len(words[here])
+    places = np.flatnonzero(inside) + here.start
+    while len(places):  # those alone that have one in their bucket
+        step += 1
+        places = places[: np.searchsorted(places, len(words) - step)]
+        apart = words[places] ^ words[places + step]
+        inside = apart < table.bucket
+        places, apart = places[inside], apart[inside]
+        met += len(places)
+        found.append(hit(places[np.bitwise_count(apart >> table.bits) <= distance]))
+    return met, found
 
 
 def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
     """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
     found = np.zeros(len(values), bool)
     known = np.unique(known)
-    for table in tables(len(known), blocks(len(known), distance), distance):
+    for table in tables(len(known), scheme(len(known), distance)):
         words = table.sorted(known)
         for here in _chunks(len(values)):
             rows = np.flatnonzero(~found[here]) + here.start
@@ -186,10 +209,14 @@ class Table:
 
     def key(self, values: np.ndarray) -> np.ndarray:
         """The words' highest bits, for uint64 [n]: two hashes of one key may be near each other."""
-        made = np.zeros_like(values)
+        made, room = np.uint64(0), self._width
         for low, width in self.key_parts:
-            made = made << np.uint64(width) | values >> np.uint64(low) & np.uint64((1 << width) - 1)
-        return made << np.uint64(BITS - self._width)
+            take = min(width, room)
+            if take:
+                top = values << np.uint64(BITS - low - take) & np.uint64((1 << BITS) - (1 << BITS - take))
+                made = made | top >> np.uint64(self._width - room)
+                room -= take
+        return made
 
     def sorted(self, values: np.ndarray) -> np.ndarray:
         """uint64 [n], rising: the words of uint64 [n]."""
@@ -206,12 +233,11 @@ class Table:
         return words
 
 
-def tables(count: int, parts: int, distance: int) -> Iterator[Table]:
-    """A table for each choice of parts − distance of the parts. Two hashes that differ in at most `distance` bits have
-    the same key in at least one of them."""
-    bounds = [BITS * part // parts for part in range(parts + 1)]
+def tables(count: int, scheme: Scheme) -> Iterator[Table]:
+    """The tables of a scheme for that many hashes."""
+    bounds = [BITS * part // scheme.parts for part in range(scheme.parts + 1)]
     bits = _index_bits(count)
-    for chosen in itertools.combinations(range(parts), parts - distance):
+    for chosen in scheme.keys():
         key_parts = tuple((bounds[part], bounds[part + 1] - bounds[part]) for part in chosen)
         around = zip(chosen, [*chosen[1:], chosen[0]], strict=True)
         # Further bits: the longest run that is not in the key. Its bits alone tell hashes of one bucket apart.
@@ -230,11 +256,37 @@ def _index_bits(count: int) -> int:
     return max(1, (count - 1).bit_length())
 
 
-def blocks(count: int, distance: int) -> int:
-    """How many parts to cut into: the fewest ns for that many hashes, if their bits were thrown like coins."""
+@dataclass(frozen=True)
+class Scheme:
+    """Into how many parts a hash is cut for a distance, in how many groups, and how many parts of one make a key."""
 
-    def cost(parts: int) -> float:
-        meetings = count / 2 / 2 ** (BITS * (parts - distance) / parts)
-        return math.comb(parts, distance) * (_SORT + _COMPARE * meetings)
+    distance: int
+    groups: int
+    key: int
 
-    return min(range(distance + 1, distance + 7), key=cost)
+    @property
+    def parts(self) -> int:
+        """So many that, where `distance` of them differ, `key` parts of some group do not."""
+        return self.distance + 1 + self.groups * (self.key - 1)
+
+    def keys(self) -> list[tuple[int, ...]]:
+        """The parts of each key, rising; parts are dealt to the groups in turn."""
+        groups = (range(group, self.parts, self.groups) for group in range(self.groups))
+        return [chosen for group in groups for chosen in itertools.combinations(group, self.key)]
+
+
+def scheme(count: int, distance: int) -> Scheme:
+    """The fewest ns for that many hashes, if their bits were thrown like coins."""
+
+    def cost(one: Scheme) -> float:
+        meetings = count / 2 / 2 ** (BITS * one.key / one.parts)
+        return len(one.keys()) * (_SORT + _COMPARE * meetings)
+
+    return min(schemes(distance), key=cost)
+
+
+@cache
+def schemes(distance: int) -> tuple[Scheme, ...]:
+    """Those to choose from: a single group with keys of up to six parts, and more groups with keys of two."""
+    single = (Scheme(distance, 1, key) for key in range(1, 7))
+    return (*single, *(Scheme(distance, groups, 2) for groups in range(2, distance + 1)))
