@@ -27,6 +27,8 @@ from pipelines.stage import plain
 
 LOOK = "look.parquet"
 AnyLook = TypeVar("AnyLook", bound="Looked")
+Judged = tuple[AnyLook, np.ndarray]
+"""A look, and int8 [rows]: the place of the rule that rejects the row, -1 where it stays."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,10 @@ class Look(_Selecting):
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (data,) = inputs
+        spec = plain(self.spec)
+        files = [self.over.file, *([self.over.pictures] if self.over.pictures and self.measures else [])]
         for record in data.records:
-            files = [self.over.file, *([self.over.pictures] if self.over.pictures and self.measures else [])]
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(record.sha(file) for file in files))
+            yield Action(f"{self.name}/{self.version}", spec, tuple(record.sha(file) for file in files))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         with pq.ParquetFile(store.local(object_name(action.inputs[0]))) as file:
@@ -249,18 +252,17 @@ class Stored:
         return self.store.local(object_name(self.sha256))
 
 
-def judged(rules: Sequence[Rule], looks: Iterable[AnyLook]) -> Iterator[tuple[AnyLook, np.ndarray]]:
-    """Applies rules in order to looks in manifest order: each look with int8 [rows], the place of the rule that rejects
-    the row, -1 where it stays. One byte a row waits for a rule that decides over all; what else such a rule holds is
-    its own matter."""
-    stream: Iterator[tuple[AnyLook, np.ndarray]] = ((look, np.full(look.rows, -1, np.int8)) for look in looks)
+def judged(rules: Sequence[Rule], looks: Iterable[AnyLook]) -> Iterator[Judged[AnyLook]]:
+    """Applies rules in order to looks in manifest order. One byte a row waits for a rule that decides over all; what
+    else such a rule holds is its own matter."""
+    stream: Iterator[Judged[AnyLook]] = ((look, np.full(look.rows, -1, np.int8)) for look in looks)
     for place, rule in enumerate(rules):
         stream = _apply(place, rule, stream)
     return stream
 
 
-def _apply(place: int, rule: Rule, stream: Iterator[tuple[AnyLook, np.ndarray]]) -> Iterator[tuple[AnyLook, np.ndarray]]:
-    pending: deque[tuple[AnyLook, np.ndarray]] = deque()
+def _apply(place: int, rule: Rule, stream: Iterator[Judged[AnyLook]]) -> Iterator[Judged[AnyLook]]:
+    pending: deque[Judged[AnyLook]] = deque()
 
     def survivors() -> Iterator[pa.Table]:
         for look, marks in stream:

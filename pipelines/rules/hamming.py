@@ -237,7 +237,7 @@ def tables(count: int, scheme: Scheme) -> Iterator[Table]:
     """The tables of a scheme for that many hashes."""
     bounds = [BITS * part // scheme.parts for part in range(scheme.parts + 1)]
     bits = _index_bits(count)
-    for chosen in scheme.keys():
+    for chosen in scheme.choices():
         key_parts = tuple((bounds[part], bounds[part + 1] - bounds[part]) for part in chosen)
         around = zip(chosen, [*chosen[1:], chosen[0]], strict=True)
         # Further bits: the longest run that is not in the key. Its bits alone tell hashes of one bucket apart.
@@ -269,7 +269,7 @@ class Scheme:
         """So many that, where `distance` of them differ, `key` parts of some group do not."""
         return self.distance + 1 + self.groups * (self.key - 1)
 
-    def keys(self) -> list[tuple[int, ...]]:
+    def choices(self) -> list[tuple[int, ...]]:
         """The parts of each key, rising; parts are dealt to the groups in turn."""
         groups = (range(group, self.parts, self.groups) for group in range(self.groups))
         return [chosen for group in groups for chosen in itertools.combinations(group, self.key)]
@@ -280,7 +280,7 @@ def scheme(count: int, distance: int) -> Scheme:
 
     def cost(one: Scheme) -> float:
         meetings = count / 2 / 2 ** (BITS * one.key / one.parts)
-        return len(one.keys()) * (_SORT + _COMPARE * meetings)
+        return len(one.choices()) * (_SORT + _COMPARE * meetings)
 
     return min(schemes(distance), key=cost)
 

@@ -2,8 +2,9 @@
 
 Run with `make bench`. The records are made up and lie where the stages would have put them, 10,000 each of download,
 filter-look, embed and curate-look; of a local store and of one in a real S3 server (tests/rgw.sh). What is timed is
-the decision, from the first listing to the last, in a process that has imported everything; the whole command, with
-the interpreter's start and its imports, is printed beside it.
+the decision, from the first listing to the last, in a process that has imported everything: its processor time counts,
+which leaves out what else a shared machine does; the clock's, and the whole command with the interpreter's start and
+its imports, are printed beside it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pytest
 import yaml
 
 from infra.manifest import Action, Block, File, Manifest, Record, digest
@@ -100,23 +100,38 @@ def fill(store: Store, recipe: Path) -> None:
             known[stage.name].save(store)
 
 
-def nothing_to_do(uri: str, recipe: Path) -> tuple[float, float]:
-    """Seconds that a run, and a plan, take to know it."""
+class Took(NamedTuple):
+    """Seconds of this process's processor time, and on the clock."""
+
+    cpu: float
+    wall: float
+
+    def __str__(self) -> str:
+        return f"{self.cpu:.2f} s of processor time ({self.wall:.2f} s on the clock)"
+
+
+def timed(work: Callable[[], Any]) -> tuple[Took, Any]:
+    """How long it takes, and what it returns."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    made = work()
+    return Took(time.process_time() - cpu, time.perf_counter() - wall), made
+
+
+def nothing_to_do(uri: str, recipe: Path) -> tuple[Took, Took]:
+    """How long a run, and a plan, take to know it."""
 
     def connect() -> tuple[Any, Any]:
         raise AssertionError("there was something to do")
 
     with prepared(str(recipe), uri, (), create=False) as job:
         stages = [stage for stage in job.stages if stage.name in DATA]
-        began = time.perf_counter()
-        made = Execution(job.store, stages, connect, Console([])).run({*DATA})
-        took = time.perf_counter() - began
+        took, made = timed(lambda: Execution(job.store, stages, connect, Console(DATA)).run({*DATA}))
         assert {name: len(manifest.records) for name, manifest in made.items()} == {
             name: SHARDS if name in ("download", "filter-look", "embed", "curate-look") else 1 for name in DATA
         }
-        began = time.perf_counter()
-        assert not any(line.todo for line in plan(stages, job.store))
-        return took, time.perf_counter() - began
+        planned, lines = timed(lambda: plan(stages, job.store))
+        assert not any(line.todo for line in lines)
+        return took, planned
 
 
 @contextmanager
@@ -140,13 +155,12 @@ def test_a_rerun_over_ten_thousand_shards_is_decided_in_seconds(tmp_path: Path) 
     fill(store, recipe)
     took = [nothing_to_do(store.uri, recipe) for _ in range(3)]
     run, planned = (min(times) for times in zip(*took, strict=True))
-    print(f"\nnothing to do over {SHARDS} shards: run {run:.2f} s, plan {planned:.2f} s (local store)", flush=True)
+    print(f"\nnothing to do over {SHARDS} shards, local store: run {run}, plan {planned}", flush=True)
     command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--until", "curate", "--store", store.uri]
     began = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     print(f"the whole command, imports included: {time.perf_counter() - began:.2f} s", flush=True)
-    assert run < SECONDS
-    assert planned < SECONDS
+    assert max(run.cpu, planned.cpu) < SECONDS
 
 
 def test_in_s3_it_takes_one_listing_a_stage_and_no_request_a_shard(s3_uri: str, tmp_path: Path) -> None:
@@ -156,10 +170,9 @@ def test_in_s3_it_takes_one_listing_a_stage_and_no_request_a_shard(s3_uri: str, 
     with counted(store) as count:
         run, planned = nothing_to_do(store.uri, recipe)
     requests = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
-    print(f"\nnothing to do over {SHARDS} shards: run {run:.2f} s, plan {planned:.2f} s (S3); both: {requests}", flush=True)
+    print(f"\nnothing to do over {SHARDS} shards, S3: run {run}, plan {planned}; both: {requests}", flush=True)
     pages = 4 * (SHARDS // PAGE + 1)
     # Of run and plan each: pages of records of the four maps, then a few requests a stage.
     assert count["LIST"] <= 2 * (pages + 3 * len(DATA))
     assert count.total() - count["LIST"] <= 2 * 8 * len(DATA)
-    assert run < SECONDS
-    assert planned < SECONDS
+    assert max(run.cpu, planned.cpu) < SECONDS

@@ -14,7 +14,9 @@ from pipelines.rules import hamming
 from pipelines.rules.hamming import BITS, MOST, Scheme, near, pairs, repeats, scheme, schemes, tables
 
 DISTANCES = st.integers(0, MOST)
-SCHEMES = DISTANCES.flatmap(lambda distance: st.sampled_from([one for one in schemes(distance) if len(one.keys()) < 40]))
+SCHEMES = DISTANCES.flatmap(
+    lambda distance: st.sampled_from([one for one in schemes(distance) if len(one.choices()) < 40])
+)
 BASES = (0, 2**64 - 1, 0xAAAA_AAAA_AAAA_AAAA)
 
 
@@ -69,7 +71,7 @@ def test_whichever_parts_differ_some_key_has_none_of_them(distance):
     """The pigeonhole that makes the search exact, for every scheme, by trying all sets of parts of small ones."""
     random = np.random.default_rng(distance)
     for one in schemes(distance):
-        keys = [frozenset(key) for key in one.keys()]
+        keys = [frozenset(key) for key in one.choices()]
         sets = itertools.combinations(range(one.parts), distance)
         if math.comb(one.parts, distance) > 3000:
             sets = (tuple(random.choice(one.parts, distance, replace=False).tolist()) for _ in range(300))
@@ -97,7 +99,7 @@ def test_more_hashes_mean_longer_keys():
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]
     assert Scheme(4, 1, 2).parts == 6  # Manku's: two of six parts, 15 tables
-    assert len(Scheme(4, 1, 2).keys()) == 15
+    assert len(Scheme(4, 1, 2).choices()) == 15
 
 
 def test_many_hashes_of_one_bucket_are_all_compared():

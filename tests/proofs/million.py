@@ -6,13 +6,14 @@ Each command is a process of its own, and its peak the kernel's high-water mark 
 workers beside it. The network is not the subject, and CLIP is none: `download` and `embed` are made here, through the
 project's own code, from pictures and vectors that are drawn; their records are what the stages would have left. What is
 done is not done again, so that a proof that was stopped goes on; figures lie in DIR/figures.json.
+
+--no-pictures draws hashes instead of pictures, and makes the looks here too, without Ray: tars are empty, and the two
+maps over single shards are not measured. It takes a third of the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import subprocess
@@ -20,192 +21,28 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.proofs.million_data import CHANGED, make, write_list, write_recipe
+
 MOST = 1.3
 """What the peak at the most rows may be, over that at the fewest."""
-SHARD = 1000
-CHANGED = 0.01
-"""Share of rows that the second list has others of, for `data diff`."""
-RULES = {
-    "filter": [
-        {"rule": "size", "min_side": 8},
-        {"rule": "caption", "min_words": 2},
-        {"rule": "blocked_terms", "terms": ["blocked", "not this"]},
-        {"rule": "exact_duplicates"},
-        {"rule": "near_duplicates"},
-    ],
-    "curate": [{"rule": "caption", "min_words": 3}, {"rule": "clip_score", "top_fraction": 0.5}],
-}
-DATA = ("source", "download", "filter-look", "filter", "clip", "embed", "curate-look", "curate")
-
-
-def write_recipe(folder: Path) -> Path:
-    """The tiny recipe over our list, with every rule that decides over all rows."""
-    import yaml
-
-    from pipelines import recipe as recipes
-
-    said = yaml.safe_load((recipes.FOLDER / "tiny.yaml").read_text())
-    del said["world"], said["download"]["resolve"], said["evaluate"]
-    said["download"]["format"] = "jpg"
-    said["source"] = {"urls": str(folder / "list.parquet"), "rows_per_shard": SHARD}
-    said["evaluate"] = {"prompts": "prompts.jsonl"}
-    for group, rules in RULES.items():
-        said[group] = {"rules": rules}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(said))
-    return path
-
-
-def write_list(path: Path, rows: int, changed: float = 0.0) -> None:
-    """A list of that many pairs; a few captions are short, blocked, or (changed) others than in the first list."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, rows, 50_000):
-            numbers = range(start, min(rows, start + 50_000))
-            drawn = np.random.default_rng(start).random((2, len(numbers)))
-            words = ["one" if luck < 0.02 else "a blocked word here" if luck < 0.04 else f"a picture of the thing {number}"
-                     for number, luck in zip(numbers, drawn[0], strict=True)]  # fmt: skip
-            words = [f"{word} anew" if luck < changed else word for word, luck in zip(words, drawn[1], strict=True)]
-            urls = [f"https://pictures.test/{number % 977}/{number}.jpg" for number in numbers]
-            writer.write_table(pa.table([urls, words], schema=schema))
-
-
-def picture(number: int) -> bytes:
-    """The picture of that number, a small JPEG: one in twenty equals an earlier one, twice as many nearly do."""
-    from PIL import Image
-
-    drawn = hashlib.blake2b(f"luck {number}".encode(), digest_size=16).digest()
-    luck, earlier = drawn[0] / 256, int.from_bytes(drawn[1:8], "big") % (number + 1)
-    pixels = hashlib.blake2b(f"{earlier if luck < 0.15 else number}".encode()).digest()
-    shown = Image.frombytes("L", (8, 8), pixels).resize((16, 16), Image.Resampling.NEAREST)
-    if 0.05 <= luck < 0.15:
-        shown.putpixel((number % 16, 3), 128)
-    out = io.BytesIO()
-    shown.save(out, "JPEG", quality=95)
-    return out.getvalue()
-
-
-def job(folder: Path) -> Any:
-    """The recipe joined with its store."""
-    from pipelines.run import prepared
-
-    return prepared(str(folder / "recipe.yaml"), str(folder / "store"), (), create=True)
-
-
-def resolved(folder: Path, wanted: str) -> tuple[Any, Any, Any]:
-    """(store, stage, what there is of it) of a stage whose inputs are all there."""
-    from pipelines.graph import order, resolve
-
-    with job(folder) as found:
-        known: dict[str, Any] = {}
-        for stage in order(found.stages):
-            if all(need in known for need in stage.needs):
-                there = resolve(stage, [known[need] for need in stage.needs], found.store)
-                if stage.name == wanted:
-                    return found.store, stage, there
-                if not there.todo:
-                    known[stage.name] = there.manifest()
-    raise SystemExit(f"{wanted} is not to be resolved in {folder}")
-
-
-def make(folder: Path, wanted: str) -> None:
-    """Makes a stage's records in two processes, and its manifest."""
-    store, _, there = resolved(folder, wanted)
-    work = {"download": packed, "embed": embedded, "clip": clip}[wanted]
-    with ProcessPoolExecutor(2) as pool:
-        size = 2 * SHARD // 100
-        todo = [(store.uri, action) for action in there.todo]
-        made = [one for some in pool.map(work, [todo[at : at + size] for at in range(0, len(todo), size)]) for one in some]
-    there.manifest(made).save(store)
-
-
-def packed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Shards of download, written by pipelines/pack.py."""
-    import pyarrow.parquet as pq
-
-    from infra.manifest import commit, object_name
-    from infra.rows import KEPT
-    from infra.store import open_store
-    from pipelines.pack import Outcome, pack
-    from pipelines.pictures import Picture
-
-    records = []
-    for uri, action in todo:
-        store = open_store(uri)
-        table = pq.read_table(store.local(object_name(action.inputs[0])))
-        numbers = [int(url.rpartition("/")[2].removesuffix(".jpg")) for url in table["url"].to_pylist()]
-
-        def take(positions: Sequence[int], numbers: list[int] = numbers) -> Iterator[tuple[int, Outcome]]:
-            for position in positions:
-                data = picture(numbers[position])
-                shown = Picture(None, data, 16, 16, 16, 16)
-                yield position, Outcome(KEPT, hashlib.sha256(data).digest(), shown)
-
-        with store.scratch() as out:
-            records.append(commit(store, action, pack(action, table, {}, take, store, out, "jpg"), out))
-    return records
-
-
-def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Shards of embed: vectors and scores that are drawn."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from infra import rows
-    from infra.manifest import Record, commit
-    from infra.store import open_store
-    from pipelines.embed import BLOCK_ROWS, TABLE, chosen_rows
-
-    records = []
-    for uri, action in todo:
-        store = open_store(uri)
-        chosen = chosen_rows(store, action.inputs[1], action.inputs[2])
-        random, count = np.random.default_rng(int(action.key[:8], 16)), chosen.num_rows
-        vectors = [pa.FixedSizeListArray.from_arrays(pa.array(random.normal(size=4 * count).astype(np.float32)), 4)] * 2
-        scores = pa.array(random.random(count), pa.float32())
-        columns = [chosen["uid"], chosen["caption"], *vectors, scores, pa.array([b"\0" * 64] * count), chosen["url"]]
-        with store.scratch() as out:
-            pq.write_table(pa.table(columns, schema=rows.embedded(4)), out / TABLE, row_group_size=BLOCK_ROWS)
-            made = Record.of(action, out, states={rows.KEPT: count})
-            records.append(commit(store, action, made, out))
-    return records
-
-
-def clip(todo: Sequence[tuple[str, Any]]) -> list[Any]:
-    """A record in the place of CLIP's: nothing here reads it."""
-    from infra.manifest import Record, commit
-    from infra.store import open_store
-
-    records = []
-    for uri, action in todo:
-        store = open_store(uri)
-        with store.scratch() as out:
-            (out / "nothing").write_bytes(b"")
-            records.append(commit(store, action, Record.of(action, out), out))
-    return records
 
 
 def steps(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name → the command that is measured, in their order."""
+    """Name → the command that is measured, in their order; nothing for what is made here."""
+    drawn = (folder / "no-pictures").exists()
     recipe, store = str(folder / "recipe.yaml"), ["--store", str(folder / "store")]
     yield "plan, before anything", ["plan", recipe, *store]
     yield "source", ["run", recipe, "--until", "source", *store]
     yield "download", []
     for name in ("filter-look", "filter"):
-        yield name, ["run", recipe, "--until", name, *store]
+        yield name, [] if drawn and "look" in name else ["run", recipe, "--until", name, *store]
     yield "clip", []
     yield "embed", []
     for name in ("curate-look", "curate"):
-        yield name, ["run", recipe, "--until", name, *store]
+        yield name, [] if drawn and "look" in name else ["run", recipe, "--until", name, *store]
     yield "run, nothing to do", ["run", recipe, "--until", "curate", *store]
     yield "plan, all data there", ["plan", recipe, *store]
     other = ["--set", f"source.urls={folder / 'other.parquet'}"]
@@ -280,13 +117,15 @@ def inside(told: Path, command: list[str]) -> None:
         told.write_text(json.dumps({"peak": peak // 1024}))
 
 
-def prove(out: Path, sizes: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+def prove(out: Path, sizes: Sequence[int], pictures: bool) -> dict[str, dict[str, dict[str, Any]]]:
     """Step → rows → figures, of all steps at all sizes."""
     place = out / "figures.json"
     figures: dict[str, dict[str, dict[str, Any]]] = json.loads(place.read_text()) if place.exists() else {}
     for rows in sizes:
         folder = out / str(rows)
         folder.mkdir(parents=True, exist_ok=True)
+        if not pictures:
+            (folder / "no-pictures").touch()
         if not (folder / "recipe.yaml").exists():
             write_list(folder / "list.parquet", rows)
             write_list(folder / "other.parquet", rows, CHANGED)
@@ -310,7 +149,7 @@ def prove(out: Path, sizes: Sequence[int]) -> dict[str, dict[str, dict[str, Any]
 def table(figures: dict[str, dict[str, dict[str, Any]]], sizes: Sequence[int]) -> tuple[list[str], float]:
     """The figures as lines of Markdown, and the largest ratio."""
     few, many = str(min(sizes)), str(max(sizes))
-    lines = [f"| command | MiB at {few} rows | at {many} | ratio | Ray's worker | seconds |", "|---|---|---|---|---|---|"]
+    lines = [f"| command | MiB at {few} rows | at {many} | ratio | Ray's worker | seconds |", "|---" * 6 + "|"]
     worst = 0.0
     for name, by_rows in figures.items():
         if "peak" not in by_rows[few]:
@@ -336,9 +175,10 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--out", type=Path, required=True, help="a folder for lists, stores and figures")
         parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+        parser.add_argument("--no-pictures", action="store_true", help="draw hashes instead; without Ray")
         arguments = parser.parse_args()
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{arguments.out.absolute()}/mlflow.db")
-        lines, worst = table(prove(arguments.out, arguments.rows), arguments.rows)
+        lines, worst = table(prove(arguments.out, arguments.rows, not arguments.no_pictures), arguments.rows)
         print("\n".join(lines))
         if worst > MOST:
             raise SystemExit(f"peak memory grew to {worst:.2f} times, more than {MOST}")
