@@ -60,7 +60,10 @@ def plan(
     store: StoreOption = "./store",
     change: SetOption = None,
 ) -> None:
-    """Says what a run would do and why, and changes nothing."""
+    """Says what a run would do and why, and changes nothing.
+
+    Of a source that cannot be read it plans what else there is, says so, and exits with 2.
+    """
     from pipelines import plan as planning
     from pipelines.run import prepared
 
@@ -70,6 +73,8 @@ def plan(
         sys.stdout.write(json.dumps(planning.as_json(lines), indent=1) + "\n")
     else:
         show(planning.as_table(lines))
+    if job.missing is not None:
+        raise job.missing
 
 
 @app.command()

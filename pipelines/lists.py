@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +17,47 @@ from infra.errors import Refused
 from infra.manifest import digest_file
 from infra.rows import SOURCE, uid
 from pipelines.layouts import Columns
-from pipelines.places import Unreadable, find, place
+from pipelines.places import Unreadable, find, place, where
+from pipelines.remembered import digest_of, remembered
 
 if TYPE_CHECKING:
     import pyarrow.csv as csv
     import pyarrow.dataset as ds
 
+KEY = "source.urls"
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "json"}
 _BATCH_ROWS = 2048
 
 
 def list_digests(urls: str) -> tuple[str, ...]:
     """SHA-256 (hex) of each list file, in reading order; Refused if there is none or one cannot be read."""
+    base, found = find(urls, FORMATS, KEY)
     try:
-        with _files(urls) as paths:
-            return tuple(digest_file(path) for path in paths)
+        return tuple(digest_of(KEY, where(base), one, partial(_digest, base, one.name)) for one in found)
+    except Unreadable as error:
+        raise Refused(f"{KEY}: {urls} cannot be read: {error}") from error
     except OSError as error:
-        raise Refused(f"source.urls: {urls} cannot be read ({error.strerror or error})") from error
+        raise Refused(f"{KEY}: {urls} cannot be read ({error.strerror or error})") from error
+
+
+def _digest(base: str, name: str) -> str:
+    if not base.startswith("s3://"):
+        return digest_file(Path(base, name))
+    total = hashlib.sha256()
+    for chunk in place(base).chunks(name):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def unread(urls: str) -> int:
+    """Bytes of those list files whose digests are not remembered: what `list_digests` would read."""
+    base, found = find(urls, FORMATS, KEY)
+    return sum(one.bytes for one in found if remembered(KEY, where(base), one) is None)
+
+
+def size(urls: str) -> int:
+    """Bytes of all list files."""
+    return sum(one.bytes for one in find(urls, FORMATS, KEY)[1])
 
 
 def check_columns(urls: str, columns: Columns) -> None:
@@ -52,7 +78,7 @@ def rows(urls: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.Rec
 @contextmanager
 def _files(urls: str) -> Iterator[list[Path]]:
     """The list's files in reading order; those of S3 are copied, since a list, unlike an object, may change."""
-    base, found = find(urls, FORMATS, "source.urls")
+    base, found = find(urls, FORMATS, KEY)
     if not urls.startswith("s3://"):
         yield [Path(base, one.name) for one in found]
         return

@@ -43,6 +43,8 @@ class Inputs:
     """`SourceHow.digests` of the source."""
     prompts: str
     head: Entry | None
+    unread: str = ""
+    """Why the digests were not taken, which a plan can do without."""
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -206,7 +208,8 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     measured = [Gamma.beside(recipe.prior)] if asked else []
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(fit.name for fit in fits), bool(measured))
     where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
-    if samples := where.samples:
+    if where.tars or where.folder:
+        samples = "" if inputs.unread else where.samples or ""
         how = GatherHow(samples, recipe.download.threads, recipe.download.cpus)
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
@@ -219,7 +222,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
     return [
-        Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests),
+        Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests, inputs.unread),
         pictures,
         Look("filter", filtering, kept),
         Select("filter", filtering, kept),
