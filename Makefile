@@ -53,6 +53,9 @@ proof-kill: $(STAMP)  ## kill -9 of the driver at ten random moments; the result
 proof-parallel: $(STAMP)  ## trainers in parallel against one after another, three repeats
 	$(BIN)/python -m tests.proofs.parallel --store $(STORE)-proof-parallel
 
+proof-million: $(STAMP)  ## peak memory at a million rows against a hundred thousand; under an hour, goes on where it was stopped
+	$(BIN)/python -m tests.proofs.million --out $(STORE)-proof-million
+
 proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
 	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs
 
