@@ -21,7 +21,7 @@ class ExactDuplicates:
     """Rejects every picture whose bytes, as they were fetched, came before: the first of them stays.
 
     The caption does not count: what a model memorises is the picture, and a second caption for it is as often wrong as
-    the first. 16 bytes of SHA-256 are compared; they wait on disk (24 bytes a row in $TMPDIR) and 2 bytes a row in
+    the first. 16 bytes of SHA-256 are compared; they wait on disk (24 bytes a row in $TMPDIR) and one byte a row in
     memory, beside what repeats.py holds of one part at a time.
     """
 
