@@ -70,6 +70,9 @@ proof-interrupt: $(STAMP)  ## fits killed, terminated and resized at bad moments
 proof-algebra: $(STAMP)  ## a thousand histories of a list: what is touched is done again, and nothing else; an hour
 	$(BIN)/python -m pytest tests/pipelines/test_algebra.py --hypothesis-profile=proof --timeout=0 -q
 
+proof-million: $(STAMP)  ## peak memory at a million rows against a hundred thousand; under an hour, goes on where it was stopped
+	$(BIN)/python -m tests.proofs.million --out $(STORE)-proof-million
+
 proof-samplers: $(STAMP)  ## sampler × steps × quality on the demo's release (make demo first); under an hour
 	$(BIN)/python -m tests.proofs.samplers --store $(STORE) --out $(STORE)-proof-samplers --docs docs
 

@@ -16,8 +16,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical(document: Any) -> bytes:
     """The one JSON text of a document: sorted keys, no spaces, UTF-8, no NaN. Equal documents give equal bytes."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _CANONICAL.encode(document).encode()
 
 
 def digest(data: bytes) -> str:
@@ -83,6 +86,9 @@ class Block:
     file: str
     first: int
     rows: int
+
+
+_block = lru_cache(1 << 14)(Block)  # shards are cut alike: ten thousand of them need not hold forty thousand blocks
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,14 @@ class Record:
     @property
     def content(self) -> dict[str, Any]:
         """What was made, without how it was asked for: this is what the manifest's version digests."""
-        whole = asdict(self)
-        return {name: whole[name] for name in ("files", "rows", "states", "blocks", "facts")}
+        # Not dataclasses.asdict, which copies leaf by leaf: a manifest may have ten thousand records.
+        return {
+            "files": {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in self.files.items()},
+            "rows": self.rows,
+            "states": self.states,
+            "blocks": [{"file": block.file, "first": block.first, "rows": block.rows} for block in self.blocks],
+            "facts": self.facts,
+        }
 
     def check(self) -> Record:
         """Returns itself; raises Refused if rows do not reconcile with states."""
@@ -170,7 +182,7 @@ class Record:
             {name: File(**file) for name, file in content["files"].items()},
             content["rows"],
             content["states"],
-            tuple(Block(**block) for block in content["blocks"]),
+            tuple(_block(**block) for block in content["blocks"]),
             content["facts"],
         )
 
@@ -273,7 +285,18 @@ class Manifest:
             raise damaged(name, "is damaged: its SHA-256 is another", anew)
         with reading(name):
             records = tuple(Record.from_content(json.loads(line)) for line in body.splitlines())
-        return cls(Action(stage, {}, ()), records)
+        found = cls(Action(stage, {}, ()), records)
+        found.__dict__.update(body=body, version=version)  # known: they need not be made from the records again
+        return found
+
+    def asked_as(self, action: Action, keys: Iterable[tuple[str, int]]) -> Manifest:
+        """The same contents, loaded by version, as that action asks for them: with the key and generation of each."""
+        pairs = zip(keys, self.records, strict=True)
+        whole = Manifest(
+            action, tuple(replace(one, key=key, generation=generation) for (key, generation), one in pairs)
+        )
+        whole.__dict__.update(body=self.body, version=self.version)
+        return whole
 
 
 def object_name(sha256: str) -> str:

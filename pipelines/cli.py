@@ -61,7 +61,10 @@ def plan(
     store: StoreOption = "./store",
     change: SetOption = None,
 ) -> None:
-    """Says what a run would do and why, and changes nothing."""
+    """Says what a run would do and why, and changes nothing.
+
+    Of a source that cannot be read it plans what else there is, says so, and exits with 2.
+    """
     from pipelines import machine
     from pipelines import plan as planning
     from pipelines.run import prepared
@@ -73,11 +76,13 @@ def plan(
     if as_json:
         said = planning.as_json(lines) | {"fits": machine.as_json(needs)}
         sys.stdout.write(json.dumps(said, indent=1) + "\n")
-        return
-    show(planning.as_table(lines))
-    if needs:
-        show("")
-        show(machine.as_table(needs))
+    else:
+        show(planning.as_table(lines))
+        if needs:
+            show("")
+            show(machine.as_table(needs))
+    if job.missing is not None:
+        raise job.missing
 
 
 @app.command()

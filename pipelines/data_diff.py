@@ -32,7 +32,7 @@ from infra.store import Store
 from pipelines.data import find
 from pipelines.graph import differences
 
-PART_ROWS = 1_000_000
+PART_ROWS = 100_000
 """Rows of a part, of both versions together, on average."""
 ROWS = pa.schema([("uid", UID), ("before", pa.string()), ("after", pa.string())])
 """What `rows` writes: a row that was added has no `before`, one that was removed no `after`."""

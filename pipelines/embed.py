@@ -124,10 +124,11 @@ class Embed:
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         download, selection, clip = inputs
+        spec = plain(self.spec)
         for record in download.records:
             tar, index = record.sha("images.tar"), record.sha("index.parquet")
             chosen = selection.only.sha(f"{index}.parquet")
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (tar, index, chosen, clip.version))
+            yield Action(f"{self.name}/{self.version}", spec, (tar, index, chosen, clip.version))
 
     def setup(self) -> None:
         """Sets the number of threads; CLIP is loaded by the first `run`, which knows which one, and then stays."""

@@ -13,18 +13,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.manifest import canonical, digest_file
+from infra.manifest import canonical, digest, digest_file
 from pipelines.layouts import Columns
 from pipelines.list_trouble import trouble
 from pipelines.lists import FORMATS, open_list, stream
-from pipelines.places import Place, Unreadable, is_text, place
+from pipelines.places import Found, Place, Unreadable, is_text, place, where
+from pipelines.remembered import digest_of, remembered
 from pipelines.samples import PICTURES, TEXT_BYTES, Sample, batches, caption_of, sha256_of, text_of
 
 KEY = "source.folder"
@@ -49,11 +50,46 @@ class _Digest:
 
 
 def folder_digest(folder: str, columns: Columns) -> tuple[str]:
-    """One digest over the folder's samples, and over its metadata file if it has one. Reads every picture."""
-    total = _Digest()
-    for _ in _samples(folder, columns, total):
-        pass
-    return (total.total.hexdigest(),)
+    """One digest over the folder's samples, and over its metadata file if it has one. Reads every picture, unless no
+    file has changed since that was last done."""
+
+    def read() -> str:
+        total = _Digest()
+        for _ in _samples(folder, columns, total):
+            pass
+        return total.total.hexdigest()
+
+    return (digest_of(_kind(columns), where(folder), _whole(folder), read),)
+
+
+def unread(folder: str, columns: Columns) -> int:
+    """Bytes that `folder_digest` would read."""
+    whole = _whole(folder)
+    return 0 if remembered(_kind(columns), where(folder), whole) else whole.bytes
+
+
+def size(folder: str) -> int:
+    """Bytes of all its files."""
+    return _whole(folder).bytes
+
+
+def _kind(columns: Columns) -> str:
+    """What is remembered depends on what is read of a folder's metadata."""
+    return f"{KEY} {digest(canonical(asdict(columns)))}"
+
+
+def _whole(folder: str) -> Found:
+    """All files of a folder as one, which changes whenever one of them does."""
+    try:
+        total, size, newest = hashlib.sha256(), 0, 0.0
+        for one in place(folder).list():
+            total.update(canonical([one.name, one.bytes, one.stamp]))
+            size, newest = size + one.bytes, max(newest, one.modified)
+    except Refused as error:
+        raise Refused(f"{KEY}: {error}") from error
+    except OSError as error:
+        raise Refused(f"{KEY}: {folder} cannot be read: {error}") from error
+    return Found("", size, stamp=total.hexdigest(), modified=newest)
 
 
 def rows(folder: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:

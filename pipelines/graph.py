@@ -6,9 +6,11 @@ are then exact. Behind work still to do they are not, and the count is an upper 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import gc
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,8 @@ class Resolved:
     whole: Action
     actions: tuple[Action, ...]
     present: dict[str, Record]
+    newest: Manifest | None = None
+    """The newest manifest of this stage and spec, where it was read: mostly the very one that `manifest` is to give."""
 
     @property
     def todo(self) -> tuple[Action, ...]:
@@ -41,7 +45,10 @@ class Resolved:
     def manifest(self, made: Iterable[Record] = ()) -> Manifest:
         """The stage's manifest, once every action has a record (its own or one `made` just now)."""
         records = {**self.present, **{record.key: record for record in made}}
-        return Manifest(self.whole, tuple(records[action.key] for action in self.actions))
+        whole = tuple(records[action.key] for action in self.actions)
+        if self.newest is not None and whole == self.newest.records:
+            return self.newest
+        return Manifest(self.whole, whole)
 
 
 def resolve(stage: Stage, inputs: Sequence[Manifest], store: Store) -> Resolved:
@@ -50,36 +57,51 @@ def resolve(stage: Stage, inputs: Sequence[Manifest], store: Store) -> Resolved:
     Costs one listing per folder of records (one in all for most stages) and reads only records that the newest
     manifest does not already hold.
     """
+    with _uncollected():
+        return _resolve(stage, inputs, store)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cycle collector: ten thousand records make no cycles, and it would go through them again and again,
+    and through all that was ever imported, for as long as the records take to read."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:  # of two threads, the first to come
+            gc.enable()
+
+
+def _resolve(stage: Stage, inputs: Sequence[Manifest], store: Store) -> Resolved:
     actions = tuple(stage.actions(*inputs))
     whole = Action(f"{stage.name}/{stage.version}", plain(stage.spec), tuple(manifest.version for manifest in inputs))
     wanted = {action.key for action in actions}
-    places = sorted({action.place for action in actions})
+    places = sorted({one.place for one in {id(action.spec): action for action in actions}.values()})  # one, mostly
     standing = newest(entry.name for place in places for entry in store.list(f"records/{place}/"))
     found = {key: standing[key] for key in wanted & standing.keys()}
-    known = _newest_records(store, whole.place) if len(found) > 1 else {}
+    newest_manifest = _newest_manifest(store, whole) if len(found) > 1 else None
+    known = {(record.key, record.generation): record for record in newest_manifest.records} if newest_manifest else {}
     present = {key: known[key, gen] for key, (gen, _) in found.items() if (key, gen) in known}
     missing = [(key, name) for key, (_, name) in found.items() if key not in present]
     with ThreadPoolExecutor(16) as pool:
         read = pool.map(lambda pair: Record.from_json(store.get(pair[1]), pair[1]), missing)
         present.update({key: record for (key, _), record in zip(missing, read, strict=True)})
-    return Resolved(stage, whole, actions, present)
+    return Resolved(stage, whole, actions, present, newest_manifest)
 
 
-def _newest_records(store: Store, place: str) -> dict[tuple[str, int], Record]:
-    """Records of the newest manifest of that stage and spec, by key and generation."""
-    heads = list(store.list(f"manifests/{place}/"))
+def _newest_manifest(store: Store, whole: Action) -> Manifest | None:
+    """The newest manifest of that stage and spec, with keys and generations, as this action's."""
+    heads = list(store.list(f"manifests/{whole.place}/"))
     if not heads:
-        return {}
+        return None
     name = max(heads, key=lambda entry: (entry.modified, entry.name)).name
     head = document(store, name)
     with reading(name):
         if not store.exists(object_name(head["version"])):
-            return {}  # the records say it too, and the next run writes it anew
-        records = Manifest.load(store, head["version"]).records
-        return {
-            (key, generation): Record.from_content(record.content, key, generation)
-            for (key, generation), record in zip(head["records"], records, strict=True)
-        }
+            return None  # the records say it too, and the next run writes it anew
+        return Manifest.load(store, head["version"]).asked_as(whole, [(key, number) for key, number in head["records"]])
 
 
 def unfinished(stages: Iterable[Stage], known: Mapping[str, Manifest], store: Store) -> list[Stage]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv as lines
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +20,47 @@ from infra.manifest import digest_file
 from infra.rows import SOURCE, uid
 from pipelines.layouts import Columns
 from pipelines.list_trouble import never_closed, trouble
-from pipelines.places import Unreadable, find, place
+from pipelines.places import Unreadable, find, place, where
+from pipelines.remembered import digest_of, remembered
 
 if TYPE_CHECKING:
     import pyarrow.csv as csv
     import pyarrow.dataset as ds
 
+KEY = "source.urls"
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "json"}
 _BATCH_ROWS = 2048
 
 
 def list_digests(urls: str) -> tuple[str, ...]:
     """SHA-256 (hex) of each list file, in reading order; Refused if there is none or one cannot be read."""
+    base, found = find(urls, FORMATS, KEY)
     try:
-        with _files(urls) as paths:
-            return tuple(digest_file(path) for path in paths)
+        return tuple(digest_of(KEY, where(base), one, partial(_digest, base, one.name)) for one in found)
+    except Unreadable as error:
+        raise Refused(f"{KEY}: {urls} cannot be read: {error}") from error
     except OSError as error:
-        raise Refused(f"source.urls: {urls} cannot be read ({error.strerror or error})") from error
+        raise Refused(f"{KEY}: {urls} cannot be read ({error.strerror or error})") from error
+
+
+def _digest(base: str, name: str) -> str:
+    if not base.startswith("s3://"):
+        return digest_file(Path(base, name))
+    total = hashlib.sha256()
+    for chunk in place(base).chunks(name):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def unread(urls: str) -> int:
+    """Bytes of those list files whose digests are not remembered: what `list_digests` would read."""
+    base, found = find(urls, FORMATS, KEY)
+    return sum(one.bytes for one in found if remembered(KEY, where(base), one) is None)
+
+
+def size(urls: str) -> int:
+    """Bytes of all list files."""
+    return sum(one.bytes for one in find(urls, FORMATS, KEY)[1])
 
 
 def check_columns(urls: str, columns: Columns) -> None:
@@ -55,7 +81,7 @@ def rows(urls: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.Rec
 @contextmanager
 def _files(urls: str) -> Iterator[list[Path]]:
     """The list's files in reading order; those of S3 are copied, since a list, unlike an object, may change."""
-    base, found = find(urls, FORMATS, "source.urls")
+    base, found = find(urls, FORMATS, KEY)
     if not urls.startswith("s3://"):
         yield [Path(base, one.name) for one in found]
         return
@@ -136,14 +162,14 @@ def open_list(path: Path, columns: Columns, key: str = "source.urls") -> ds.Data
     there = found.schema.names
     url = "source.columns.url" if key == "source.urls" else key
     texts = ((url, columns.url), ("source.columns.caption", columns.caption))
-    for where, name in [*texts, *(("source.columns.keep", name) for name in columns.keep)]:
+    for field, name in [*texts, *(("source.columns.keep", name) for name in columns.keep)]:
         if name not in there:
             shown = ", ".join(one if one == one.strip() else repr(one) for one in there)
-            raise Refused(f"{where}: {path.name} has no column {name!r}. Its columns: {shown or 'none'}.")
-    for where, name in texts:
+            raise Refused(f"{field}: {path.name} has no column {name!r}. Its columns: {shown or 'none'}.")
+    for field, name in texts:
         kind = _plain(found.schema.field(name)).type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise Refused(f"{where}: column {name!r} of {path.name} holds {kind}, not text; name another")
+            raise Refused(f"{field}: column {name!r} of {path.name} holds {kind}, not text; name another")
     return found
 
 

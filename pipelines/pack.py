@@ -53,8 +53,9 @@ class Packing:
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (source,) = inputs
+        spec = plain(self.spec)
         for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), (source.only.sha(name),))
+            yield Action(f"{self.name}/{self.version}", spec, (source.only.sha(name),))
 
     def setup(self) -> None:
         """Imports what the first picture would otherwise wait for."""

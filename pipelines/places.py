@@ -44,6 +44,17 @@ class Found:
     bytes: int
     regular: bool = True
     """False for a link, a device or a pipe, which `open` refuses."""
+    stamp: str = ""
+    """Another one wherever its bytes are others, as far as its place can tell."""
+    modified: float = 0.0
+    """When it was written, in seconds since 1970."""
+
+    @classmethod
+    def of(cls, name: str, status: os.stat_result) -> Found:
+        """A file on a file system."""
+        stamp = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+        changed = max(status.st_mtime, status.st_ctime)
+        return cls(name, status.st_size, stat.S_ISREG(status.st_mode), stamp, changed)
 
 
 class Place(Protocol):
@@ -84,9 +95,7 @@ class Folder:
             if child.is_dir(follow_symlinks=False):
                 yield from self._walk(f"{name}/")
             else:
-                yield Found(
-                    name, child.stat(follow_symlinks=False).st_size, regular=child.is_file(follow_symlinks=False)
-                )
+                yield Found.of(name, child.stat(follow_symlinks=False))
 
     def open(self, name: str) -> BinaryIO:
         *folders, last = parts(name)
@@ -130,7 +139,8 @@ class Bucket:
     def list(self, prefix: str = "") -> Iterator[Found]:
         for entry in self.store.list(prefix):
             if not entry.name.endswith("/"):  # an object that some tools put to stand for a folder
-                yield Found(entry.name, entry.bytes)
+                put = entry.modified
+                yield Found(entry.name, entry.bytes, stamp=put.isoformat(), modified=put.timestamp())
 
     def open(self, name: str) -> BinaryIO:
         copy = cast(BinaryIO, tempfile.TemporaryFile(prefix="unclip-"))  # noqa: SIM115 - the caller closes it
@@ -188,6 +198,13 @@ def place(uri: str) -> Place:
     return Folder(root)
 
 
+def where(base: str) -> str:
+    """A place's name that means the same to every process: absolute, and of S3 with its server."""
+    if base.startswith("s3://"):
+        return f"{os.environ.get('AWS_ENDPOINT_URL', '')} {base}"
+    return str(Path(base).expanduser().resolve())
+
+
 def find(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]]:
     """What a file's name, a folder's (its direct children) or a glob stands for: (place, its files by name).
 
@@ -219,7 +236,7 @@ def _in_folder(uri: str, endings: Collection[str], key: str) -> tuple[str, list[
             raise Refused(f"{key}: no file that ends in {_wanted(endings, named)} matches {uri}")
     else:
         raise Refused(f"{key}: there is no file or folder {uri!r}")
-    return str(base), [Found(file.relative_to(base).as_posix(), file.stat().st_size) for file in files]
+    return str(base), [Found.of(file.relative_to(base).as_posix(), file.stat()) for file in files]
 
 
 def _in_bucket(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]]:

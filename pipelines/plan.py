@@ -13,20 +13,23 @@ from rich.table import Table
 from infra.manifest import Action, Manifest
 from infra.store import Store
 from pipelines.graph import order, resolve, why
+from pipelines.source import Source
 from pipelines.stage import Stage, plain
 
+PLAN_BYTES = 1 << 30
+"""Of a source that is new or has changed, a plan reads as many bytes, to say exactly what is to do."""
 MAPS = {"download": "source", "filter-look": "download", "embed": "download", "curate-look": "embed"}
 """Stages with one action for each shard of another."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of a plan. shards, present and todo count actions; with at_most, todo is a bound."""
+    """One stage of a plan. shards, present and todo count actions; with at_most, todo is a bound. None: not known."""
 
     stage: str
-    shards: int
+    shards: int | None
     present: int
-    todo: int
+    todo: int | None
     at_most: bool
     why: str
     parameters: int | None
@@ -35,22 +38,25 @@ class Line:
 def plan(stages: Sequence[Stage], store: Store) -> list[Line]:
     """A line a stage, in order. Reads the store and changes nothing."""
     known: dict[str, Manifest] = {}
-    shards: dict[str, int] = {}
+    shards: dict[str, int | None] = {}
     lines = []
     for stage in order(stages):
-        if all(need in known for need in stage.needs):
+        if unread := getattr(stage, "unread", ""):
+            lines.append(Line(stage.name, 1, 0, 1, True, unread, None))
+            shards[stage.name] = None
+        elif all(need in known for need in stage.needs):
             inputs = [known[need] for need in stage.needs]
             resolved = resolve(stage, inputs, store)
             todo, count = len(resolved.todo), len(resolved.actions)
             if not todo:
                 known[stage.name] = resolved.manifest()
-            elif stage.name == "source":
+            elif isinstance(stage, Source) and stage.how.size() <= PLAN_BYTES:
                 known[stage.name] = _preview(stage, resolved.todo[0], store)
             reason = why(stage, resolved.whole, store) if todo else ""
             lines.append(Line(stage.name, count, count - todo, todo, False, reason, _parameters(stage)))
             shards[stage.name] = count
-            if stage.name == "source" and stage.name in known:
-                shards[stage.name] = len(known["source"].only.files)
+            if stage.name == "source":
+                shards[stage.name] = len(known["source"].only.files) if "source" in known else None
         else:
             behind = [need for need in stage.needs if need not in known]
             count = shards_of(stage, shards)
@@ -62,7 +68,7 @@ def plan(stages: Sequence[Stage], store: Store) -> list[Line]:
     return lines
 
 
-def shards_of(stage: Stage, shards: dict[str, int]) -> int:
+def shards_of(stage: Stage, shards: dict[str, int | None]) -> int | None:
     """How many actions a stage has whose inputs are not there yet: a map has one for each shard it maps over."""
     count = getattr(stage, "shards", None)
     if count is not None:
@@ -96,10 +102,18 @@ def as_table(lines: Sequence[Line]) -> Table:
                            ("parameters", "right"), ("why", "left")):  # fmt: skip
         table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for line in lines:
-        todo = f"at most {line.todo}" if line.at_most else str(line.todo or "")
+        todo = "not known" if line.todo is None else f"at most {line.todo}" if line.at_most else str(line.todo or "")
         size = "" if line.parameters is None else _millions(line.parameters)
-        style = "" if line.todo else "dim"
-        table.add_row(line.stage, str(line.shards), str(line.present), todo, size, line.why, style=style)
+        style = "dim" if line.todo == 0 else ""
+        table.add_row(
+            line.stage,
+            "?" if line.shards is None else str(line.shards),
+            str(line.present),
+            todo,
+            size,
+            line.why,
+            style=style,
+        )
     return table
 
 

@@ -20,8 +20,8 @@ from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
 from infra.manifest import Manifest
 from infra.store import Store, open_store
+from pipelines import plan, workflow
 from pipelines import recipe as recipes
-from pipelines import workflow
 from pipelines.console import Console
 from pipelines.data_report import PAGE
 from pipelines.download import Download
@@ -45,23 +45,29 @@ class Prepared:
     store: Store
     inputs: workflow.Inputs
     stages: list[Stage]
+    missing: Refused | None = None
+    """Why the source cannot be read, where a plan went on without it."""
 
 
 @contextlib.contextmanager
 def prepared(name: str, store: str, changes: Sequence[str], *, create: bool) -> Iterator[Prepared]:
     """Checks recipe, lists and store; raises Refused for whatever is wrong, before anything is started.
 
-    `create` is False for a plan: the store is only looked at. The world's list and prompts live in a temporary folder.
+    `create` is False for a plan: the store is only looked at, a source that cannot be read is told in `missing`, and
+    one of more than `PLAN_BYTES` that is not known yet is not read. The world's list and prompts live in a temporary
+    folder.
     """
     recipe = recipes.load(name, changes)
     opened = open_store(store, create=create)
     with tempfile.TemporaryDirectory(prefix="unclip-inputs-") as folder:
         with blaming(f"Recipe {name}"):
-            inputs, stages = _joined(recipe, opened, Path(folder))
-        yield Prepared(recipe, opened, inputs, stages)
+            inputs, stages, missing = _joined(recipe, opened, Path(folder), planning=not create)
+        yield Prepared(recipe, opened, inputs, stages, missing)
 
 
-def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflow.Inputs, list[Stage]]:
+def _joined(
+    recipe: recipes.Recipe, store: Store, folder: Path, *, planning: bool
+) -> tuple[workflow.Inputs, list[Stage], Refused | None]:
     """What the recipe reads from outside itself, and its stages; a world's list and prompts are written to `folder`."""
     urls, prompts = recipe.source.urls, recipe.evaluate.prompts
     if recipe.world:
@@ -76,14 +82,27 @@ def _joined(recipe: recipes.Recipe, store: Store, folder: Path) -> tuple[workflo
         raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
     where = SourceHow(urls, recipe.source.tars, recipe.source.folder)
     head = Ledger(store, recipe.release.name).head()
-    inputs = workflow.Inputs(urls, where.digests(recipe.columns), prompts, head, starts(recipe, store))
+    digests, unread, missing = _read(where, recipe, planning=planning)
+    inputs = workflow.Inputs(urls, digests, prompts, head, starts(recipe, store), unread)
     stages = workflow.stages(recipe, inputs)
     kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
     for score in recipe.gate.minimum:
         judge, reference = recipe.evaluate.judge is not None, recipe.evaluate.reference is not None
         with blaming("gate.minimum"):
             check_name(score, kinds, judge=judge, reference=reference)
-    return inputs, stages
+    return inputs, stages, missing
+
+
+def _read(where: SourceHow, recipe: recipes.Recipe, *, planning: bool) -> tuple[tuple[str, ...], str, Refused | None]:
+    """The source's digests; a plan goes on without them, saying why, where they cannot be had, or not cheaply."""
+    if not planning:
+        return where.digests(recipe.columns), "", None
+    try:
+        if (size := where.unread(recipe.columns)) > plan.PLAN_BYTES:
+            return (), f"{size / 1e9:.1f} GB of the source are new: a run reads them first", None
+        return where.digests(recipe.columns), "", None
+    except Refused as error:
+        return (), "its source cannot be read", error
 
 
 def run_recipe(

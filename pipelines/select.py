@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from pipelines.rules.picture import MEASURES, measured
 from pipelines.stage import plain
 
 LOOK = "look.parquet"
+AnyLook = TypeVar("AnyLook", bound="Looked")
+Judged = tuple[AnyLook, np.ndarray]
+"""A look, and int8 [rows]: the place of the rule that rejects the row, -1 where it stays."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ class Look(_Selecting):
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (data,) = inputs
+        spec = plain(self.spec)
+        files = [self.over.file, *([self.over.pictures] if self.over.pictures and self.measures else [])]
         for record in data.records:
-            files = [self.over.file, *([self.over.pictures] if self.over.pictures and self.measures else [])]
-            yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(record.sha(file) for file in files))
+            yield Action(f"{self.name}/{self.version}", spec, tuple(record.sha(file) for file in files))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         with pq.ParquetFile(store.local(object_name(action.inputs[0]))) as file:
@@ -176,12 +180,15 @@ class Select(_Selecting):
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         looks, shards = action.inputs[0::2], action.inputs[1::2]
-        read = (pq.read_table(store.local(object_name(sha))) for sha in looks)
-        states: Counter[str] = Counter()
-        for shard, (look, rules) in zip(shards, judged(self.rules, read), strict=True):
-            selection = pa.table([look["uid"], pa.array(rules, pa.string())], schema=SELECTION)
+        names = pa.array([rule.verdict for rule in self.rules], pa.string())
+        counts = np.zeros(1 + len(names), np.int64)
+        for shard, (look, marks) in zip(shards, judged(self.rules, (Stored(store, sha) for sha in looks)), strict=True):
+            rules = pa.DictionaryArray.from_arrays(pa.array(marks, mask=marks < 0), names).cast(pa.string())
+            selection = pa.table([look.uids, rules], schema=SELECTION)
             pq.write_table(selection, out / f"{shard}.parquet", compression="zstd")
-            states.update(rule or KEPT for rule in rules)
+            counts += np.bincount(marks + 1, minlength=len(counts))
+        found = zip([KEPT, *names.to_pylist()], counts.tolist(), strict=True)
+        states = Counter({state: count for state, count in found if count})
         if not states[KEPT]:
             raise Refused(self._nothing(states, [store.local(object_name(shard)) for shard in shards]), code=5)
         return Record.of(action, out, states=dict(states))
@@ -206,36 +213,69 @@ class Select(_Selecting):
         )
 
 
-Judged = tuple[pa.Table, np.ndarray]
-"""A look, and for each of its rows the name of the rule that rejected it, or None: object [rows]."""
+class Looked(Protocol):
+    """What `-look` has put down about the kept rows of one shard."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows that are."""
+        ...
+
+    def part(self, rule: str) -> pa.Table:
+        """The columns that the rule of that name made, without its name."""
+        ...
 
 
-def judged(rules: Sequence[Rule], looks: Iterable[pa.Table]) -> Iterator[Judged]:
-    """Applies rules in order to looks in manifest order; streams, as far as the rules do."""
-    stream: Iterator[Judged] = ((look, np.full(look.num_rows, None, object)) for look in looks)
-    for rule in rules:
-        stream = _apply(rule, stream)
+@dataclass(frozen=True)
+class Stored:
+    """A look as it lies in the store. Each rule reads its own columns when its turn comes, so that no look waits in
+    memory for a rule that has to see all of them before it decides."""
+
+    store: Store
+    sha256: str
+
+    @property
+    def rows(self) -> int:
+        return pq.read_metadata(self._path).num_rows
+
+    @property
+    def uids(self) -> pa.ChunkedArray:
+        """uid of each row."""
+        return pq.read_table(self._path, columns=["uid"], use_threads=False)["uid"]
+
+    def part(self, rule: str) -> pa.Table:
+        prefix = f"{rule}."
+        with pq.ParquetFile(self._path) as file:
+            names = [name for name in file.schema_arrow.names if name.startswith(prefix)]
+            table = file.read(names, use_threads=False)
+        return table.rename_columns([name.removeprefix(prefix) for name in names])
+
+    @property
+    def _path(self) -> Path:
+        return self.store.local(object_name(self.sha256))
+
+
+def judged(rules: Sequence[Rule], looks: Iterable[AnyLook]) -> Iterator[Judged[AnyLook]]:
+    """Applies rules in order to looks in manifest order. One byte a row waits for a rule that decides over all; what
+    else such a rule holds is its own matter."""
+    stream: Iterator[Judged[AnyLook]] = ((look, np.full(look.rows, -1, np.int8)) for look in looks)
+    for place, rule in enumerate(rules):
+        stream = _apply(place, rule, stream)
     return stream
 
 
-def _apply(rule: Rule, stream: Iterator[Judged]) -> Iterator[Judged]:
-    pending: deque[Judged] = deque()
-    prefix = f"{rule.verdict}."
+def _apply(place: int, rule: Rule, stream: Iterator[Judged[AnyLook]]) -> Iterator[Judged[AnyLook]]:
+    pending: deque[Judged[AnyLook]] = deque()
 
     def survivors() -> Iterator[pa.Table]:
-        for look, rules in stream:
-            names = [name for name in look.column_names if name.startswith(prefix)]
-            pending.append(
-                (look.drop_columns(names), rules)
-            )  # a rule that waits for all looks holds no more than it must
-            mine = look.select(names).rename_columns([name.removeprefix(prefix) for name in names])
-            yield mine.filter(pa.array(rules == None))  # noqa: E711 - elementwise
+        for look, marks in stream:
+            pending.append((look, marks))
+            yield look.part(rule.verdict).filter(pa.array(marks < 0))
 
     for rejected in rule.reject(survivors()):
-        look, rules = pending.popleft()
-        alive = np.flatnonzero(rules == None)  # noqa: E711 - elementwise
-        rules[alive[rejected]] = rule.verdict
-        yield look, rules
+        look, marks = pending.popleft()
+        marks[np.flatnonzero(marks < 0)[rejected]] = place
+        yield look, marks
 
 
 def selected(store: Store, sha: str) -> pa.Array:

@@ -69,14 +69,34 @@ class SourceHow:
             return where
         return str(Path(where).expanduser().absolute())  # a worker has another working directory
 
+    def unread(self, columns: Columns) -> int:
+        """Bytes that `digests` would read, since they are new or have changed. Refused where they cannot be found."""
+        if self.tars:
+            return tars.unread(self.tars)
+        if self.folder:
+            return folders.unread(self.folder, columns)
+        assert self.urls
+        return lists.unread(self.urls)
+
+    def size(self) -> int:
+        """How large it is. Refused where it cannot be found."""
+        if self.tars:
+            return tars.size(self.tars)
+        if self.folder:
+            return folders.size(self.folder)
+        assert self.urls
+        return lists.size(self.urls)
+
     def digests(self, columns: Columns) -> tuple[str, ...]:
-        """What the source holds, as the inputs of its action: reads all of it once. Refused where it cannot be read."""
+        """What the source holds, as the inputs of its action: reads what is not remembered of it (remembered.py).
+        Refused where it cannot be read."""
         if self.tars:
             return tars.tar_digests(self.tars)
         if self.folder:
             return folders.folder_digest(self.folder, columns)
         assert self.urls
-        check_columns(self.urls, columns)
+        if not self.urls.startswith("s3://") or lists.unread(self.urls):
+            check_columns(self.urls, columns)
         return list_digests(self.urls)
 
     def rows(self, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -97,6 +117,8 @@ class Source:
     how: SourceHow
     digests: tuple[str, ...]
     """`how.digests`, taken by whoever builds the graph, since `actions` reads nothing."""
+    unread: str = ""
+    """Why they were not taken; then it can be planned, and not run."""
     name: str = "source"
     group: str = "source"
     version: int = 1

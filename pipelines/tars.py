@@ -19,7 +19,8 @@ import pyarrow as pa
 from infra.errors import Refused
 from infra.manifest import canonical, digest
 from pipelines.layouts import Columns
-from pipelines.places import CHUNK, Place, Unreadable, find, is_text, parts, place
+from pipelines.places import CHUNK, Found, Place, Unreadable, find, is_text, parts, place, where
+from pipelines.remembered import digest_of, remembered
 from pipelines.samples import PICTURES, TEXT_BYTES, Sample, batches, caption_of, sha256_of, text_of
 
 KEY = "source.tars"
@@ -34,7 +35,22 @@ def tar_digests(tars: str) -> tuple[str, ...]:
     """
     base, found = find(tars, (".tar",), KEY)
     there = place(base)
-    return tuple(_digest(there, one.name) for one in found)
+
+    def digest_of_tar(one: Found) -> str:
+        return digest_of(KEY, where(base), one, lambda: _digest(there, one.name))
+
+    return tuple(digest_of_tar(one) for one in found)
+
+
+def unread(tars: str) -> int:
+    """Bytes of those tars whose digests are not remembered: what `tar_digests` would read."""
+    base, found = find(tars, (".tar",), KEY)
+    return sum(one.bytes for one in found if remembered(KEY, where(base), one) is None)
+
+
+def size(tars: str) -> int:
+    """Bytes of all of them."""
+    return sum(one.bytes for one in find(tars, (".tar",), KEY)[1])
 
 
 def rows(tars: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:

@@ -49,6 +49,8 @@ class Inputs:
     head: Entry | None
     starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What its sections call their `start` → the version of that release."""
+    unread: str = ""
+    """Why the digests were not taken, which a plan can do without."""
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -235,8 +237,9 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     measured = [Gamma.beside(recipe.prior)] if asked else []
     bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(one.name for one in fits), bool(measured))
     where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
-    if samples := where.samples:
+    if where.tars or where.folder:
         check_unused(recipe.download, "source.tars" if where.tars else "source.folder")
+        samples = "" if inputs.unread else where.samples or ""
         how = GatherHow(samples, recipe.download.threads, recipe.download.cpus, recipe.download.apart)
         pictures: Any = Gather(part(recipe.download, PictureSpec), how)
     else:
@@ -246,7 +249,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     with blaming("evaluate.prompts"):
         prompts = read_prompts(inputs.prompts)
     return [
-        Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests),
+        Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests, inputs.unread),
         pictures,
         Look("filter", filtering, kept),
         Select("filter", filtering, kept),

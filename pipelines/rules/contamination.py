@@ -89,8 +89,7 @@ class Contamination(Reading):
             for look in looks:
                 yield numbers(look, "cosine") >= self.min_cosine
             return
-        every = [hashes(look) for look in looks]
-        yield from split(near, every, self._hashes(), self.max_distance)
+        yield from split(near, map(hashes, looks), self._hashes(), self.max_distance)
 
     def _hashes(self) -> np.ndarray:
         """uint64 [rows]: the hashes of the set's pictures, read where the recipe is."""

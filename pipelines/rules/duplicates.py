@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipelines.rules.base import PHASH, BaseRule
 from pipelines.rules.hamming import MOST, hashes, repeats, split
+from pipelines.rules.repeats import repeated
 from unclip.config import Range
 
 
@@ -19,7 +20,8 @@ class ExactDuplicates(BaseRule):
     """Rejects every picture whose bytes, as they were fetched, came before: the first of them stays.
 
     The caption does not count: what a model memorises is the picture, and a second caption for it is as often wrong as
-    the first. Remembers 16 bytes of SHA-256 a picture (about 0.1 kB of memory).
+    the first. 16 bytes of SHA-256 are compared; they wait on disk (24 bytes a row in $TMPDIR) and one byte a row in
+    memory, beside what repeats.py holds of one part at a time.
     """
 
     rule: Literal["exact_duplicates"] = "exact_duplicates"
@@ -30,13 +32,7 @@ class ExactDuplicates(BaseRule):
         return pa.table({"digest": pa.array(digests, pa.binary(16))})
 
     def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:
-        seen: set[bytes] = set()
-        for look in looks:
-            rejected = []
-            for digest in look["digest"].to_pylist():
-                rejected.append(digest in seen)
-                seen.add(digest)
-            yield np.array(rejected, bool)
+        yield from repeated(_digests(look) for look in looks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +42,8 @@ class NearDuplicates(BaseRule):
     Two pictures look nearly the same where their perceptual hashes (64 bits, see picture.phash) differ in at most
     `max_distance` bits: the same picture in another size, encoding or quality differs in 0 to 4, others in about 32.
     Pictures of one colour have nearly equal hashes, so put `blank` first. A picture that cannot be decoded stays, for
-    embed to tell. Exact (pipelines/rules/hamming.py): no pair is missed. Holds 8 bytes a row, and while it searches
-    about 120.
+    embed to tell. Exact (pipelines/rules/hamming.py): no pair is missed. Holds 9 bytes a row, and while it searches
+    25, and 16 for each near pair.
     """
 
     max_distance: int = 4
@@ -60,5 +56,12 @@ class NearDuplicates(BaseRule):
         return pa.table({"phash": rows[PHASH]})
 
     def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:
-        every = [hashes(look) for look in looks]
-        yield from split(repeats, every, self.max_distance)
+        yield from split(repeats, map(hashes, looks), self.max_distance)
+
+
+def _digests(look: pa.Table) -> np.ndarray:
+    """uint64 [rows, 2] of a look's digests."""
+    column = look["digest"].combine_chunks()
+    if not len(column):
+        return np.empty((0, 2), np.uint64)
+    return np.frombuffer(column.buffers()[1], np.uint64).reshape(-1, 2)[column.offset :][: len(column)]

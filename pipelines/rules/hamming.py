@@ -1,18 +1,24 @@
 """Pairs of 64-bit hashes that differ in few bits, found without comparing all with all.
 
-A hash is cut into `blocks` parts. Where two hashes differ in at most t bits, at most t parts differ, so at least
-blocks − t are equal: for one of the C(blocks, t) choices of that many parts the two agree in all bits of it. So one
-table a choice, with those bits as the key, has every such pair in one bucket (Manku, Jain, Das Sarma: "Detecting
-Near-Duplicates for Web Crawling", WWW 2007, section 3). More blocks are more tables with longer keys, hence fewer
-chance meetings: how many is chosen by the number of hashes, which keeps the work per hash nearly the same. What is
-found does not depend on it, since every pair of a bucket is compared.
+A hash is cut into parts, and the parts fall into groups. Where two hashes differ in at most t bits, at most t parts
+differ; of t + 1 + groups · (k − 1) parts, more than groups · (k − 1) are then equal, so that some group has k of them.
+So one table for each choice of k parts of one group, with those bits as the key, has every such pair in one bucket
+(with a single group: Manku, Jain, Das Sarma: "Detecting Near-Duplicates for Web Crawling", WWW 2007, section 3). More
+tables have longer keys, hence fewer chance meetings: which it shall be is chosen by the number of hashes. What is found
+does not depend on it, since every pair of a bucket is compared.
+
+A table is one sorted array of 64-bit words: the key, then further bits of the hash, then whose it is. So neighbours of
+a bucket lie beside each other, and the further bits tell nearly all of them apart before a hash is looked up. Words are
+built and compared a few thousand at a time, so that what is at hand stays in the processor's cache.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +28,10 @@ MOST = 8
 """The largest distance that is searched; beyond it tables grow too many."""
 _CROWDED = 64  # comparisons a hash: chance meetings need far fewer
 _FEW = 1024  # hashes that are compared all with all if need be
-_SORT, _COMPARE = 40.0, 40.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_SORT, _COMPARE = 16.0, 4.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_DENSE = 8  # where more than one word in so many meets another, all are compared, whether they meet or not
+_AT_ONCE = 1 << 15  # hashes: 256 kB
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 Hashes = tuple[np.ndarray, np.ndarray]
 """uint64 [rows], and bool [rows]: whether there is one."""
@@ -34,23 +43,50 @@ def hashes(look: pa.Table, column: str = "phash") -> Hashes:
     return values.fill_null(0).to_numpy(zero_copy_only=False), np.asarray(values.is_valid())
 
 
-def split(judge: Callable[..., np.ndarray], every: Sequence[Hashes], *more: object) -> Iterator[np.ndarray]:
+def split(judge: Callable[..., np.ndarray], every: Iterable[Hashes], *more: object) -> Iterator[np.ndarray]:
     """Judges the hashes of all looks together; bool [rows] for each look, False where a row has no hash."""
-    if not every:
+    values, valid = [], []
+    for some, there in every:
+        values.append(some[there])
+        valid.append(there)
+    if not valid:
         return
-    there = np.concatenate([valid for _, valid in every])
-    rejected = np.zeros(len(there), bool)
-    rejected[there] = judge(np.concatenate([values[valid] for values, valid in every]), *more)
-    yield from np.split(rejected, np.cumsum([len(valid) for _, valid in every])[:-1])
+    joined = np.concatenate(values)
+    values.clear()
+    verdicts, at = judge(joined, *more), 0
+    for there in valid:
+        rejected, count = np.zeros(len(there), bool), int(np.count_nonzero(there))
+        rejected[there] = verdicts[at : at + count]
+        at += count
+        yield rejected
 
 
 def repeats(values: np.ndarray, distance: int) -> np.ndarray:
     """bool [n]: which of uint64 [n] lie within `distance` bits of one before them that stays."""
     # What equals an earlier hash goes in any case: either that one stays, or both are near the one that sent it away.
-    order = np.sort(np.unique(values, return_index=True)[1])
-    rejected = np.ones(len(values), bool)
-    rejected[order[_stay(values[order], distance)]] = False
-    return rejected
+    rejected = ~_firsts(values)
+    if rejected.any():
+        rejected[~rejected] = ~_stay(values[~rejected], distance)
+        return rejected
+    return ~_stay(values, distance)
+
+
+def _firsts(values: np.ndarray) -> np.ndarray:
+    """bool [n]: which of uint64 [n] have no equal before them."""
+    bits = np.uint64(_index_bits(len(values)))
+    words = np.empty_like(values)
+    for here in _chunks(len(values)):
+        words[here] = values[here] * _MIX >> bits << bits | np.arange(here.start, here.stop, dtype=np.uint64)
+    words.sort()
+    # Equal hashes are among those whose words agree in all but the index; few others are.
+    alike = np.zeros(len(values) + 1, bool)
+    for here in _chunks(len(values) - 1):
+        alike[1:-1][here] = (words[here] ^ words[1:][here]) >> bits == 0
+    index = np.sort(words[alike[1:] | alike[:-1]] & ((np.uint64(1) << bits) - np.uint64(1)))
+    firsts = np.ones(len(values), bool)
+    firsts[index] = False
+    firsts[index[np.unique(values[index], return_index=True)[1]]] = True
+    return firsts
 
 
 def _stay(values: np.ndarray, distance: int) -> np.ndarray:
@@ -62,95 +98,195 @@ def _stay(values: np.ndarray, distance: int) -> np.ndarray:
     half = len(values) // 2
     found = pairs(values, distance, _CROWDED * len(values) if half >= _FEW else math.inf)
     if found is not None:
-        stays = np.ones(len(values), bool)
-        for earlier, later in found:
-            if stays[earlier]:
-                stays[later] = False
-        return stays
+        stays = bytearray(b"\1") * len(values)
+        for here in _chunks(len(found)):  # not all of them at once as Python's numbers
+            for earlier, later in found[here].tolist():
+                if stays[earlier]:
+                    stays[later] = 0
+        return np.frombuffer(stays, bool).copy()
     first, second = values[:half], values[half:]
-    stays = _stay(first, distance)
-    undecided = ~near(second, first[stays], distance)
+    stays_first = _stay(first, distance)
+    undecided = ~near(second, first[stays_first], distance)
     undecided[undecided] = _stay(second[undecided], distance)
-    return np.concatenate([stays, undecided])
+    return np.concatenate([stays_first, undecided])
 
 
-def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> list[tuple[int, int]] | None:
-    """All (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each once.
-
-    None if more than `most` comparisons were needed.
+def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarray | None:
+    """uint64 [pairs, 2]: all (i, j), i < j, of uint64 [n] that differ in at most `distance` bits; by j, then by i, each
+    once. None if more than `most` comparisons were needed.
     """
-    count, found = np.uint64(len(values)), []
-    for key, order in _tables(values, blocks(len(values), distance), distance):
-        places, step = np.flatnonzero(key[1:] == key[:-1]), 1
-        while len(places):  # each against the one `step` places behind it, as long as that is in its bucket
-            most -= len(places)
+    bits = np.uint64(_index_bits(len(values)))
+    found = [np.empty(0, np.uint64)]
+    for table in tables(len(values), scheme(len(values), distance)):
+        words = table.sorted(values)
+        for here in _chunks(len(values) - 1):
+            met, hits = _met(words, here, table, distance)
+            most -= met
             if most < 0:
                 return None
-            one, other = order[places], order[places + step]
-            close = np.bitwise_count(values[one] ^ values[other]) <= distance
-            found.append(other[close] * count + one[close])
-            step += 1
-            places = places[: np.searchsorted(places, len(values) - step)]
-            places = places[key[places] == key[places + step]]
-    if not found:
-        return []
-    later, earlier = np.divmod(np.unique(np.concatenate(found)), count)
-    return list(zip(earlier.tolist(), later.tolist(), strict=True))
+            found += hits
+    both = np.unique(np.concatenate(found))  # a pair may meet in several tables
+    pair = np.stack([both & ((np.uint64(1) << bits) - np.uint64(1)), both >> bits], 1)
+    return pair[np.bitwise_count(values[pair[:, 0]] ^ values[pair[:, 1]]) <= distance]
+
+
+def _met(words: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, list[np.ndarray]]:
+    """How many comparisons there are of these words with those behind them in their buckets, and the pairs (later, and
+    earlier in the lowest bits) that may be near, from what the words say."""
+
+    def hit(places: np.ndarray) -> np.ndarray:
+        one, other = words[places] & table.index, words[places + step] & table.index
+        return np.maximum(one, other) << table.bits | np.minimum(one, other)
+
+    met, step, found, dense = 0, 0, list[np.ndarray](), True
+    while dense:  # all with those `step` places behind them
+        step += 1
+        end = max(here.start, min(here.stop, len(words) - step))
+        apart = words[here.start : end] ^ words[here.start + step : end + step]
+        places = np.flatnonzero(np.bitwise_count(apart >> table.bits) <= distance)
+        found.append(hit(places + here.start))
+        inside = apart < table.bucket
+        count = int(np.count_nonzero(inside))
+        met += count
+        dense = count * _DENSE > len(words[here])
+    places = np.flatnonzero(inside) + here.start
+    while len(places):  # those alone that have one in their bucket
+        step += 1
+        places = places[: np.searchsorted(places, len(words) - step)]
+        apart = words[places] ^ words[places + step]
+        inside = apart < table.bucket
+        places, apart = places[inside], apart[inside]
+        met += len(places)
+        found.append(hit(places[np.bitwise_count(apart >> table.bits) <= distance]))
+    return met, found
 
 
 def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
     """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
     found = np.zeros(len(values), bool)
     known = np.unique(known)
-    parts, width = blocks(len(known), distance), BITS - _index_bits(len(known))
-    asked = keys(values, parts, distance, width)
-    for (key, order), wanted in zip(_tables(known, parts, distance), asked, strict=True):
-        rows = np.flatnonzero(~found)
-        wanted = wanted[rows]
-        places = np.searchsorted(key, wanted)
-        while len(rows):  # each against the next one of its bucket, until there is none or one is near
-            there = places < len(key)
-            there[there] = key[places[there]] == wanted[there]
-            rows, wanted, places = rows[there], wanted[there], places[there]
-            close = np.bitwise_count(values[rows] ^ known[order[places]]) <= distance
-            found[rows[close]] = True
-            rows, wanted, places = rows[~close], wanted[~close], places[~close] + 1
+    for table in tables(len(known), scheme(len(known), distance)):
+        words = table.sorted(known)
+        for here in _chunks(len(values)):
+            rows = np.flatnonzero(~found[here]) + here.start
+            wanted = table.key(values[rows])
+            places = np.searchsorted(words, wanted)
+            while len(rows):  # each against the next one of its bucket, until there is none or one is near
+                there = places < len(words)
+                there[there] = words[places[there]] ^ wanted[there] < table.bucket
+                rows, wanted, places = rows[there], wanted[there], places[there]
+                close = np.bitwise_count(values[rows] ^ known[words[places] & table.index]) <= distance
+                found[rows[close]] = True
+                rows, wanted, places = rows[~close], wanted[~close], places[~close] + 1
     return found
 
 
-def _tables(values: np.ndarray, parts: int, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each choice of parts the keys of uint64 [n], sorted, and whose they are; equal keys by index."""
-    bits = _index_bits(len(values))
-    index = np.arange(len(values), dtype=np.uint64)
-    for key in keys(values, parts, distance, BITS - bits):
-        table = np.sort(key << np.uint64(bits) | index)  # plain numbers: several times as fast as argsort
-        yield table >> np.uint64(bits), table & np.uint64((1 << bits) - 1)
+@dataclass(frozen=True)
+class Table:
+    """How one table writes a hash: the key in the highest bits of a word, then `more` bits of the hash from bit `start`
+    on (in a circle), and the index in the lowest `bits`."""
+
+    key_parts: tuple[tuple[int, int], ...]
+    """(lowest bit, how many) of the parts that make the key."""
+    start: int
+    more: int
+    bits: np.uint64
+
+    @property
+    def bucket(self) -> np.uint64:
+        """Two words whose XOR is below this have the same key."""
+        return np.uint64(1 << (BITS - self._width))
+
+    @property
+    def index(self) -> np.uint64:
+        """Mask of the index."""
+        return (np.uint64(1) << self.bits) - np.uint64(1)
+
+    @property
+    def _width(self) -> int:
+        """Bits of the key; the last ones, where a long index leaves no room for all."""
+        return min(sum(width for _, width in self.key_parts), BITS - int(self.bits))
+
+    def key(self, values: np.ndarray) -> np.ndarray:
+        """The words' highest bits, for uint64 [n]: two hashes of one key may be near each other."""
+        made, room = np.uint64(0), self._width
+        for low, width in self.key_parts:
+            take = min(width, room)
+            if take:
+                top = values << np.uint64(BITS - low - take) & np.uint64((1 << BITS) - (1 << BITS - take))
+                made = made | top >> np.uint64(self._width - room)
+                room -= take
+        return made
+
+    def sorted(self, values: np.ndarray) -> np.ndarray:
+        """uint64 [n], rising: the words of uint64 [n]."""
+        words = np.empty_like(values)
+        for here in _chunks(len(values)):
+            some = values[here]
+            word = self.key(some)
+            if self.more:
+                end = (self.start + self.more) % BITS
+                turned = some << np.uint64(BITS - end) | some >> np.uint64(end) if end else some
+                word |= turned >> np.uint64(BITS - self.more) << np.uint64(BITS - self._width - self.more)
+            words[here] = word | np.arange(here.start, here.stop, dtype=np.uint64)
+        words.sort()  # plain numbers: several times as fast as argsort
+        return words
+
+
+def tables(count: int, scheme: Scheme) -> Iterator[Table]:
+    """The tables of a scheme for that many hashes."""
+    bounds = [BITS * part // scheme.parts for part in range(scheme.parts + 1)]
+    bits = _index_bits(count)
+    for chosen in scheme.choices():
+        key_parts = tuple((bounds[part], bounds[part + 1] - bounds[part]) for part in chosen)
+        around = zip(chosen, [*chosen[1:], chosen[0]], strict=True)
+        # Further bits: the longest run that is not in the key. Its bits alone tell hashes of one bucket apart.
+        run, start = max(((bounds[after] - bounds[part + 1]) % BITS, bounds[part + 1] % BITS) for part, after in around)
+        free = BITS - bits - sum(width for _, width in key_parts)
+        yield Table(key_parts, start, max(0, min(free, run)), np.uint64(bits))
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Ranges that fit into the processor's cache."""
+    for start in range(0, count, _AT_ONCE):
+        yield slice(start, min(count, start + _AT_ONCE))
 
 
 def _index_bits(count: int) -> int:
     return max(1, (count - 1).bit_length())
 
 
-def blocks(count: int, distance: int) -> int:
-    """How many parts to cut into: the fewest ns for that many hashes, if their bits were thrown like coins."""
+@dataclass(frozen=True)
+class Scheme:
+    """Into how many parts a hash is cut for a distance, in how many groups, and how many parts of one make a key."""
 
-    def cost(parts: int) -> float:
-        meetings = count / 2 / 2 ** (BITS * (parts - distance) / parts)
-        return math.comb(parts, distance) * (_SORT + _COMPARE * meetings)
+    distance: int
+    groups: int
+    key: int
 
-    return min(range(distance + 1, distance + 7), key=cost)
+    @property
+    def parts(self) -> int:
+        """So many that, where `distance` of them differ, `key` parts of some group do not."""
+        return self.distance + 1 + self.groups * (self.key - 1)
+
+    def choices(self) -> list[tuple[int, ...]]:
+        """The parts of each key, rising; parts are dealt to the groups in turn."""
+        groups = (range(group, self.parts, self.groups) for group in range(self.groups))
+        return [chosen for group in groups for chosen in itertools.combinations(group, self.key)]
 
 
-def keys(values: np.ndarray, parts: int, distance: int, most: int) -> Iterator[np.ndarray]:
-    """For each choice of parts − distance of the parts, their bits of uint64 [n] side by side, the last `most` of them.
+def scheme(count: int, distance: int) -> Scheme:
+    """The fewest ns for that many hashes, if their bits were thrown like coins."""
 
-    Two hashes that differ in at most `distance` bits have the same key in at least one of these.
-    """
-    bounds = [BITS * part // parts for part in range(parts + 1)]
-    widths = [high - low for low, high in itertools.pairwise(bounds)]
-    cut = [values >> np.uint64(low) & np.uint64((1 << width) - 1) for low, width in zip(bounds, widths, strict=False)]
-    for chosen in itertools.combinations(range(parts), parts - distance):
-        key = cut[chosen[0]]
-        for part in chosen[1:]:
-            key = key << np.uint64(widths[part]) | cut[part]
-        yield key & np.uint64((1 << most) - 1)
+    def cost(one: Scheme) -> float:
+        meetings = count / 2 / 2 ** (BITS * one.key / one.parts)
+        return len(one.choices()) * (_SORT + _COMPARE * meetings)
+
+    return min(schemes(distance), key=cost)
+
+
+@cache
+def schemes(distance: int) -> tuple[Scheme, ...]:
+    """Those to choose from: a single group with keys of up to six parts, and more groups with keys of two."""
+    single = (Scheme(distance, 1, key) for key in range(1, 7))
+    return (*single, *(Scheme(distance, groups, 2) for groups in range(2, distance + 1)))

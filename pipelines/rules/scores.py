@@ -25,7 +25,7 @@ class ClipScore(BaseRule):
 
     The score is the cosine of image and text embedding. A threshold decides about each row alone; the top fraction is
     taken over all rows, so growth may change old selections and everything behind them. Of equal scores the first
-    stay. A score that is not a number is the lowest.
+    stay. A score that is not a number is the lowest. For a top fraction 13 bytes a row are held.
     """
 
     min_score: float | None = None
@@ -49,12 +49,23 @@ class ClipScore(BaseRule):
         if self.top_fraction is None:
             yield from (one < self.min_score for one in scores)
             return
-        every = list(scores)
-        joined = np.concatenate(every) if every else np.empty(0)
-        stay = np.argsort(-joined, kind="stable")[: int(np.ceil(self.top_fraction * len(joined)))]
-        rejected = np.ones(len(joined), bool)
-        rejected[stay] = False
-        yield from np.split(rejected, np.cumsum([len(one) for one in every])[:-1]) if every else ()
+        every = [one.astype(np.float32, copy=False) for one in scores]
+        stays = _top(np.concatenate(every) if every else np.empty(0, np.float32), self.top_fraction)
+        at = 0
+        for one in every:
+            yield ~stays[at : at + len(one)]
+            at += len(one)
+
+
+def _top(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """bool [rows]: the ⌈fraction × rows⌉ highest of float32 [rows], of equal ones the first."""
+    count = int(np.ceil(fraction * len(scores)))
+    if not 0 < count < len(scores):
+        return np.full(len(scores), count > 0)
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    stays = scores > least
+    stays[np.flatnonzero(scores == least)[: count - int(np.count_nonzero(stays))]] = True
+    return stays
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.rules import hamming
-from pipelines.rules.hamming import BITS, MOST, blocks, keys, near, pairs, repeats
+from pipelines.rules.hamming import BITS, MOST, Scheme, near, pairs, repeats, scheme, schemes, tables
 
 DISTANCES = st.integers(0, MOST)
+SCHEMES = DISTANCES.flatmap(
+    lambda distance: st.sampled_from([one for one in schemes(distance) if len(one.choices()) < 40])
+)
 BASES = (0, 2**64 - 1, 0xAAAA_AAAA_AAAA_AAAA)
 
 
@@ -31,14 +35,14 @@ def every_pair(values: list[int], distance: int) -> set[tuple[int, int]]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(near_hashes(), DISTANCES, st.integers(0, 5))
-def test_no_near_pair_is_missed_and_no_other_is_found(values, distance, more):
-    chosen = hamming.blocks
-    hamming.blocks = lambda count, distance: distance + 1 + more  # every scheme that `blocks` may choose
-    try:
-        found = pairs(np.array(values, np.uint64), distance)
-    finally:
-        hamming.blocks = chosen
+@given(near_hashes(), SCHEMES, st.sampled_from([1, 3, 100]), st.sampled_from([0, 8]))
+def test_no_near_pair_is_missed_and_no_other_is_found(values, chosen, at_once, dense):
+    distance = chosen.distance
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hamming, "scheme", lambda count, distance: chosen)  # whichever it may choose
+        patched.setattr(hamming, "_AT_ONCE", at_once)
+        patched.setattr(hamming, "_DENSE", dense)
+        found = [tuple(pair) for pair in pairs(np.array(values, np.uint64), distance).tolist()]
     assert len(found) == len(set(found))
     assert set(found) == every_pair(values, distance)
     assert found == sorted(found, key=lambda pair: pair[::-1])
@@ -63,14 +67,16 @@ def test_near_to_a_set_is_near_to_one_of_it(values, known, distance):
 
 
 @pytest.mark.parametrize("distance", range(MOST + 1))
-def test_whichever_bits_differ_some_table_does_not_look_at_them(distance):
+def test_whichever_parts_differ_some_key_has_none_of_them(distance):
+    """The pigeonhole that makes the search exact, for every scheme, by trying all sets of parts of small ones."""
     random = np.random.default_rng(distance)
-    for parts in range(distance + 1, distance + 7):
-        for _ in range(20):
-            one = random.integers(2**64, dtype=np.uint64)
-            flipped = sum(1 << int(bit) for bit in random.choice(BITS, distance, replace=False))
-            tables = list(keys(np.array([one, one ^ np.uint64(flipped)]), parts, distance, 44))
-            assert any(key[0] == key[1] for key in tables)
+    for one in schemes(distance):
+        keys = [frozenset(key) for key in one.choices()]
+        sets = itertools.combinations(range(one.parts), distance)
+        if math.comb(one.parts, distance) > 3000:
+            sets = (tuple(random.choice(one.parts, distance, replace=False).tolist()) for _ in range(300))
+        for differing in sets:
+            assert any(key.isdisjoint(differing) for key in keys), (one, differing)
 
 
 def test_crowds_of_near_hashes_are_judged_as_all_others_are():
@@ -87,12 +93,39 @@ def test_crowds_of_near_hashes_are_judged_as_all_others_are():
     assert repeats(values, 4).tolist() == expected
 
 
-def test_more_hashes_mean_more_tables():
-    chosen = [blocks(10**power, 4) for power in (3, 5, 7, 9)]
-    assert chosen == sorted(chosen)
-    assert chosen[0] < chosen[-1]
+def test_more_hashes_mean_longer_keys():
+    chosen = [scheme(10**power, 4) for power in (3, 5, 7, 9)]
+    lengths = [one.key / one.parts for one in chosen]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+    assert Scheme(4, 1, 2).parts == 6  # Manku's: two of six parts, 15 tables
+    assert len(Scheme(4, 1, 2).choices()) == 15
 
 
 def test_many_hashes_of_one_bucket_are_all_compared():
     values = np.arange(200, dtype=np.uint64)
-    assert set(pairs(values, 2)) == every_pair(values.tolist(), 2)
+    assert set(map(tuple, pairs(values, 2).tolist())) == every_pair(values.tolist(), 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(near_hashes(), DISTANCES, st.integers(5, 40))
+def test_what_a_word_says_of_a_hash_is_true(values, distance, bits):
+    """Words of one key differ, above the index, in no more bits than their hashes do."""
+    hashes = np.array(values, np.uint64)
+    for one in schemes(distance)[:6]:
+        for table in itertools.islice(tables(1 << bits, one), 5):
+            words = table.sorted(hashes)
+            index = (words & table.index).astype(int)
+            assert sorted(index) == list(range(len(values)))
+            apart = words[1:] ^ words[:-1]
+            truly = np.bitwise_count(hashes[index[1:]] ^ hashes[index[:-1]])
+            same = apart < table.bucket
+            assert (same == (table.key(hashes[index[1:]]) == table.key(hashes[index[:-1]]))).all()
+            assert (np.bitwise_count(apart >> table.bits)[same] <= truly[same]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63]), max_size=40))
+def test_equal_hashes_leave_the_first(values):
+    expected = [value in values[:place] for place, value in enumerate(values)]
+    assert repeats(np.array(values, np.uint64), 0).tolist() == expected
