@@ -71,7 +71,7 @@ def plan(
 
     with prepared(recipe, store, change or (), create=False) as job:
         lines = planning.plan(job.stages, job.store)
-        todo = {line.stage for line in lines if line.todo}
+        todo = {line.stage for line in lines if line.todo != 0}
         needs = machine.needs([stage for stage in job.stages if stage.name in todo], job.recipe.hardware)
     if as_json:
         said = planning.as_json(lines) | {"fits": machine.as_json(needs)}

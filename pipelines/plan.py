@@ -47,14 +47,14 @@ def plan(stages: Sequence[Stage], store: Store) -> list[Line]:
         elif all(need in known for need in stage.needs):
             inputs = [known[need] for need in stage.needs]
             resolved = resolve(stage, inputs, store)
-            todo, count = len(resolved.todo), len(resolved.actions)
+            todo, present = len(resolved.todo), len(resolved.actions) - len(resolved.todo)
             if not todo:
                 known[stage.name] = resolved.manifest()
             elif isinstance(stage, Source) and stage.how.size() <= PLAN_BYTES:
                 known[stage.name] = _preview(stage, resolved.todo[0], store)
             reason = why(stage, resolved.whole, store) if todo else ""
-            lines.append(Line(stage.name, count, count - todo, todo, False, reason, _parameters(stage)))
-            shards[stage.name] = count
+            lines.append(Line(stage.name, present + todo, present, todo, False, reason, _parameters(stage)))
+            shards[stage.name] = present + todo
             if stage.name == "source":
                 shards[stage.name] = len(known["source"].only.files) if "source" in known else None
         else:

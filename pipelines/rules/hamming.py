@@ -209,7 +209,7 @@ class Table:
 
     def key(self, values: np.ndarray) -> np.ndarray:
         """The words' highest bits, for uint64 [n]: two hashes of one key may be near each other."""
-        made, room = np.uint64(0), self._width
+        made, room = np.zeros_like(values), self._width
         for low, width in self.key_parts:
             take = min(width, room)
             if take:
