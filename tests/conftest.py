@@ -1,17 +1,25 @@
-"""How the tests are shared out where several processes run them (`pytest -n 2 --dist loadgroup`)."""
+"""How the tests are shared out where several processes run them, a file to each (`pytest -n 2 --dist loadfile`)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from filelock import FileLock
+
+LONGEST = "test_chain.py"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay together, for the sake of what they share; all that start Ray are one group, and the first.
+    """The longest file comes first, and the others that start Ray last: by then it is done."""
+    items.sort(key=lambda item: (item.path.name != LONGEST, item.get_closest_marker("ray") is not None))
 
-    Two instances of Ray on one machine want the same port for their job agents, and the group is half of all the work.
-    """
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+@pytest.fixture(scope="module", autouse=True)
+def only_ray(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One file at a time starts Ray: two instances on one machine want the same port for their job agents."""
+    if not any(item.get_closest_marker("ray") for item in request.session.items if item.path == request.path):
+        yield
+        return
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
