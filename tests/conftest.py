@@ -12,7 +12,8 @@ LONGEST = "test_chain.py"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file comes first, and the others that start Ray last: by then it is done."""
-    items.sort(key=lambda item: (item.path.name != LONGEST, item.get_closest_marker("ray") is not None))
+    ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: (item.path.name != LONGEST, item.path in ray))
 
 
 @pytest.fixture(scope="module", autouse=True)
