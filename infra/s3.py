@@ -320,7 +320,10 @@ class S3Store:
                     raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
                 case "MethodNotAllowed" | "NotImplemented":
                     raise Refused(f"{where}: its server cannot do this ({error}).") from error
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504):
+            told = error.response.get("ResponseMetadata", {})
+            # Of an answer that is no XML botocore makes a nameless 500, whatever its status was.
+            nameless = not name and _code(error) == "500" and not told.get("RequestId")
+            if told.get("HTTPStatusCode") in (500, 502, 503, 504) and not nameless:
                 raise Refused(
                     f"{where}: its server fails just now ({error}) What is done stays done; run again later.", code=5
                 ) from error

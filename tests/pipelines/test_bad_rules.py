@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,25 @@ def table(captions: list[str], sides: list[int]) -> pa.Table:
     return pa.table({"caption": captions, "width": pa.array(sides, pa.int32()), "height": pa.array(sides, pa.int32())})
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the rules saw of a table."""
+
+    rules: tuple[Rule, ...]
+    table: pa.Table
+
+    @property
+    def rows(self) -> int:
+        return self.table.num_rows
+
+    def part(self, rule: str) -> pa.Table:
+        return next(one.look(self.table) for one in self.rules if one.verdict == rule)
+
+
 def verdicts(rules: tuple[Rule, ...], rows: pa.Table) -> list[str | None]:
-    looks = {rule.verdict: rule.look(rows) for rule in rules}
-    columns = {f"{verdict}.{name}": look[name] for verdict, look in looks.items() for name in look.column_names}
-    return [verdict for _, said in judged(rules, [pa.table(columns)]) for verdict in said]
+    names = [rule.verdict for rule in rules]
+    marks = [mark for _, marked in judged(rules, [Seen(rules, rows)]) for mark in marked]
+    return [names[mark] if mark >= 0 else None for mark in marks]
 
 
 def test_a_row_is_marked_with_the_first_of_several_rules_of_one_kind() -> None:

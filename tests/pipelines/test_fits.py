@@ -46,7 +46,7 @@ class Toy:
 
     @property
     def how(self) -> Any:
-        return SimpleNamespace(fewest=1, cpus=self.cpus, gpus=0, nice=0)
+        return SimpleNamespace(workers=1, fewest=1, cpus=self.cpus, gpus=0, nice=0)
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         yield Action(f"{self.name}/1", {}, tuple(manifest.version for manifest in inputs))

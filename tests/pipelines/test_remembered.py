@@ -123,4 +123,8 @@ def test_a_plan_reads_no_large_source_that_is_new(tmp_path, monkeypatch):
     assert lines["download"].shards is None
     how.digests(Columns())  # as a run does
     lines, _ = planned(tmp_path / "store", *PROMPTS, f"source.tars={file.parent}")
+    assert "are new" not in lines["source"].why
+    assert lines["download"].shards is None  # it would have to be cut to be counted
+    monkeypatch.setattr(planning, "PLAN_BYTES", 1 << 30)
+    lines, _ = planned(tmp_path / "store", *PROMPTS, f"source.tars={file.parent}")
     assert (lines["download"].shards, lines["download"].at_most) == (1, False)
