@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,8 +43,11 @@ class Time:
     hours: float
     price: float
     """Of all its devices for that time."""
+    memory: int
+    """Bytes a worker: weights, gradient, moments, average, and what a micro-batch keeps for its backward pass, in
+    float32; of a model that is sharded there, its share of the first four."""
     fits: bool
-    """Whether a worker's memory, as estimated, is there."""
+    """Whether there is so much."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,7 @@ class Need:
     samples: int
     """Seen in the whole training."""
     memory: int
-    """Bytes a worker: weights, gradient, moments, average, and what a micro-batch keeps for its backward pass, in
-    float32."""
+    """Bytes a worker, of the whole model: what a machine of unknown size needs."""
     devices: float
     on: dict[str, Time]
     """By kind of accelerator."""
@@ -71,22 +74,30 @@ def needs(stages: Sequence[Stage], hardware: Mapping[str, Accelerator]) -> list[
 
 def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
     from training.cost import cost
+    from training.sharded import is_sharded
 
     config: TrainConfig = CONFIGS[stage.model](**stage.spec.train)
     one = cost(stage.model, stage.spec.model, getattr(config, "crop", None))
-    workers = stage.how.workers
-    at_once = -(-config.batch // workers) if stage.model in WHOLE_BATCH else config.micro_size
-    memory, samples = one.memory(at_once), config.steps * config.batch
-    devices = workers * (stage.how.gpus or 1)
+    workers, whole_batch = stage.how.workers, stage.model in WHOLE_BATCH
+    at_once = -(-config.batch // workers) if whole_batch else config.micro_size
+
+    def memory(room: float) -> int:
+        sharded = is_sharded(
+            stage.how, config, whole_batch=whole_batch, parameters=one.parameters, ranks=workers, room=room
+        )
+        return one.memory(at_once, workers if sharded else 1)
+
+    samples, devices = config.steps * config.batch, workers * (stage.how.gpus or 1)
     on = {}
     for name, kind in hardware.items():
         hours = samples * one.flops / (devices * kind.tflops * 1e12 * kind.reached) / 3600
-        on[name] = Time(hours, hours * devices * kind.hourly, memory <= kind.memory_gib * GIB)
-    return Need(stage.name, one.parameters, one.flops, samples, memory, devices, on)
+        needed, there = memory(kind.memory_gib * GIB), kind.memory_gib * GIB
+        on[name] = Time(hours, hours * devices * kind.hourly, needed, needed <= there)
+    return Need(stage.name, one.parameters, one.flops, samples, memory(math.inf), devices, on)
 
 
 def as_json(found: Sequence[Need]) -> list[dict[str, Any]]:
-    """`[{"stage", "parameters", "flops", "samples", "memory", "devices", "on": {NAME: {"hours", "price", "fits"}}}]`"""
+    """`[{"stage", "parameters", "flops", "samples", "memory", "devices", "on": {NAME: {"hours", "price", …}}}]`"""
     return [asdict(need) for need in found]
 
 
@@ -103,14 +114,15 @@ def as_table(found: Sequence[Need]) -> Any:
         row = [count(need.flops), count(need.samples), f"{need.memory / GIB:.3g} GiB"]
         table.add_row(need.stage, *row, f"{need.devices:g}", *(_told(need.on[name]) for name in names))
     if len(found) > 1 and any(time.price for need in found for time in need.on.values()):
-        prices = [sum(need.on[name].price for need in found) for name in names]
-        table.add_row("all", *[""] * 4, *(f"{price:,.0f}" if price else "" for price in prices), style="dim")
+        sums = (sum(need.on[name].price for need in found) if all(need.on[name].fits for need in found) else 0.0
+                for name in names)  # fmt: skip
+        table.add_row("all", *[""] * 4, *(f"{price:,.0f}" if price else "" for price in sums), style="dim")
     return table
 
 
 def _told(time: Time) -> str:
     if not time.fits:
-        return "too little memory"
+        return f"too small: {time.memory / GIB:.3g} GiB"
     price = f", {time.price:,.0f}" if time.price else ""
     return span(time.hours) + price
 

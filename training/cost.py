@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from training.parallel import STATE_BYTES
 from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import build
 from unclip.decoder import Decoder
@@ -20,8 +21,6 @@ from unclip.upsampler import Upsampler
 
 TRACED = 2
 """Samples that are traced: batch norm refuses one alone."""
-STATE_BYTES = 20
-"""Bytes a parameter in training: weight, gradient, AdamW's two moments and the moving average, float32 each."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,10 @@ class Cost:
     activations: int
     """Bytes that a sample's forward pass keeps for its backward pass, in float32."""
 
-    def memory(self, micro: int) -> int:
-        """Bytes of a worker that trains in float32 by micro-batches of that size, without PyTorch's own workspace."""
-        return self.parameters * STATE_BYTES + micro * self.activations
+    def memory(self, micro: int, shards: int = 1) -> int:
+        """Bytes of a worker that trains in float32 by micro-batches of that size and holds one of so many shards of the
+        model, without PyTorch's own workspace and the blocks that are gathered for a moment."""
+        return self.parameters * STATE_BYTES // shards + micro * self.activations
 
 
 def parameters(kind: str, model: dict[str, Any]) -> int:

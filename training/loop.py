@@ -31,7 +31,7 @@ from training.order import Order
 from training.parallel import Flat, Group, Vectors
 from training.precision import Precision
 from training.saving import Saver
-from training.sharded import Learner, is_sharded, shard, whole
+from training.sharded import Learner, is_sharded, room, shard, whole
 from training.speed import determinism, prepare
 from training.spikes import Spikes
 from training.validate import choose, split
@@ -83,7 +83,11 @@ def train(
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
     learner = Learner(model, task, group)
-    vectors, sharded = None, is_sharded(how, config, task, model, group.ranks, device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    sharded = is_sharded(
+        how, config, whole_batch=task.whole_batch, parameters=size, ranks=group.ranks, room=room(device)
+    )
+    vectors = None
     prepare(model, how, sharded=sharded)
     if sharded:
         vectors = shard(learner, device, group.ranks, EXTRA)

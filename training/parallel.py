@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+STATE_BYTES = 20
+"""Bytes a parameter in training: weight, gradient, AdamW's two moments and the moving average, float32 each."""
+
 
 @dataclass(frozen=True)
 class Group:

@@ -21,21 +21,20 @@ from infra.errors import Refused
 from training.data import Batch
 from training.job import FitHow, TrainConfig
 from training.objectives import Losses, Objective
-from training.parallel import Group
+from training.parallel import STATE_BYTES, Group
 from unclip.layers import ContextAttention, ResBlock, TransformerBlock
 
-FLAT_BYTES = 20
-"""A rank's bytes a parameter of a flat model: weights, gradient, two moments, an average, in float32."""
 SHARE = 0.6
-"""Part of a device's memory that these may take, before `auto` shards; the rest is for activations."""
+"""Part of a device's memory that a flat model's state may take, before `auto` shards; the rest is for activations."""
 
 
 def is_sharded(
-    how: FitHow, config: TrainConfig, task: Objective, model: nn.Module, ranks: int, device: torch.device
+    how: FitHow, config: TrainConfig, *, whole_batch: bool, parameters: int, ranks: int, room: float
 ) -> bool:
     """Whether a fit keeps its model in shards: as `how.shard` says, or, for `auto`, where one GPU is too small for it.
 
-    Raises Refused for what cannot be sharded and was asked to be.
+    whole_batch: the objective's; room: bytes of a worker's GPU, infinite without one. Raises Refused for what cannot be
+    sharded and was asked to be.
     """
     if how.shard == "flat" or ranks == 1:
         return False
@@ -44,15 +43,18 @@ def is_sharded(
         why = "train.muon multiplies whole matrices, of which a rank would have a part"
     elif len(config.ema_lengths) > 1:
         why = "choosing among several train.ema_lengths needs the whole model on one device"
-    elif task.whole_batch:
+    elif whole_batch:
         why = "a contrastive model bounds its temperature, a single number, in place"
     if how.shard == "fsdp" and why:
         raise Refused(f"shard is fsdp, and {why}. Leave shard at auto or flat, or train.muon at 0.")
     if how.shard == "fsdp":
         return True
-    size = sum(parameter.numel() for parameter in model.parameters()) * FLAT_BYTES
-    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    return not why and size > SHARE * room
+    return not why and parameters * STATE_BYTES > SHARE * room
+
+
+def room(device: torch.device) -> float:
+    """Bytes of a GPU's memory; a CPU's is not bounded here."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 class Learner(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.training.tiny import CLIP
-from training.cost import STATE_BYTES, cost, parameters
+from training.cost import cost, parameters
+from training.parallel import STATE_BYTES
 from unclip.ar_prior import AutoregressivePrior
 from unclip.decoder import Decoder
 from unclip.errors import Refused
@@ -89,6 +90,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_a_real_pass_keeps():
         assert output.requires_grad
     assert found.activations == pytest.approx(sum(kept.values()), rel=0.1)
     assert found.memory(4) == found.parameters * STATE_BYTES + 4 * found.activations
+    assert found.memory(4, shards=2) == found.parameters * STATE_BYTES // 2 + 4 * found.activations
 
 
 def test_a_crop_costs_as_much_less_as_it_is_smaller():

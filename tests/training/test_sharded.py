@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,20 @@ def test_what_cannot_be_sharded_is_refused_if_asked_for_and_stays_whole_if_not(w
     fit = world.job(kind, "refused", **SHORT | train)
     task = objective(fit, world.store, torch.device("cpu"))
     with pytest.raises(Refused, match="shard is fsdp, and"):
-        is_sharded(FSDP, fit.config, task, torch.nn.Linear(2, 2), 2, torch.device("cpu"))
-    assert not is_sharded(FitHow(), fit.config, task, torch.nn.Linear(2, 2), 2, torch.device("cpu"))
+        is_sharded(FSDP, fit.config, whole_batch=task.whole_batch, parameters=6, ranks=2, room=math.inf)
+    assert not is_sharded(FitHow(), fit.config, whole_batch=task.whole_batch, parameters=6, ranks=2, room=1)
+
+
+def test_auto_shards_what_one_gpu_has_too_little_room_for(world):
+    config = world.job("prior", "auto", **SHORT).config
+    found = [
+        is_sharded(FitHow(), config, whole_batch=False, parameters=60, ranks=2, room=room)
+        for room in (1999, 2001, math.inf)  # 60 parameters are 1200 bytes, and .6 of the room is for them
+    ]
+    assert found == [True, False, False]
 
 
 def test_one_worker_has_nothing_to_share(world):
     fit = world.job("prior", "one", **SHORT)
     task = objective(fit, world.store, torch.device("cpu"))
-    assert not is_sharded(FSDP, fit.config, task, torch.nn.Linear(2, 2), 1, torch.device("cpu"))
+    assert not is_sharded(FSDP, fit.config, whole_batch=task.whole_batch, parameters=6, ranks=1, room=1)
