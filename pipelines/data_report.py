@@ -22,7 +22,7 @@ from pipelines.census import ASPECT, SCORES, WIDEST, Census, Row, census
 from pipelines.charts import Chart, binned, histogram, linear, logarithmic, median_bin
 from pipelines.contact import seen
 from pipelines.data import Version, find, versions
-from pipelines.page import TEMPLATES, count, render
+from pipelines.page import TEMPLATES, count, render, stage_line
 from pipelines.select import OVER
 
 TEMPLATE = TEMPLATES / "data.html.j2"
@@ -160,7 +160,7 @@ def contents(
             for (group, rule), some in alike.items()
         ],
         "sheets": {"kept": shown(counted.shown.get("kept", ())), "rejected": shown(counted.shown.get("rejected", ()))},
-        "stages": [_stage(name, made[name]) for name in chain],
+        "stages": [stage_line(name, made[name]) for name in chain],
     }
 
 
@@ -299,13 +299,3 @@ def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"of {len(value)}" if len(value) > 3 else ", ".join(map(str, value))
     return str(value)
-
-
-def _stage(name: str, manifest: Manifest) -> dict[str, Any]:
-    return {
-        "name": name,
-        "version": manifest.version,
-        "shards": len(manifest.records),
-        "rows": manifest.rows,
-        "bytes": sum(file.bytes for record in manifest.records for file in record.files.values()),
-    }

@@ -7,12 +7,25 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.manifest import Manifest
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 96
 """Pixels of the longer side of an example."""
+
+
+def stage_line(name: str, manifest: Manifest) -> dict[str, Any]:
+    """A stage's version and how much it made."""
+    return {
+        "name": name,
+        "version": manifest.version,
+        "shards": len(manifest.records),
+        "rows": manifest.rows,
+        "bytes": sum(file.bytes for record in manifest.records for file in record.files.values()),
+    }
 
 
 def render(template: Path, page: dict[str, Any]) -> str:

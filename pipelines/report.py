@@ -20,7 +20,7 @@ from infra.store import Store
 from pipelines import scores
 from pipelines.data import reconcile
 from pipelines.opening import CHAMPION
-from pipelines.page import TEMPLATES, render, thumbnail
+from pipelines.page import TEMPLATES, render, stage_line, thumbnail
 from pipelines.rejected import examples
 from pipelines.release import PROMOTION, VERDICT
 from pipelines.select import OVER
@@ -217,11 +217,7 @@ def parameters(store: Store, sha256: str) -> int:
 def _stage(name: str, manifest: Manifest) -> dict[str, Any]:
     facts = [record.facts for record in manifest.records if record.facts]
     return {
-        "name": name,
-        "version": manifest.version,
-        "shards": len(manifest.records),
-        "rows": manifest.rows,
-        "bytes": sum(file.bytes for record in manifest.records for file in record.files.values()),
+        **stage_line(name, manifest),
         "facts": {
             key: value
             for key, value in (facts[0] if len(manifest.records) == 1 and facts else {}).items()
