@@ -41,7 +41,8 @@ def test_a_driver_killed_in_the_middle_of_a_stage_leaves_nothing_that_is_taken_f
         run.kill()
         run.wait()
         assert found == ("source", run.pid)
-        assert documents(killed).items() < documents(undisturbed).items()
+        # Part of what is to come, or all of it: the last steps of all are taken once the manifest stands.
+        assert documents(killed).items() <= documents(undisturbed).items()
     holding.arm({})
     run = start(killed)
     assert holding.wait(run) is None
