@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _BATCH = 1000  # metrics that MLflow takes in one call
 _VALUE = 6000  # characters that it takes in one parameter
+_DIGEST = 36  # and in the digest of a data set
+_AGAIN_S = (0.5, 2.0)  # seconds after which a file that it would not take is tried again
 
 
 def quiet() -> None:
@@ -63,6 +66,8 @@ class Writer:
         self.uri, self.client = uri, open_client(uri)
         self.runs: dict[str, str] = {}
         self.keys: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, dict[str, int]] = {}
+        """By run, the last step of each metric that MLflow has, of those that are told once."""
         self.opened: dict[str, Any] = {}
         self.experiment = ""
 
@@ -112,24 +117,76 @@ class Writer:
         for first in range(0, len(params), 100):
             new = [param for param in params[first : first + 100] if param.key not in known]
             self.client.log_batch(run, params=new)
+        if data := event.get("data"):
+            self.client.log_inputs(run, [_data_set(one) for one in data])
+
+    def _tag(self, events: list[dict[str, Any]]) -> None:
+        (event,) = events
+        for name, value in event["tags"].items():
+            self.client.set_tag(self._run(event["stage"]), name, value)
 
     def _metrics(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, event["time"], event["step"])
-            for event in events
-            for name, value in event["values"].items()
-        ]
+        run = self._run(events[0]["stage"])
+        once = any(event.get("once") for event in events)
+        last = dict(self._last_steps(run)) if once else {}
+        metrics = []
+        for event in events:
+            for name, value in event["values"].items():
+                if event.get("once"):
+                    if event["step"] <= last.get(name, -1):
+                        continue
+                    last[name] = event["step"]
+                metrics.append(Metric(name, value, event["time"], event["step"]))
         for first in range(0, len(metrics), _BATCH):
-            self.client.log_batch(self._run(events[0]["stage"]), metrics=metrics[first : first + _BATCH])
+            self.client.log_batch(run, metrics=metrics[first : first + _BATCH])
+        if once:
+            self.steps[run] = last
+
+    def _last_steps(self, run: str) -> dict[str, int]:
+        """The last step of each of a run's metrics."""
+        if run not in self.steps:
+            known = self.client.get_run(run).data.to_proto().metrics
+            self.steps[run] = {metric.key: metric.step for metric in known}
+        return self.steps[run]
 
     def _artifact(self, events: list[dict[str, Any]]) -> None:
         (event,) = events
-        if Path(event["file"]).exists():
-            folder = None if event["folder"] == "." else event["folder"]
-            self.client.log_artifact(self._run(event["stage"]), event["file"], folder)
-            shutil.rmtree(Path(event["file"]).parent, ignore_errors=True)
+        run, folder = self._run(event["stage"]), None if event["folder"] == "." else event["folder"]
+        self._file(run, event["file"], lambda: self.client.log_artifact(run, event["file"], folder))
+
+    def _image(self, events: list[dict[str, Any]]) -> None:
+        from PIL import Image
+
+        (event,) = events
+        run, name, step = self._run(event["stage"]), event["name"], event["step"]
+
+        def log() -> None:
+            there = [file.path for file in self.client.list_artifacts(run, "images")]
+            if any(path.startswith(f"images/{name}+step+{step}+") and path.endswith(".webp") for path in there):
+                return  # a fit that goes on from a checkpoint drew it again
+            with Image.open(event["file"]) as image:
+                self.client.log_image(run, image, key=name, step=step, timestamp=event["time"])
+
+        self._file(run, event["file"], log)
+
+    def _file(self, run: str, file: str, log_file: Callable[[], None]) -> None:
+        """Tells MLflow a file and removes it. One that it cannot keep, though it answers, is given up: where artifacts
+        lie may be closed to this machine, and metrics are not to wait for that."""
+        if not Path(file).exists():
+            return
+        for wait in (*_AGAIN_S, None):
+            try:
+                log_file()
+                break
+            except Exception as error:  # noqa: BLE001  whatever MLflow's places for artifacts raise
+                self.client.get_run(run)  # raises where it is the server that is gone
+                if wait is None:
+                    log.warning("MLflow could not keep %s (%s)", Path(file).name, error)
+                else:
+                    time.sleep(wait)
+        shutil.rmtree(Path(file).parent, ignore_errors=True)
 
     def _end(self, events: list[dict[str, Any]]) -> None:
         (event,) = events
@@ -179,6 +236,17 @@ class Writer:
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
+
+
+def _data_set(about: dict[str, Any]) -> Any:
+    """A `tracking.DataSet` as MLflow's own. Its digests have 36 digits at most; the tag `version` says all of it."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind = "s3" if about["uri"].startswith("s3://") else "local"
+    source, profile = json.dumps({"uri": about["uri"]}), json.dumps(about["profile"])
+    found = Dataset(about["name"], about["version"][:_DIGEST], kind, source, profile=profile)
+    tags = {"mlflow.data.context": about["role"], "version": about["version"]}
+    return DatasetInput(found, [InputTag(name, value) for name, value in tags.items()])
 
 
 def _quoted(value: str) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.board import Board, Extent
-from infra.tracking import Tracker
+from infra.tracking import DataSet, Tracker
 from infra.tracking_uri import spool_folder
 
 _OFTEN_S = 0.2
@@ -34,8 +34,10 @@ class Desk:
     def progress(self, stage: str, done: float, total: float, unit: str, rate: float | None) -> None:
         self._board.progress(stage, done, total, unit, rate)
 
-    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
-        self.tracker.start(stage, params, tags)
+    def begin(
+        self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet]
+    ) -> None:
+        self.tracker.start(stage, params, tags, data)
         self._board.begin(stage, extent)
         self.exported.figures(stage, self._board.accounts[stage].values())
 
@@ -70,15 +72,21 @@ class Desk:
         self.tracker.metrics(stage, account.done, values)
         self.exported.figures(stage, values)
 
-    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
-        self.tracker.start(stage, params, tags)
+    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet]) -> None:
+        self.tracker.start(stage, params, tags, data)
+
+    def tag(self, stage: str, tags: dict[str, str]) -> None:
+        self.tracker.tag(stage, tags)
 
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
         self._board.metrics(stage, values)
-        self.tracker.metrics(stage, step, values)
+        self.tracker.metrics(stage, step, values, once=True)
 
     def artifact(self, stage: str, data: bytes, name: str) -> None:
         self.tracker.artifact(stage, data, name)
+
+    def image(self, stage: str, data: bytes, name: str, step: int) -> None:
+        self.tracker.image(stage, data, name, step)
 
     def end(self, stage: str, status: str) -> None:
         self.tracker.end(stage, status)
@@ -154,13 +162,24 @@ class Monitor:
             self._told[stage] = now
             self._actor.progress.remote(stage, done, total, unit, rate)
 
-    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Begins a stage's MLflow run; tags["unclip.key"] is by what it is found again."""
-        self._actor.start.remote(stage, params, tags)
+    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet] = ()) -> None:
+        """Begins a stage's MLflow run; tags["unclip.key"] is by what it is found again. data: what it reads."""
+        self._actor.start.remote(stage, params, tags, data)
 
-    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
+    def begin(
+        self,
+        stage: str,
+        extent: Extent,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        data: Sequence[DataSet] = (),
+    ) -> None:
         """Begins a stage of many shards; in MLflow as `start` does."""
-        self._actor.begin.remote(stage, extent, params, tags)
+        self._actor.begin.remote(stage, extent, params, tags, data)
+
+    def tag(self, stage: str, tags: dict[str, str]) -> None:
+        """Tags of the stage's MLflow run, new or in place of others."""
+        self._actor.tag.remote(stage, tags)
 
     def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int = 0, done: bool = False) -> None:
         """Rows of a shard by state: so far of `rows`, or (done) in the end; in MLflow, metrics by shards done."""
@@ -171,12 +190,17 @@ class Monitor:
         self._actor.finish.remote(stage, status)
 
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Values at a step; "loss" is shown on the board, too."""
+        """Values at a step; "loss" is shown on the board, too. What MLflow has at this step or a later one stays: a fit
+        that goes on from a checkpoint does some steps again."""
         self._actor.metrics.remote(stage, step, values)
 
     def artifact(self, stage: str, data: Path | bytes, name: str) -> None:
         """A small file, a few MB at most, as `name` in the stage's MLflow run."""
         self._actor.artifact.remote(stage, data.read_bytes() if isinstance(data, Path) else data, name)
+
+    def image(self, stage: str, data: bytes, name: str, step: int) -> None:
+        """A picture (PNG) at a step, one of a series of that name."""
+        self._actor.image.remote(stage, data, name, step)
 
     def end(self, stage: str, status: str = "FINISHED") -> None:
         """Ends the stage's MLflow run: FINISHED, FAILED or KILLED."""
@@ -231,12 +255,22 @@ class NullMonitor:
         """As Monitor's."""
         self._board.progress(stage, done, total, unit, rate)
 
-    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
+    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet] = ()) -> None:
         """As Monitor's; told to nobody."""
 
-    def begin(self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str]) -> None:
+    def begin(
+        self,
+        stage: str,
+        extent: Extent,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        data: Sequence[DataSet] = (),
+    ) -> None:
         """As Monitor's."""
         self._board.begin(stage, extent)
+
+    def tag(self, stage: str, tags: dict[str, str]) -> None:
+        """As Monitor's; told to nobody."""
 
     def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int = 0, done: bool = False) -> None:
         """As Monitor's."""
@@ -251,6 +285,9 @@ class NullMonitor:
         self._board.metrics(stage, values)
 
     def artifact(self, stage: str, data: Path | bytes, name: str) -> None:
+        """As Monitor's; told to nobody."""
+
+    def image(self, stage: str, data: bytes, name: str, step: int) -> None:
         """As Monitor's; told to nobody."""
 
     def end(self, stage: str, status: str = "FINISHED") -> None:

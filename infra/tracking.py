@@ -13,8 +13,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,22 @@ from infra.process import Process
 log = logging.getLogger(__name__)
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A version of data that a run reads, as MLflow lists it under the run and finds runs by it."""
+
+    name: str
+    """The stage that made it."""
+    version: str
+    """Its manifest's SHA-256."""
+    uri: str
+    """Where the list of its files lies, a path or s3://…"""
+    role: str
+    """What it is to whoever reads it: rows, selection, …"""
+    profile: dict[str, Any]
+    """What is in it, such as rows and states."""
 
 
 class Tracker:
@@ -50,23 +66,38 @@ class Tracker:
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._thread.start()
 
-    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Begins (or continues) a stage's run. params may be nested; they become dotted names."""
-        self._put("start", stage=stage, params=dict(_flat(params)), tags={name: str(tags[name]) for name in tags})
+    def start(self, stage: str, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet] = ()) -> None:
+        """Begins (or continues) a stage's run. params may be nested; they become dotted names, and stay what they were
+        where the run goes on. data: what it reads."""
+        texts = {name: str(tags[name]) for name in tags}
+        self._put("start", stage=stage, params=dict(_flat(params)), tags=texts, data=[asdict(one) for one in data])
 
-    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Values at a step."""
-        self._put("metrics", stage=stage, step=step, values={name: float(value) for name, value in values.items()})
+    def tag(self, stage: str, tags: dict[str, str]) -> None:
+        """Tags of a stage's run, new or in place of those of the same names; stage "" is the parent."""
+        self._put("tag", stage=stage, tags={name: str(tags[name]) for name in tags})
+
+    def metrics(self, stage: str, step: int, values: dict[str, float], *, once: bool = False) -> None:
+        """Values at a step; `once`: where the run has a metric at this step or a later one already, that one stays."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._put("metrics", stage=stage, step=step, values=numbers, once=once)
 
     def artifact(self, stage: str, data: Path | bytes, name: str) -> None:
         """A small file, kept beside the run as `name` ("grids/last.png"). stage "" is the parent."""
+        self._put("artifact", stage=stage, file=self._copied(data, name), folder=str(Path(name).parent))
+
+    def image(self, stage: str, data: Path | bytes, name: str, step: int) -> None:
+        """A picture at a step, of which MLflow shows all of one name (letters, digits and spaces) as a series."""
+        self._put("image", stage=stage, file=self._copied(data, f"{name}.png"), name=name, step=step)
+
+    def _copied(self, data: Path | bytes, name: str) -> str:
+        """A copy that lies beside the spool until MLflow has it."""
         copy = self._folder / uuid.uuid4().hex / Path(name).name
         copy.parent.mkdir(parents=True)
         if isinstance(data, Path):
             shutil.copyfile(data, copy)
         else:
             copy.write_bytes(data)
-        self._put("artifact", stage=stage, file=str(copy), folder=str(Path(name).parent))
+        return str(copy)
 
     def end(self, stage: str, status: str = "FINISHED") -> None:
         """Ends a stage's run, FINISHED, FAILED or KILLED; stage "" is the parent."""

@@ -31,6 +31,7 @@ from pipelines.fitting import Fits, settle
 from pipelines.graph import Resolved, order, resolve, unfinished
 from pipelines.shards import first_line, perform, run_actors, run_tasks
 from pipelines.stage import Stage, plain
+from pipelines.tracked import data_sets
 from unclip.errors import Refused as Impossible
 
 log = logging.getLogger(__name__)
@@ -259,7 +260,8 @@ class Execution:
         spec = plain(stage.spec)
         tags = {"unclip.key": resolved.whole.key, "unclip.inputs": " ".join(resolved.whole.inputs)}
         extent = Extent(count, present, states, ago)
-        monitor.begin(stage.name, extent, spec if isinstance(spec, dict) else {}, tags)
+        read = data_sets(self.store, ((need, self.manifests[need]) for need in stage.needs))
+        monitor.begin(stage.name, extent, spec if isinstance(spec, dict) else {}, tags, read)
 
         def heard(made: Sequence[Record]) -> None:
             monitor.shard(stage.name, made[-1].key, made[-1].states, done=True)

@@ -14,6 +14,7 @@ from infra.store import Store
 from pipelines.admission import Admission, needs_of
 from pipelines.console import Console
 from pipelines.graph import Resolved
+from pipelines.tracked import tell_fit, tell_made
 from training.launch import request_stop
 
 
@@ -100,14 +101,14 @@ class Fits:
     def _train(self, stage: Any, action: Action, lease: int, lost: threading.Event) -> Record:
         """One fit, as a child run in MLflow from its start to its end."""
         self.console.state(stage.name, "running")
-        tags = {"unclip.key": action.key, "unclip.inputs": " ".join(action.inputs)}
-        self.monitor.start(stage.name, {"model": stage.spec.model, "train": stage.spec.train}, tags)
+        tell_fit(self.monitor, stage, action, self.store)
         status = "FAILED"
         try:
             self._leases[action.key] = lease
             self._go_on()  # once the lease is known, so that a stop between the two is not missed
             with self.store.scratch() as out:
                 won = commit(self.store, action, stage.fit(action, self.store, out, self.monitor, lease), out)
+            tell_made(self.monitor, stage.name, {name: file.sha256 for name, file in won.files.items()})
             if not lost.is_set():  # else they are the next holder's, who may be training from them
                 stage.settle(action, self.store)
             status = "FINISHED"

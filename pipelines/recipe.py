@@ -79,6 +79,11 @@ START = optional(str)
 `train`, whose CLIP is taken as it is."""
 
 
+def _fit(name: str, **more: Any) -> Any:
+    """A section of a fit. `accelerator`: the kind of `hardware` that it runs on, for the metric `mfu`."""
+    return section(name, FitHow, drop={"peak_tflops"}, start=START, accelerator=optional(str), **more)
+
+
 @dataclass(frozen=True)
 class World:
     """A world of made-up pictures that is served on loopback while a run downloads from it."""
@@ -185,34 +190,16 @@ else:
     )
     Download = section("download", DownloadSpec, DownloadHow, drop={"block_sha256"})
     Embed = section("embed", EmbedSpec, EmbedHow)
-    Clip = section(
-        "clip",
-        FitHow,
-        model=optional(OpenClip),
-        train=optional(CLIP_TRAIN),
-        pretrained=optional(PRETRAINED),
-        start=START,
-    )
-    Prior = section("prior", FitHow, model=changes(PriorConfig), train=(PRIOR_TRAIN, field()), start=START)
-    ArPrior = section(
-        "ar_prior", FitHow, model=changes(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()), start=START
-    )
-    Decoder = section("decoder", FitHow, model=changes(DecoderConfig), train=(DECODER_TRAIN, field()), start=START)
-    Inpainter = section("inpainter", FitHow, train=(INPAINTER_TRAIN, field()), start=START)
-    Upsampler = section(
-        "upsampler", FitHow, model=changes(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()), start=START
-    )
+    Clip = _fit("clip", model=optional(OpenClip), train=optional(CLIP_TRAIN), pretrained=optional(PRETRAINED))
+    Prior = _fit("prior", model=changes(PriorConfig), train=(PRIOR_TRAIN, field()))
+    ArPrior = _fit("ar_prior", model=changes(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
+    Decoder = _fit("decoder", model=changes(DecoderConfig), train=(DECODER_TRAIN, field()))
+    Inpainter = _fit("inpainter", train=(INPAINTER_TRAIN, field()))
+    Upsampler = _fit("upsampler", model=changes(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
     # Both read what their decoder draws, under its noise.
     ENCODER = changes(HalfUNetConfig, "schedule", "timesteps")
-    Classifier = section(
-        "classifier",
-        FitHow,
-        labels=(tuple[str, ...], field()),
-        model=ENCODER,
-        train=(CLASSIFIER_TRAIN, field()),
-        start=START,
-    )
-    NoisedClip = section("noised_clip", FitHow, model=ENCODER, train=(NOISED_CLIP_TRAIN, field()), start=START)
+    Classifier = _fit("classifier", labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field()))
+    NoisedClip = _fit("noised_clip", model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
     Evaluate = section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=optional(str))
 
 
@@ -299,6 +286,10 @@ class Recipe:
         for side in self.upsamplers:
             if wanted := SIDE.refuses(side):
                 raise Refused(f"upsamplers names {side} px; a side must be {wanted}")
+        for path, one in self.fits.items():
+            if one.accelerator is not None and one.accelerator not in self.hardware:
+                known = ", ".join(sorted(self.hardware)) or "no kind"
+                raise Refused(f"{path}.accelerator is {one.accelerator!r}, and hardware names {known}")
         where = {name: getattr(self.source, name) for name in ("urls", "tars", "folder")}
         if "" in where.values() or self.world is None or any(where.values()):
             SourceHow(**where)
@@ -307,6 +298,13 @@ class Recipe:
     def columns(self) -> Columns:
         """What the source's columns are called: what `source.columns` says, for the rest what its layout does."""
         return columns_of(self.source.layout, said(self.source.columns))
+
+    @property
+    def fits(self) -> dict[str, Any]:
+        """The sections that train, by their path."""
+        names = ("clip", "prior", "ar_prior", "decoder", "inpainter", "classifier", "noised_clip")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return found | {f"upsamplers.{side}": one for side, one in self.upsamplers.items()}
 
     @property
     def prompts_only(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shlex
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
 from infra.manifest import Manifest
+from infra.provenance import SENT, git_tags
 from infra.store import Store, open_store
 from pipelines import plan, workflow
 from pipelines import recipe as recipes
@@ -33,6 +35,7 @@ from pipelines.prompts import read_prompts
 from pipelines.scores import check_name
 from pipelines.source import SourceHow
 from pipelines.stage import Stage
+from pipelines.tracked import tell_run
 from pipelines.warm import starts
 from pipelines.world import Server, write_list, write_prompts
 
@@ -128,6 +131,7 @@ def run_recipe(
             stack.callback(disconnect)
             monitor = Monitor.launch(uri, tracking.experiment, name, job.store.uri)
             stack.callback(monitor.close)
+            tell_run(monitor, name, job.recipe)
             return info, monitor
 
         def ready(stage: Stage) -> Stage:
@@ -218,4 +222,6 @@ def submit_recipe(
         "AWS_ENDPOINT_URL",
         "AWS_DEFAULT_REGION",
     )  # no secrets: those are the cluster's own
-    return submit(address, shlex.join(command), str(Path.cwd()), {k: os.environ[k] for k in passed if k in os.environ})
+    environment = {name: os.environ[name] for name in passed if name in os.environ}
+    environment[SENT] = json.dumps(git_tags())  # the job's copy of the code has no repository
+    return submit(address, shlex.join(command), str(Path.cwd()), environment)

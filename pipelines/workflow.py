@@ -21,6 +21,7 @@ from pipelines.explain import blaming
 from pipelines.fit import Fit, FitSpec, LoadClip, LoadHow, LoadSpec
 from pipelines.gamma import Gamma, wants_gamma
 from pipelines.gather import Gather, GatherHow, check_unused
+from pipelines.machine import Accelerator
 from pipelines.pictures import PictureSpec
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe, Sampler
@@ -189,17 +190,24 @@ def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
 
 
 def _fit(
-    name: str, model: str, section: Any, config: dict[str, Any], needs: tuple[str, ...], starts: Mapping[str, str]
+    name: str,
+    model: str,
+    section: Any,
+    config: dict[str, Any],
+    needs: tuple[str, ...],
+    starts: Mapping[str, str],
+    hardware: Mapping[str, Accelerator],
 ) -> Fit:
     start = "" if section.start is None else starts[section.start]
     spec = FitSpec(config, plain(part(section.train, CONFIGS[model])), start)
-    return Fit(name, model, spec, part(section, FitHow), needs)
+    peak = 0.0 if section.accelerator is None else hardware[section.accelerator].tflops
+    return Fit(name, model, spec, dataclasses.replace(part(section, FitHow), peak_tflops=peak), needs)
 
 
 def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
     """All stages of the recipe, in the order in which a person thinks of them."""
     made = models(recipe)
-    fit = functools.partial(_fit, starts=inputs.starts)
+    fit = functools.partial(_fit, starts=inputs.starts, hardware=recipe.hardware)
     if recipe.clip.pretrained:
         loaded = recipe.clip.pretrained
         clip: Any = LoadClip.of(part(loaded, LoadSpec), part(loaded, LoadHow))

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,23 @@ class Checkpoints:
     """The checkpoints of one fit. `lease` numbers the holder that writes.
 
     keep: how many of the newest stay. best: the name of a metric of `head["metrics"]`; the checkpoint where it is least
-    stays too. job: the digest of what is fitted (`identity`); a checkpoint of another job is passed over.
+    stays too. job: the digest of what is fitted (`identity`); a checkpoint of another job is passed over. told: called
+    with the samples and the digest of each one that is committed here.
     """
 
-    def __init__(self, store: Store, key: str, lease: int = 0, *, keep: int = 2, best: str = "", job: str = "") -> None:
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        lease: int = 0,
+        *,
+        keep: int = 2,
+        best: str = "",
+        job: str = "",
+        told: Callable[[int, str], None] = lambda samples, digest: None,
+    ) -> None:
         self.store, self._root, self._lease = store, f"checkpoints/{key}/", lease
-        self._keep, self._best, self._job = keep, best, job
+        self._keep, self._best, self._job, self._told = keep, best, job, told
 
     def save(self, samples: int, folder: Path, head: dict[str, Any]) -> bool:
         """Puts the files below folder and commits them; False as `commit` and `put`."""
@@ -122,6 +133,7 @@ class Checkpoints:
         if not self.store.put_new(place + MANIFEST, canonical(document)):
             log.warning("checkpoint %s: another one lies there already; it is not written", place)
             return False
+        self._told(samples, document["digest"])
         self._retain()
         return True
 

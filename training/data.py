@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -177,6 +178,12 @@ class Data:
         """The same data without the rows that are not wanted."""
         rows, selection = self._versions
         return Data(self.store, rows, selection, self.reads, read_text=self.read_text, cache=self._limit, wanted=wanted)
+
+    def apart(self) -> Data:
+        """The same rows for another thread, which keeps none of them."""
+        other = copy(self)
+        other._limit, other._cached, other._held = 0, OrderedDict(), 0
+        return other
 
     def block(self, number: int) -> Rows:
         """A block's kept rows, decoded; from the cache where it is there."""

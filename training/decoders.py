@@ -44,9 +44,12 @@ class DecoderObjective(Conditioned, Diffusion):
         device = rows["image"].device
         drop_image = self._drop(batch, options.drop_image, device) if image is not None else None
         drop_text = self._drop(batch, options.drop_text, device)
+        return decoder.context(image, *self.caption(batch), drop_image=drop_image, drop_text=drop_text)
+
+    def caption(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The captions as the decoder takes them: see `Decoder.context`."""
         names = ("tokens",) if self.reads_tokens else ("text_embedding", "text_states", "text_mask")
-        caption = (rows[name] for name in names)
-        return decoder.context(image, *caption, drop_image=drop_image, drop_text=drop_text)
+        return tuple(batch.tensors[name] for name in names)
 
     def _told(self, decoder: Decoder, context: Context, x0: Tensor, batch: Batch) -> Context:
         """What else the decoder is told: nothing."""

@@ -324,6 +324,14 @@ class FitHow:
     """Operations whose result depends on chance, as some do on GPUs, are replaced or refused; slower there."""
     log_seconds: float = 1.5
     """Seconds between metrics."""
+    system_seconds: float = 10
+    """Seconds between figures of the machine (CPU, memory, disk, network, GPUs) among them; 0: none."""
+    preview_share: float = 0.01
+    """Part of the training's time that may go into previews: what priors, decoders and upsamplers draw of a few rows
+    with their averaged weights. 0: none. A model in shards shows none."""
+    peak_tflops: float = 0
+    """Peak of each worker's device in 10¹² operations a second at the precision that it trains in, for the metric
+    `mfu`; 0: what its fastest matrix product reaches, measured as training starts."""
     cache_bytes: int = 1 << 30
     """Decoded rows kept in memory, a worker. Ample if it holds `window` blocks for each lane of the worker."""
     prefetch: int = 2
@@ -336,7 +344,8 @@ class FitHow:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
-        amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
+        names = ("cpus", "gpus", "log_seconds", "system_seconds", "checkpoint_seconds", "peak_tflops")
+        amounts = dict.fromkeys(names, AMOUNT) | {"preview_share": FRACTION}
         ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)

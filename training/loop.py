@@ -30,6 +30,7 @@ from training.optim import Diverged, Optimiser, learning_rate
 from training.order import Order
 from training.parallel import Flat, Group, Vectors
 from training.precision import Precision
+from training.preview import Previews
 from training.saving import Saver
 from training.sharded import Learner, is_sharded, room, shard, whole
 from training.speed import determinism, prepare
@@ -68,7 +69,11 @@ def train(
     """
     config = job.config
     torch.set_num_threads(how.threads)
-    checkpoints = Checkpoints(store, job.key, lease, keep=how.keep, best=how.keep_best, job=identity(job))
+
+    def told(samples: int, digest: str) -> None:
+        monitor.tag(job.stage, {"unclip.checkpoint": digest, "unclip.checkpoint.samples": str(samples)})
+
+    checkpoints = Checkpoints(store, job.key, lease, keep=how.keep, best=how.keep_best, job=identity(job), told=told)
     found = newest(checkpoints, group)
     if found and finished(found, job):
         return
@@ -102,9 +107,12 @@ def train(
     data, held = split(data, config)
     order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
     lanes = group.lanes(config.lanes)
-    clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None)
+    clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None, group, device)
+    alone = group.rank == 0 and not sharded
+    previews = Previews(job, how, task, model, held or data, monitor, state.precision, here=alone)
     with (
         determinism(how.deterministic),
+        clock,
         Saver(checkpoints, group, overlap=how.overlap) as saver,
         Feed(data, order, [lane for lane, _ in lanes], state.step, config.steps, how.prefetch, how.threads) as feed,
     ):
@@ -113,6 +121,7 @@ def train(
             micros = [(feed.next().to(device), weight) for _, weight in lanes]
             if task.whole_batch:
                 micros = [(Batch.joined([batch for batch, weight in micros if weight]), 1.0)]
+            clock.lap("data")
             for batch, weight in micros:
                 torch.manual_seed(batch.seed)  # for dropout
                 with state.precision.autocast():
@@ -121,20 +130,28 @@ def train(
                 (loss * (weight / config.batch * state.precision.scale)).backward()
                 state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
                 clock.note(losses, weight)
+            clock.lap("forward_backward")
             state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(clock.checkpoint_due() or save())
             state.flat.add(group)
             stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
+            clock.lap("exchange")
             lr = learning_rate(config, state.step)
             saver.before_update()
+            clock.lap("checkpoint")
             norm = state.update(lr)
             if state.spikes.too_many:
                 roll_back(checkpoints, saver, group, state, job.stage)
+            clock.lap("optimiser")
             clock.tick(state.step, state.counters, lr, norm)
             if state.averages.due(state.step, state.optimiser.updates):
                 state.averages.snapshot(store, job.key, state.optimiser.updates, group)
             renewed = state.renew_anchor()
             if (stopping or saving or renewed) and state.step < config.steps:
                 saver.save(state.samples, state.tensors(), state.head | {"metrics": clock.told})
+            clock.lap("checkpoint")
+            if previews.due and not stopping:
+                previews.show(state.step, state.ema.state())
+                clock.lap("preview")
             if stopping and state.step < config.steps:
                 saver.wait()
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")

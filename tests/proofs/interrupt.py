@@ -37,7 +37,7 @@ from unclip.folder import read_tensors
 
 STEPS = 18
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
-TIMED = ("samples_per_s",)
+TIMED = ("samples_per_s", "time/", "mfu")
 """Metrics that are of the clock."""
 WORLDS = {"flat-1": (1, "flat"), "flat-2": (2, "flat"), "flat-3": (3, "flat"), "fsdp-2": (2, "fsdp")}
 MOMENTS = ("accumulation", "epoch", "checkpoint")
@@ -127,7 +127,9 @@ def outcome(folder: Path, job: Job) -> Outcome:
                 if uids.setdefault(name, said["uids"]) != said["uids"]:
                     raise SystemExit(f"{folder.name}: step {name[0]}, lane {name[1]} saw other samples the second time")
             else:
-                metrics[said["step"]] = {key: value for key, value in said["values"].items() if key not in TIMED}
+                metrics[said["step"]] = {
+                    key: value for key, value in said["values"].items() if not key.startswith(TIMED)
+                }
     return Outcome(tensors, metrics, uids)
 
 

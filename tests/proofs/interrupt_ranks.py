@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Stopped
+from infra.monitor import NullMonitor
 from infra.store import LocalStore
 from tests.training.ranks import PRELOADED
 from training.job import FitHow, Job
@@ -67,12 +68,13 @@ def attempt(folder: Path, job: Job, one: Attempt, number: int) -> str:
     )
 
 
-class Watch:
+class Watch(NullMonitor):
     """What a rank notes in a file (uids of each micro-batch, metrics of each step), and when it is struck."""
 
     def __init__(self, path: Path, job: Job, strike: Strike | None) -> None:
         from training.order import derived
 
+        super().__init__()
         steps, lanes = job.config.steps, job.config.lanes
         self.places = {derived("noise", job.config.seed, s, m): (s, m) for s in range(steps) for m in range(lanes)}
         self.path, self.strike, self.steps, self.step, self.micros = path, strike, steps, -1, 0
@@ -147,7 +149,7 @@ def _rank(rank: int, folder: Path, meeting: Path, job: Job, one: Attempt, number
     loop.objective = lambda *given: Watched(made(*given), watch)  # type: ignore[assignment, return-value]
     if one.ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=one.ranks)
-    how = FitHow(shard=one.shard, checkpoint_seconds=1e6, log_seconds=0)
+    how = FitHow(shard=one.shard, checkpoint_seconds=1e6, log_seconds=0, system_seconds=0, preview_share=0)
     try:
         loop.train(
             job,

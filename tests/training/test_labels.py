@@ -13,6 +13,7 @@ import torch
 
 from infra.errors import Refused
 from infra.manifest import digest_file, object_name
+from infra.monitor import NullMonitor
 from infra.store import Store
 from tests.training.tiny import Tiny, tiny
 from training.data import Data, Reads, picture
@@ -109,7 +110,7 @@ def test_a_classifier_starts_at_chance_and_its_classes_are_the_datas(world: Tiny
 def test_a_trained_classifier_is_the_same_bytes_each_time_and_carries_its_classes(world: Tiny, tmp_path: Path):
     for out in ("one", "two"):
         job = world.job("classifier", key=out, steps=2, batch=16, micro=8)
-        train_local(job, FitHow(), world.store, tmp_path / out, Silent())
+        train_local(job, FitHow(), world.store, tmp_path / out, NullMonitor())
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     model = load_model(tmp_path / "one", "classifier")
@@ -119,14 +120,6 @@ def test_a_trained_classifier_is_the_same_bytes_each_time_and_carries_its_classe
 
 
 def test_a_noised_clip_belongs_to_the_clip_whose_texts_it_learned(world: Tiny, tmp_path: Path):
-    facts = train_local(world.job("noised_clip", steps=2, batch=16), FitHow(), world.store, tmp_path, Silent())
+    facts = train_local(world.job("noised_clip", steps=2, batch=16), FitHow(), world.store, tmp_path, NullMonitor())
     task = objective(world.job("decoder", steps=1), world.store, torch.device("cpu"))
     assert read_json(tmp_path / "config.json", "CLIP")["clip"] == facts["clip"] == task.facts["clip"]
-
-
-class Silent:
-    """A monitor that nobody looks at."""
-
-    def progress(self, *_: object, **__: object) -> None: ...
-
-    def metrics(self, *_: object) -> None: ...

@@ -82,10 +82,11 @@ def test_what_training_refuses_is_refused_once_and_in_its_own_words(world, tmp_p
     assert caught.value.code == 2
 
 
-class Told:
+class Told(NullMonitor):
     """A monitor that notes each step in a file, which other processes can read."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
 
     def progress(self, stage: str, done: int, total: int, unit: str = "", rate: float | None = None) -> None:

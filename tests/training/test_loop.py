@@ -15,6 +15,7 @@ import torch
 
 from infra.errors import Refused, Stopped
 from infra.manifest import canonical, digest_file
+from infra.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import EARLIER, Checkpoints
 from training.job import FitHow, Job
@@ -38,17 +39,25 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @dataclass
-class Seen:
+class Seen(NullMonitor):
     """A monitor that keeps what it is told."""
 
     steps: list[int] = field(default_factory=list)
     values: list[dict[str, float]] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    images: dict[int, bytes] = field(default_factory=dict)
 
     def progress(self, stage: str, done: int, total: int, unit: str = "", rate: float | None = None) -> None:
         self.steps.append(done)
 
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
         self.values.append(values)
+
+    def tag(self, stage: str, tags: dict[str, str]) -> None:
+        self.tags |= tags
+
+    def image(self, stage: str, data: bytes, name: str, step: int) -> None:
+        self.images[step] = data
 
 
 @pytest.fixture(scope="module")

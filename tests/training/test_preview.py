@@ -1,0 +1,143 @@
+"""What is drawn while a model trains: always the same, by its average, and without a trace in what is trained."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from infra.errors import Stopped
+from tests.training.test_loop import HOW, SHORT, Seen, case, contents, stopping_after
+from tests.training.tiny import Tiny, tiny
+from training.data import Data
+from training.job import FitHow, Job
+from training.launch import train_local
+from training.objectives import Objective, objective
+from training.precision import Precision
+from training.preview import GUIDANCE, NAME, STEPS, Previews
+from unclip.clip_text import Text
+from unclip.draw import draw_embeddings
+from unclip.folder import load_model
+from unclip.guidance import classifier_free, clipped
+from unclip.pictures import to_uint8
+from unclip.samplers import ddim, noise_for
+from unclip.sampling import Sampling
+
+CPU = torch.device("cpu")
+ALWAYS = FitHow(checkpoint_seconds=1000, log_seconds=0, preview_share=1)
+TEXT = ("text_embedding", "text_states", "text_mask")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(world: Tiny) -> Callable[[Job], tuple[Objective, Data]]:
+    def made(job: Job) -> tuple[Objective, Data]:
+        task = objective(job, world.store, CPU)
+        return task, Data(world.store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text)
+
+    return made
+
+
+def drawn_at_each_step(job: Job, world: Tiny, out: Path, seen: Seen, **more: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Previews, "due", property(lambda previews: True))
+        train_local(job, ALWAYS, world.store, out, seen, **more)
+
+
+@pytest.mark.parametrize("name", ["prior", "ar_prior", "muon", "glide", "upsampler"])
+def test_drawing_at_each_step_changes_no_byte_of_the_model(world: Tiny, tmp_path: Path, name: str) -> None:
+    seen = Seen()
+    drawn_at_each_step(case(world, name, f"shown-{name}"), world, tmp_path / "shown", seen)
+    blind = FitHow(checkpoint_seconds=1000, preview_share=0)
+    train_local(case(world, name, f"blind-{name}"), blind, world.store, tmp_path / "blind", Seen())
+    assert contents(tmp_path / "shown") == contents(tmp_path / "blind")
+    if name.endswith("prior"):
+        told = [values for values in seen.values if f"{NAME}/cosine" in values]
+        assert len(told) == 12
+        assert all(-1 <= value <= 1 for values in told for value in values.values())
+    else:
+        assert sorted(seen.images) == list(range(1, 13))
+
+
+def pixels(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
+
+
+def test_a_decoders_last_picture_is_what_its_released_average_draws(world: Tiny, tmp_path: Path, data: Any) -> None:
+    seen = Seen()
+    job = world.job("decoder", "average", **SHORT | {"lr": 0.02, "steps": 30})
+    drawn_at_each_step(job, world, tmp_path, seen)
+    model, side = load_model(tmp_path, "decoder").eval(), 16
+    rows = data(job)[1].batch([(0, row) for row in range(3)], 0).tensors  # as many as a micro-batch
+    with torch.no_grad():
+        context = model.context(*(rows[name] for name in ("image_embedding", *TEXT)))
+        denoise = classifier_free(model.denoise, context, model.null_context(3), GUIDANCE)
+        noise = noise_for(range(3), (3, side, side), stream=NAME)(0)
+        drawn = to_uint8(ddim(clipped(denoise, model.schedule), noise, model.schedule.respace(STEPS)))
+    sheet = pixels(seen.images[30])[:: 64 // side, :: 64 // side]
+    expected = torch.cat([torch.cat([*rows["image"]], 2), torch.cat([*drawn], 2)], 1)
+    assert np.array_equal(sheet, expected.permute(1, 2, 0))
+    assert not np.array_equal(pixels(seen.images[1]), pixels(seen.images[30]))
+
+
+def test_after_a_resume_the_same_rows_are_drawn_from_the_same_noise(world: Tiny, tmp_path: Path) -> None:
+    whole, parts = Seen(), Seen()
+    drawn_at_each_step(world.job("upsampler", "whole", **SHORT), world, tmp_path / "whole", whole)
+    job = world.job("upsampler", "parts", **SHORT)
+    with pytest.raises(Stopped):
+        drawn_at_each_step(job, world, tmp_path, parts, lease_number=1, stop=stopping_after(5))
+    drawn_at_each_step(job, world, tmp_path / "parts", parts, lease_number=2)
+    assert parts.images == {step: image for step, image in whole.images.items() if step in parts.images}
+    assert set(whole.images) - set(parts.images) == {6}  # at which it was asked to stop
+
+
+def test_previews_keep_to_their_share_of_the_time(world: Tiny, tmp_path: Path) -> None:
+    seen = Seen()
+    job = world.job("upsampler", "share", **SHORT | {"steps": 400})
+    train_local(job, FitHow(log_seconds=0, preview_share=0.2), world.store, tmp_path, seen)
+    spent = sum(values.get("time/preview", 0) / values["samples_per_s"] for values in seen.values)
+    total = sum(1 / values["samples_per_s"] for values in seen.values)
+    assert seen.images
+    assert spent / total < 0.3
+
+
+def test_a_preview_that_fails_is_the_last_and_training_goes_on(
+    world: Tiny, data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(Seen):
+        def image(self, stage: str, data: bytes, name: str, step: int) -> None:
+            raise MemoryError("no room")
+
+    job = world.job("upsampler", "fails", **SHORT)
+    task, rows = data(job)
+    model = task.build().train()
+    previews = Previews(job, replace(HOW, preview_share=1), task, model, rows, Full(), Precision("float32", CPU))
+    previews.show(1, dict(model.state_dict()))
+    assert "no more previews: MemoryError: no room" in caplog.text
+    assert not previews.due
+    assert model.training
+
+
+def test_a_priors_cosine_is_that_of_its_samples_to_the_rows_embeddings(world: Tiny, data: Any) -> None:
+    seen = Seen()
+    job = world.job("prior", "cosine", **SHORT)
+    task, rows = data(job)
+    model = task.build().train()
+    Previews(job, HOW, task, model, rows, seen, Precision("float32", CPU)).show(1, dict(model.state_dict()))
+    told = rows.batch([(0, row) for row in range(3)], 0).tensors
+    z = draw_embeddings(model.eval(), Text(*(told[name] for name in TEXT)), range(3), Sampling("ddim", steps=STEPS))
+    expected = F.cosine_similarity(z, told["image_embedding"]).mean()
+    assert seen.values[-1][f"{NAME}/cosine"] == pytest.approx(float(expected), abs=1e-5)
