@@ -1,4 +1,4 @@
-"""What MLflow knows of a fit that was killed, went on, or lost its server: each metric once, in one run. Real servers."""
+"""What MLflow knows of a fit that was killed, went on, or lost its server: each metric once. Real servers."""
 
 from __future__ import annotations
 
