@@ -12,13 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from infra.ledger import Ledger
-from infra.manifest import Manifest
+from infra.manifest import Manifest, digest_file
+from infra.mlflow_runs import open_client
 from infra.store import open_store
+from infra.tracking_uri import default_uri
 from pipelines import recipe
 from pipelines.opening import open_release
 from tests.fixtures import beside_diffusers
@@ -139,6 +142,33 @@ def test_mlflow_knows_what_became_of_the_rows_of_every_data_stage(finished: tupl
         assert {name.removeprefix("rows."): count for name, count in told.items() if "." in name} == made.states
         assert (told["rows"], told["shards"]) == (made.rows, len(made.records))
         assert told["success_rate"] == pytest.approx(made.states["kept"] / made.rows)
+
+
+def test_mlflow_knows_recipe_code_and_data_of_a_run_and_finds_the_data_itself(finished: tuple[Path, str]) -> None:
+    store = finished[0]
+    client = open_client(default_uri(str(store)))
+    import mlflow.data
+
+    runs = client.search_runs([client.get_experiment_by_name("unclip").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.tags["mlflow.source.name"] == "unclip run tiny"
+    assert parent.data.tags["unclip.torch"] == version("torch")
+    kept = Path(parent.info.artifact_uri.removeprefix("file://"))
+    assert recipe.load(str(kept / "recipe.yaml")) == recipe.load("tiny")
+    assert f"ray=={version('ray')}" in (kept / "packages.txt").read_text().splitlines()
+    (decoder,) = [run for run in runs if run.info.run_name == "decoder"]
+    assert decoder.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert decoder.data.tags.get("mlflow.source.git.commit") == parent.data.tags.get("mlflow.source.git.commit")
+    made = newest(store, "decoder").only
+    assert decoder.data.tags["unclip.made.model.safetensors"] == made.sha("model.safetensors")
+    assert int(decoder.data.tags["unclip.checkpoint.samples"]) == made.facts["samples"]
+    read = {data.dataset.name: data for data in decoder.inputs.dataset_inputs}
+    assert set(read) == {"embed", "curate", "statistics", "clip"}
+    for stage, data in read.items():
+        manifest = newest(store, stage)
+        assert data.dataset.digest == manifest.version[:36]
+        assert digest_file(Path(mlflow.data.get_source(data).load())) == manifest.version
+        assert json.loads(data.dataset.profile)["states"] == manifest.states
 
 
 def test_a_run_leaves_a_page_about_its_data(finished: tuple[Path, str], tmp_path: Path) -> None:

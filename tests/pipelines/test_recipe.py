@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from infra.errors import Refused
 from infra.manifest import Action, Manifest
 from pipelines import recipe, workflow
 from pipelines.stage import plain
+from pipelines.tracked import written
 
 NAMES = ("demo", "tiny", "laion-art", "paper")
 
@@ -161,3 +163,23 @@ def test_a_temperature_of_one_is_in_no_key() -> None:
         stages("demo", "prior=null", "ar_prior.train.steps=7", "sampling.prior.temperature=0.9")["bundle"].spec
     )  # type: ignore[attr-defined]
     assert warm["sampling"]["prior"]["temperature"] == 0.9
+
+
+def test_an_accelerator_is_a_kind_of_the_table_and_its_peak_is_the_fits() -> None:
+    table = "hardware={H100: {tflops: 989, memory_gib: 80}}"
+    made: dict[str, Any] = stages("tiny", table, "prior.accelerator=H100")
+    assert (made["prior"].how.peak_tflops, made["decoder"].how.peak_tflops) == (989, 0)
+    with pytest.raises(Refused, match=r"prior\.accelerator is 'H200', and hardware names H100"):
+        recipe.load("tiny", [table, "prior.accelerator=H200"])
+    with pytest.raises(Refused, match=r"hardware names no kind"):
+        recipe.load("tiny", ["upsamplers.32.accelerator=H100"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipe_that_mlflow_gets_is_the_recipe(name: str, tmp_path: Path) -> None:
+    changes = ["decoder.train.steps=7", "decoder.preview_share=0"]
+    asked = recipe.load(name, changes)
+    (tmp_path / "told.yaml").write_text(written(asked))
+    assert recipe.load(str(tmp_path / "told.yaml")) == asked
+    secret = recipe.load(name, ["tracking.uri=http://me:secret@host:5000"])
+    assert "secret" not in written(secret)
