@@ -42,7 +42,7 @@ def test_a_stopwatch_gives_each_part_its_share() -> None:
 
 def test_what_is_told_at_each_report(world: Tiny, tmp_path: Path) -> None:
     seen = Seen()
-    job = world.job("decoder", "told", **SHORT)
+    job = world.job("prior", "told", **SHORT)
     train_local(job, FitHow(log_seconds=0, checkpoint_seconds=0), world.store, tmp_path, seen)
     parts = {"data", "forward_backward", "exchange", "optimiser", "checkpoint"}
     for values in seen.values:
