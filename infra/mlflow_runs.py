@@ -21,6 +21,7 @@ from infra.tracking_uri import database_folder, short
 
 log = logging.getLogger(__name__)
 
+_CHATTER = ("mlflow", "alembic", "urllib3.connectionpool")  # the last one warns of each call to a server that is gone
 _BATCH = 1000  # metrics that MLflow takes in one call
 _VALUE = 6000  # characters that it takes in one parameter
 _DIGEST = 36  # and in the digest of a data set
@@ -38,7 +39,7 @@ def quiet() -> None:
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):
+    for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -47,7 +48,7 @@ def open_client(uri: str) -> Any:
     quiet()
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # mlflow sets its own levels when imported
+    for name in _CHATTER:  # mlflow sets its own levels when imported
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = database_folder(uri)
     if folder is None:

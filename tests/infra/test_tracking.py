@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import signal
 import subprocess
 import sys
@@ -10,14 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import mlflow.data
 import pytest
+from PIL import Image
 
 from infra.errors import Refused
 from infra.mlflow_runs import open_client
-from infra.tracking import Tracker
+from infra.tracking import DataSet, Tracker
 from infra.tracking_uri import check_server, default_uri, spool_folder
-from tests.fixtures.mlflow import mlflow_server
-from tests.fixtures.s3 import free_port
 
 
 def runs(uri: str, **tags: str) -> list[Any]:
@@ -106,28 +108,63 @@ def test_what_mlflow_will_never_have_does_not_hold_up_the_rest(database: str, tm
     assert child.data.metrics["fine"] == 1.0
 
 
-@pytest.mark.slow
-def test_a_server_that_dies_is_caught_up_when_it_is_back(database: str, tmp_path: Path) -> None:
-    port = free_port()
-    with mlflow_server(database, port) as uri:
-        check_server(uri)
-        tracker = Tracker(uri, "served", tmp_path, "fifth")
-        tracker.start("prior", {"width": 8}, {"unclip.key": "served"})
-        tracker.metrics("prior", 0, {"loss": 0.0})
-        assert tracker.flush(60)
-    for step in range(1, 200):
-        tracker.metrics("prior", step, {"loss": float(step)})
-    assert not tracker.flush(3)
-    assert tracker.trouble
-    with mlflow_server(database, port):
-        assert tracker.flush(60)
-        assert not tracker.trouble
-        tracker.end("prior")
+def test_tags_data_sets_and_pictures_arrive_and_a_picture_drawn_again_is_there_once(
+    database: str, tmp_path: Path
+) -> None:
+    version, buffer = "0123456789abcdef" * 4, io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(buffer, "png")
+    rows = DataSet("embed", version, "/store/objects/01/0123", "rows", {"rows": 3, "states": {"kept": 3}})
+    for _ in range(2):  # a fit that went on
+        tracker = Tracker(database, "unclip", tmp_path, "sixth")
+        tracker.start("decoder", {}, {"unclip.key": "seen"}, [rows])
+        tracker.tag("decoder", {"unclip.checkpoint": "digest", "unclip.key": "seen"})
+        tracker.tag("", {"mlflow.user": "me"})
+        for step in (5, 10):
+            tracker.image("decoder", buffer.getvalue(), "preview", step)
         assert tracker.close(60)
-    (child,) = runs(database, unclip__key="served")
+    (child,) = runs(database, unclip__key="seen")
+    assert child.data.tags["unclip.checkpoint"] == "digest"
+    assert runs(database, unclip__run="sixth")[0].data.tags["mlflow.user"] == "me"
+    (found,) = child.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("embed", version[:36])
+    assert json.loads(found.dataset.profile) == rows.profile
+    assert mlflow.data.get_source(found).uri == rows.uri
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "rows", "version": version}
+    pictures = sorted((Path(urlsplit(child.info.artifact_uri).path) / "images").glob("*.png"))
+    assert sorted(path.name.split("+")[:3] for path in pictures) == [
+        ["preview", "step", "10"],
+        ["preview", "step", "5"],
+    ]
+    with Image.open(pictures[0]) as picture:
+        assert (picture.size, picture.getpixel((0, 0))) == ((6, 4), (255, 0, 0))
+
+
+def test_a_file_that_mlflow_cannot_keep_does_not_hold_up_the_rest(database: str, tmp_path: Path) -> None:
+    tracker = Tracker(database, "unclip", tmp_path, "seventh")
+    tracker.start("decoder", {}, {"unclip.key": "closed"})
+    assert tracker.flush(60)
+    (child,) = runs(database, unclip__key="closed")
+    folder = Path(urlsplit(child.info.artifact_uri).path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("no folder can be made here")
+    tracker.artifact("decoder", b"text", "captions.txt")
+    tracker.metrics("decoder", 1, {"loss": 1.0})
+    assert tracker.close(60)
+    assert runs(database, unclip__key="closed")[0].data.metrics == {"loss": 1.0}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_told_once_keeps_its_first_value_at_a_step(database: str, tmp_path: Path) -> None:
+    for first, value in ((1, 1.0), (3, 2.0)):  # steps 3 and 4 are done again
+        tracker = Tracker(database, "unclip", tmp_path, "eighth")
+        tracker.start("prior", {}, {"unclip.key": "again"})
+        for step in range(first, first + 4):
+            tracker.metrics("prior", step, {"loss": value, "nan": float("nan")}, once=True)
+        assert tracker.close(60)
+    (child,) = runs(database, unclip__key="again")
     history = open_client(database).get_metric_history(child.info.run_id, "loss")
-    assert {point.step: point.value for point in history} == {step: float(step) for step in range(200)}
-    assert child.info.status == "FINISHED"
+    assert [(point.step, point.value) for point in history] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert len(open_client(database).get_metric_history(child.info.run_id, "nan")) == 6
 
 
 def test_a_server_that_does_not_answer_and_a_uri_of_no_kind_are_refused() -> None:
