@@ -20,8 +20,7 @@ from pipelines.stage import plain
 
 def tell_run(monitor: Any, name: str, recipe: Recipe) -> None:
     """Of the run as a whole: its recipe with all changes, git's state, versions of all packages."""
-    source = {"mlflow.source.name": f"unclip run {name}", "mlflow.source.type": "LOCAL"}
-    monitor.tag("", {**machine_tags(), **git_tags(), **source})
+    monitor.tag("", {**machine_tags(), **_source(name)})
     monitor.artifact("", written(recipe).encode(), "recipe.yaml")
     monitor.artifact("", packages().encode(), "packages.txt")
 
@@ -34,10 +33,15 @@ def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
         "unclip.key": action.key,
         "unclip.inputs": " ".join(action.inputs),
         "unclip.how": json.dumps(vars(stage.how), sort_keys=True),
-        **git_tags(),
+        **_source(f"--only {stage.name}"),
     }
     read = [(need, Manifest.load(store, version)) for need, version in zip(stage.needs, action.inputs, strict=True)]
     monitor.start(stage.name, params, tags, data_sets(store, read))
+
+
+def _source(words: str) -> dict[str, str]:
+    """Where a run comes from: its page shows the commit beside the command."""
+    return {"mlflow.source.name": f"unclip run {words}", "mlflow.source.type": "LOCAL", **git_tags()}
 
 
 def tell_made(monitor: Any, stage: str, digests: dict[str, str]) -> None:

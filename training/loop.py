@@ -108,8 +108,7 @@ def train(
     order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None, group, device)
-    alone = group.rank == 0 and not sharded
-    previews = Previews(job, how, task, model, held or data, monitor, state.precision, here=alone)
+    previews = Previews(job, how, task, model, held or data, monitor, state.precision, group, sharded=sharded)
     with (
         determinism(how.deterministic),
         clock,
@@ -149,7 +148,7 @@ def train(
             if (stopping or saving or renewed) and state.step < config.steps:
                 saver.save(state.samples, state.tensors(), state.head | {"metrics": clock.told})
             clock.lap("checkpoint")
-            if previews.due and not stopping:
+            if previews.due() and not stopping:
                 previews.show(state.step, state.ema.state())
                 clock.lap("preview")
             if stopping and state.step < config.steps:

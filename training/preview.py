@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from training.data import Batch, Data
 from training.job import FitHow, Job
 from training.objectives import Objective
+from training.parallel import Group
 from training.precision import Precision
 from unclip.clip_text import Text
 from unclip.decoder import Decoder
@@ -38,8 +39,7 @@ NAME = "preview"
 PICTURES, EMBEDDINGS = 8, 64
 """Rows that are drawn of, at most; never more than a micro-batch, whose memory there is."""
 STEPS, GUIDANCE = 16, 2.0
-FIRST_S = 0.1
-"""What the first preview is taken to cost: with a share of 0.01 it comes after ten seconds."""
+ALONE = Group()
 LEAST_SIDE = 64
 """Pixels of a picture's side that a person sees; smaller ones are enlarged."""
 
@@ -58,8 +58,9 @@ class Previews:
     """The previews of one fit, on one rank; each is told to the monitor.
 
     They take `how.preview_share` of the time at most, whatever one costs: the next comes when so much time has passed
-    that it pays for all so far. data: the rows to draw of, held-out ones where there are such. One that fails, for
-    instance for want of memory, is the last: training goes on.
+    that it pays for all so far. What the first one costs is guessed: its forward passes at a third of what a sample
+    takes to train. data: the rows to draw of, held-out ones where there are such. One that fails, for instance for want
+    of memory, is the last: training goes on.
     """
 
     def __init__(
@@ -71,21 +72,27 @@ class Previews:
         data: Data,
         monitor: Monitor,
         precision: Precision,
+        group: Group = ALONE,
         *,
-        here: bool = True,
+        sharded: bool = False,
     ) -> None:
-        """here: False on a rank, or for a model, of which nothing is shown."""
         self._job, self._how, self._task, self._model, self._monitor = job, how, task, model, monitor
         self._data, self._precision = data.apart(), precision
-        self._draw = _DRAWN.get(job.kind) if here and how.preview_share else None
+        here = group.rank == 0 and not sharded and how.preview_share > 0
+        self._draw = _DRAWN.get(job.kind) if here else None
+        self._rows = min(EMBEDDINGS if self._draw is _embeddings else PICTURES, job.config.micro_size)
+        passes = STEPS * self._rows * (2 if self._draw is _pictures else 1)  # with and without its condition
+        self._costs = passes / 3 / (job.config.batch / group.ranks)
         self._batch: Batch | None = None
-        self._began, self._spent, self._last = time.monotonic(), 0.0, FIRST_S
+        self._steps, self._began, self._spent, self._last = 0, time.monotonic(), 0.0, 0.0
 
-    @property
     def due(self) -> bool:
-        """Whether there is something to show, and time for it."""
+        """Asked after each step: whether there is something to show, and time for it."""
         if self._draw is None:
             return False
+        self._steps += 1
+        if not self._spent:
+            return self._costs <= self._how.preview_share * self._steps
         return self._spent + self._last <= self._how.preview_share * (time.monotonic() - self._began)
 
     def show(self, step: int, averaged: dict[str, Tensor]) -> None:
@@ -94,7 +101,7 @@ class Previews:
         began = time.monotonic()
         try:
             if self._batch is None:
-                self._batch = self._rows()
+                self._batch = self._read()
             self._tell(step, self._drawn(self._draw, self._batch, averaged))
         except Exception as error:  # noqa: BLE001  weeks of training do not end for a picture
             log.warning("%s: no more previews: %s: %s", self._job.stage, type(error).__name__, error)
@@ -102,12 +109,10 @@ class Previews:
         self._last = time.monotonic() - began
         self._spent += self._last
 
-    def _rows(self) -> Batch:
+    def _read(self) -> Batch:
         """The first rows there are: the same in every start of the fit, and of all fits on these data."""
-        most = EMBEDDINGS if self._draw is _embeddings else PICTURES
         places = ((block, row) for block, count in enumerate(self._data.counts) for row in range(count))
-        chosen = list(islice(places, min(most, self._job.config.micro_size)))
-        batch = self._data.batch(chosen, 0).to(next(self._model.parameters()).device)
+        batch = self._data.batch(list(islice(places, self._rows)), 0).to(next(self._model.parameters()).device)
         self._monitor.artifact(self._job.stage, "\n".join([*batch.captions, ""]).encode(), f"{NAME}/captions.txt")
         return batch
 
