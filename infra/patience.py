@@ -1,4 +1,4 @@
-"""A store that is waited for: weeks of work in memory do not end since a server restarts, or a disk is full for a while."""
+"""A store that is waited for: weeks of work in memory do not end since a server restarts, or a disk is full."""
 
 from __future__ import annotations
 

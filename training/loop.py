@@ -124,7 +124,8 @@ def train(
                 (loss * (weight / config.batch * state.precision.scale)).backward()
                 state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
                 clock.note(losses, weight)
-            due = not saver.writing and (clock.checkpoint_due() or save())  # else the step stands still for the store
+            free = how.checkpoint_seconds == 0 or not saver.writing  # else a step would stand still for the store
+            due = free and (clock.checkpoint_due() or save())
             state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(due)
             state.flat.add(group)
             stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])

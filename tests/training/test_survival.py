@@ -25,7 +25,7 @@ STEPS = 24
 SHORT = {"steps": STEPS, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
 FROM, TO = 14, 20
 """Steps between which the store is gone."""
-OFTEN = FitHow(checkpoint_seconds=0, patience_s=60)
+OFTEN = FitHow(checkpoint_seconds=1e-3, patience_s=60)
 
 
 def gone(request: Request) -> Fault:
