@@ -306,7 +306,7 @@ class FitHow:
     gpus: float = 0
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
-    """Seconds between checkpoints, at least: none is begun while one is written. 0: one after every step, which waits."""
+    """Seconds between checkpoints, at least: none begins while one is written. 0: one behind the other."""
     keep: int = 2
     """Newest checkpoints that are kept while it trains."""
     keep_best: str = ""

@@ -124,8 +124,7 @@ def train(
                 (loss * (weight / config.batch * state.precision.scale)).backward()
                 state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
                 clock.note(losses, weight)
-            free = how.checkpoint_seconds == 0 or not saver.writing  # else a step would stand still for the store
-            due = free and (clock.checkpoint_due() or save())
+            due = save() or (not saver.writing and clock.checkpoint_due())  # else it would stand still for the store
             state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(due)
             state.flat.add(group)
             stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
