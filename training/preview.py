@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -83,7 +85,7 @@ class Previews:
         self._rows = min(EMBEDDINGS if self._draw is _embeddings else PICTURES, job.config.micro_size)
         passes = STEPS * self._rows * (2 if self._draw is _pictures else 1)  # with and without its condition
         self._costs = passes / 3 / (job.config.batch / group.ranks)
-        self._batch: Batch | None = None
+        self._batch: Future[Batch] | None = None
         self._steps, self._began, self._spent, self._last = 0, time.monotonic(), 0.0, 0.0
 
     def due(self) -> bool:
@@ -91,23 +93,36 @@ class Previews:
         if self._draw is None:
             return False
         self._steps += 1
-        if not self._spent:
-            return self._costs <= self._how.preview_share * self._steps
-        return self._spent + self._last <= self._how.preview_share * (time.monotonic() - self._began)
+        if self._spent:
+            return self._spent + self._last <= self._how.preview_share * (time.monotonic() - self._began)
+        return self._costs <= self._how.preview_share * self._steps and self._reading().done()
 
     def show(self, step: int, averaged: dict[str, Tensor]) -> None:
         """Draws with these weights, a state dict of the model."""
         assert self._draw is not None
         began = time.monotonic()
         try:
-            if self._batch is None:
-                self._batch = self._read()
-            self._tell(step, self._drawn(self._draw, self._batch, averaged))
+            self._tell(step, self._drawn(self._draw, self._reading().result(), averaged))
         except Exception as error:  # noqa: BLE001  weeks of training do not end for a picture
             log.warning("%s: no more previews: %s: %s", self._job.stage, type(error).__name__, error)
             self._draw = None
         self._last = time.monotonic() - began
         self._spent += self._last
+
+    def _reading(self) -> Future[Batch]:
+        """The rows, read by a thread: training does not wait for a store that does not answer."""
+        if self._batch is None:
+            self._batch = read = Future[Batch]()
+
+            def fill() -> None:
+                torch.set_num_threads(self._how.threads)
+                try:
+                    read.set_result(self._read())
+                except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the rows
+                    read.set_exception(error)
+
+            threading.Thread(target=fill, name="preview", daemon=True).start()
+        return self._batch
 
     def _read(self) -> Batch:
         """The first rows there are: the same in every start of the fit, and of all fits on these data."""
