@@ -129,11 +129,11 @@ class Checkpoints:
             "files": {file.name: {"sha256": file.sha256, "bytes": file.bytes} for file in files},
             "tensors": {name: asdict(stored) for name, stored in tensors.items()},
         }
-        document["digest"] = digest(canonical(document))
+        said = document["digest"] = digest(canonical(document))
         if not self.store.put_new(place + MANIFEST, canonical(document)):
             log.warning("checkpoint %s: another one lies there already; it is not written", place)
             return False
-        self._told(samples, document["digest"])
+        self._told(samples, said)
         self._retain()
         return True
 
