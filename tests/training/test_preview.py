@@ -23,6 +23,7 @@ from training.launch import train_local
 from training.objectives import Objective, objective
 from training.precision import Precision
 from training.preview import GUIDANCE, NAME, STEPS, Previews
+from training.speed import compile_parts, recompute
 from unclip.clip_text import Text
 from unclip.draw import draw_embeddings
 from unclip.folder import load_model
@@ -144,3 +145,24 @@ def test_a_priors_cosine_is_that_of_its_samples_to_the_rows_embeddings(world: Ti
     z = draw_embeddings(model.eval(), Text(*(told[name] for name in TEXT)), range(3), Sampling("ddim", steps=STEPS))
     expected = F.cosine_similarity(z, told["image_embedding"]).mean()
     assert seen.values[-1][f"{NAME}/cosine"] == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_compiled_or_computed_twice_draws_the_same_without_a_compiler(world: Tiny, data: Any) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("a preview was compiled")
+
+    job = world.job("decoder", "modes", **SHORT)
+    task, rows = data(job)
+    drawn = []
+    for how in (HOW, replace(HOW, recompute=True), replace(HOW, compile=True)):
+        seen = Seen()
+        torch.manual_seed(0)
+        model = task.build().train()
+        if how.recompute:
+            recompute(model)
+        if how.compile:
+            compile_parts(model, backend)
+        Previews(job, how, task, model, rows, seen, Precision("float32", CPU)).show(1, dict(model.state_dict()))
+        drawn.append(seen.images[1])
+    assert drawn[0] == drawn[1] == drawn[2]
