@@ -233,8 +233,7 @@ class Writer:
         if found is None:
             folder = database_folder(self.uri)
             place = (folder / "artifacts" / short(name)).as_uri() if folder else None
-            # Else its page is that of prompts and traces.
-            return self.client.create_experiment(name, place, {"mlflow.experimentKind": "custom_model_development"})
+            return self.client.create_experiment(name, place)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id

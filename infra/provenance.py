@@ -37,11 +37,10 @@ def git_tags(folder: Path = CODE) -> dict[str, str]:
 
 
 def machine_tags() -> dict[str, str]:
-    """User, host, CPUs, versions and the digest of requirements.lock, where there is one."""
+    """Host, CPUs, versions and the digest of requirements.lock, where there is one."""
     known = {one.name: one.version for one in metadata.distributions() if one.name in TOLD}
     lock = CODE / "requirements.lock"
     return {
-        "mlflow.user": _user(),
         "unclip.host": platform.node(),
         "unclip.platform": platform.platform(),
         "unclip.cpus": str(os.cpu_count()),
@@ -61,7 +60,8 @@ def _git(folder: Path, *command: str) -> str:
     return told.stdout.strip()
 
 
-def _user() -> str:
+def user() -> str:
+    """Who runs this process: a name, or a number where there is none."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name

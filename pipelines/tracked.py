@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from infra.manifest import Action, Manifest, object_name
-from infra.provenance import git_tags, machine_tags, packages
+from infra.provenance import git_tags, machine_tags, packages, user
 from infra.store import Store
 from infra.tracking import DataSet
 from pipelines.fit import ROLES
@@ -40,8 +40,9 @@ def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
 
 
 def _source(words: str) -> dict[str, str]:
-    """Where a run comes from: its page shows the commit beside the command."""
-    return {"mlflow.source.name": f"unclip run {words}", "mlflow.source.type": "LOCAL", **git_tags()}
+    """Who started a run, and from what: its page shows the commit beside the command."""
+    command = {"mlflow.source.name": f"unclip run {words}", "mlflow.source.type": "LOCAL"}
+    return {"mlflow.user": user(), **command, **git_tags()}
 
 
 def tell_made(monitor: Any, stage: str, digests: dict[str, str]) -> None:
