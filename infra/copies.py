@@ -1,4 +1,4 @@
-"""Local copies of what lies in S3: a folder of files that are whole, below $UNCLIP_CACHE_GB, by what was used last."""
+"""Local copies of what lies in S3, whole files and parts of such, below $UNCLIP_CACHE_GB, by what was used last."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from infra.errors import Refused
 from infra.store import EXPECTED, advice
 
 _IN_USE_S = 3600
+_PART = "@"
+"""Between the name of a file and (start)-(length) of the part of it that a copy has."""
 _fetched: Counter[Path] = Counter()  # bytes that this process fetched into a folder since it last looked at its size
 
 
@@ -22,6 +26,42 @@ def fetched(copies: Path, count: int) -> None:
     if _fetched[copies] > bound() // 16:
         _fetched[copies] = 0
         trim(copies, bound())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The copies in a folder of one name's bytes."""
+
+    copies: Path
+    name: str
+
+    def read(self, start: int, length: int, first: int, most: int) -> bytes | None:
+        """The bytes [start, start + length), out of a whole copy or of the part [first, first + most); None of none."""
+        for path, offset in ((self.copies / self.name, start), (self._path(first, most), start - first)):
+            with suppress(FileNotFoundError), open(path, "rb") as file:
+                os.utime(file.fileno())  # used just now, which `trim` goes by
+                file.seek(offset)
+                return file.read(length)
+        return None
+
+    def keep(self, data: bytes, first: int, most: int, scratch: Path) -> None:
+        """Makes a copy of that part, by way of a scratch folder in the same file system: whole or not at all."""
+        path = self._path(first, most)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = scratch / "part"
+        written.write_bytes(data)
+        os.chmod(written, 0o444)
+        os.replace(written, path)
+
+    def delete(self) -> None:
+        """Removes the copy and those of all parts."""
+        whole = self.copies / self.name
+        for path in (whole, *whole.parent.glob(f"{escape(whole.name)}{_PART}*")):
+            path.unlink(missing_ok=True)
+
+    def _path(self, first: int, most: int) -> Path:
+        whole = self.copies / self.name
+        return whole.with_name(f"{whole.name}{_PART}{first}-{most}")
 
 
 def bound() -> int:
@@ -39,8 +79,9 @@ def bound() -> int:
 def trim(copies: Path, most: int) -> None:
     """Removes the copies used longest ago until the others take at most so many bytes.
 
-    Other processes use the folder too: what was asked for within `_IN_USE_S` stays, even above the bound. A file that
-    is open outlives its name, and whoever asks for it again gets a new copy.
+    Other processes use the folder too: a whole file that was asked for within `_IN_USE_S` stays, even above the bound.
+    A part is read at once by whoever asks for it, so that it may go at any time. A file that is open outlives its name,
+    and whoever asks for it again gets a new copy.
     """
     found = []
     for folder, below, names in os.walk(copies):
@@ -52,8 +93,10 @@ def trim(copies: Path, most: int) -> None:
                 found.append((status.st_mtime, status.st_size, os.path.join(folder, name)))
     over = sum(size for _, size, _ in found) - most
     for used, size, path in sorted(found):
-        if over <= 0 or time.time() - used < _IN_USE_S:
+        if over <= 0:
             return
+        if time.time() - used < _IN_USE_S and _PART not in os.path.basename(path):
+            continue
         with suppress(FileNotFoundError):
             os.unlink(path)
         over -= size

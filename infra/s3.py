@@ -23,7 +23,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from infra.copies import copying, fetched
+from infra.copies import Parts, copying, fetched
 from infra.errors import Refused
 from infra.manifest import canonical, digest
 from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
@@ -127,6 +127,16 @@ class S3Store:
                     return b""
                 raise
 
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        first, most = within or (start, length)
+        if (kept := Parts(self._copies, check_name(name)).read(start, length, first, most)) is not None:
+            return kept
+        data = self.get(name, first, most)
+        with copying(self._copies), self.scratch() as folder:
+            Parts(self._copies, name).keep(data, first, most, folder)
+        fetched(self._copies, len(data))
+        return data[start - first : start - first + length]
+
     def put_new(self, name: str, data: bytes | Path) -> bool:
         check_name(name)
         with self._speaking(name):
@@ -183,7 +193,7 @@ class S3Store:
     def delete(self, name: str) -> None:
         with self._speaking(name):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(check_name(name)))
-        (self._copies / name).unlink(missing_ok=True)
+        Parts(self._copies, name).delete()
 
     def scratch(self) -> AbstractContextManager[Path]:
         return scratch_folder(self._tmp)

@@ -64,6 +64,13 @@ class Store(Protocol):
         """The bytes [start, start + length) of a name; all to its end when length is None."""
         ...
 
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        """The same bytes of what is read again and again in parts, of which a store that is elsewhere keeps copies.
+
+        within: (start, length) of the range that is fetched and kept, if this one lies in a larger one.
+        """
+        ...
+
     def put_new(self, name: str, data: bytes | Path) -> bool:
         """Puts bytes, or a file's bytes, under a name that has none yet.
 
@@ -163,6 +170,9 @@ class LocalStore:
         with self._found(name), open(self._path(name), "rb") as file:
             file.seek(start)
             return file.read(length)
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        return self.get(name, start, length)
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
         final = self._path(name)

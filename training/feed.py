@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import torch
 
 from training.data import Batch, Data
 from training.order import Order, derived
+
+log = logging.getLogger(__name__)
 
 
 class Feed:
@@ -50,12 +53,26 @@ class Feed:
         torch.set_num_threads(threads)  # the number is a thread's own, and sums depend on it
         try:
             for step in self._steps:
+                if step == self._steps.start + 1:
+                    self._complain()
                 for lane in self._lanes:
                     rows = self._order.rows(step, lane)
                     if not self._put(self._data.batch(rows, derived("noise", self._order.seed, step, lane))):
                         return
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
             self._put(error)
+
+    def _complain(self) -> None:
+        """Says so where the rows that are mixed have no room in memory, so that blocks are read again and again."""
+        rows = min(self._order.mixed * len(self._lanes), sum(self._data.counts))
+        if (wanted := self._data.row_bytes * rows) > self._data.limit:
+            log.warning(
+                "%d rows are mixed here, which take about %d MB, and cache_bytes is %d MB: most blocks are read many "
+                "times an epoch. Raise cache_bytes, take more workers, or lower train.window.",
+                rows,
+                wanted / 1e6,
+                self._data.limit / 1e6,
+            )
 
     def _put(self, made: Batch | BaseException) -> bool:
         while not self._closed.is_set():
