@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -17,6 +18,8 @@ from infra.store import EXPECTED, advice
 _IN_USE_S = 3600
 _PART = "@"
 """Between the name of a file and (start)-(length) of the part of it that a copy has."""
+# Of the few, a part's is shared with others by chance: they then wait for each other.
+_LOCKS = tuple(threading.Lock() for _ in range(64))
 _fetched: Counter[Path] = Counter()  # bytes that this process fetched into a folder since it last looked at its size
 
 
@@ -35,23 +38,39 @@ class Parts:
     copies: Path
     name: str
 
-    def read(self, start: int, length: int, first: int, most: int) -> bytes | None:
-        """The bytes [start, start + length), out of a whole copy or of the part [first, first + most); None of none."""
+    def part(
+        self,
+        start: int,
+        length: int,
+        first: int,
+        most: int,
+        get: Callable[[int, int], bytes],
+        scratch: Callable[[], AbstractContextManager[Path]],
+    ) -> bytes:
+        """The bytes [start, start + length), out of a whole copy or of that of the part [first, first + most), which is
+        got (start, length) where neither is there. One thread of this process gets a part, and others wait for it."""
+        if (kept := self._read(start, length, first, most)) is not None:
+            return kept
+        with _LOCKS[hash((self.name, first, most)) % len(_LOCKS)]:
+            if (kept := self._read(start, length, first, most)) is not None:
+                return kept
+            data, path = get(first, most), self._path(first, most)
+            with copying(self.copies), scratch() as folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                written = folder / "part"
+                written.write_bytes(data)
+                os.chmod(written, 0o444)
+                os.replace(written, path)  # whole or not at all
+        fetched(self.copies, len(data))
+        return data[start - first : start - first + length]
+
+    def _read(self, start: int, length: int, first: int, most: int) -> bytes | None:
         for path, offset in ((self.copies / self.name, start), (self._path(first, most), start - first)):
             with suppress(FileNotFoundError), open(path, "rb") as file:
                 os.utime(file.fileno())  # used just now, which `trim` goes by
                 file.seek(offset)
                 return file.read(length)
         return None
-
-    def keep(self, data: bytes, first: int, most: int, scratch: Path) -> None:
-        """Makes a copy of that part, by way of a scratch folder in the same file system: whole or not at all."""
-        path = self._path(first, most)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = scratch / "part"
-        written.write_bytes(data)
-        os.chmod(written, 0o444)
-        os.replace(written, path)
 
     def delete(self) -> None:
         """Removes the copy and those of all parts."""

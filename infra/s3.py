@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,10 @@ class S3Store:
         return store
 
     @property
+    def distant(self) -> bool:
+        return True
+
+    @property
     def uri(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
@@ -128,14 +132,8 @@ class S3Store:
                 raise
 
     def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
-        first, most = within or (start, length)
-        if (kept := Parts(self._copies, check_name(name)).read(start, length, first, most)) is not None:
-            return kept
-        data = self.get(name, first, most)
-        with copying(self._copies), self.scratch() as folder:
-            Parts(self._copies, name).keep(data, first, most, folder)
-        fetched(self._copies, len(data))
-        return data[start - first : start - first + length]
+        parts = Parts(self._copies, check_name(name))
+        return parts.part(start, length, *(within or (start, length)), partial(self.get, name), self.scratch)
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
         check_name(name)

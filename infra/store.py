@@ -60,6 +60,11 @@ class Store(Protocol):
         """What `open_store` takes to open it again."""
         ...
 
+    @property
+    def distant(self) -> bool:
+        """Whether what it holds has to be fetched, and `local` and `part` keep copies."""
+        ...
+
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """The bytes [start, start + length) of a name; all to its end when length is None."""
         ...
@@ -146,6 +151,10 @@ class LocalStore:
     @property
     def uri(self) -> str:
         return str(self.root)
+
+    @property
+    def distant(self) -> bool:
+        return False
 
     def check(self, create: bool) -> None:
         """Refused if the folder is none, or (create) cannot be made or written to; clears what killed writers left."""

@@ -126,6 +126,11 @@ class Spans:
         first = min(offset for offset, _ in self.spans)
         return first, max(offset + length for offset, length in self.spans) - first
 
+    def fetch(self) -> None:
+        """Has the range here before its first picture is wanted."""
+        first, _ = self.range
+        self.store.part(object_name(self.tar), first, 0, within=self.range)
+
     def __getitem__(self, row: int) -> bytes:
         return self.store.part(object_name(self.tar), *self.spans[row], within=self.range)
 

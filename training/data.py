@@ -212,18 +212,32 @@ class Data:
             tensors["image"] = self._decoded([undecoded[place] for place in range(len(rows))])
         return Batch(seed, uids, captions, tensors)
 
-    def _load(self, place: Place) -> Rows:
-        reads, columns = self.reads, ["uid", "caption"]
-        if reads.embeddings:
+    def fetch(self, number: int) -> None:
+        """Brings a block's bytes to this machine, from a store that is elsewhere; any thread may."""
+        if self.store.distant and len(self.places[number].keep):
+            place = self.places[number]
+            table = self._read(place)
+            if self.reads.originals:
+                self._spans(place, table["uid"].to_pylist()).fetch()
+
+    def _read(self, place: Place) -> pa.Table:
+        """What is wanted of a block's kept rows, out of its Parquet file."""
+        columns = ["uid", "caption"]
+        if self.reads.embeddings:
             columns.append("image_embedding")
-        if reads.text_embeddings:
+        if self.reads.text_embeddings:
             columns.append("text_embedding")
-        if reads.image and not reads.originals:
+        if self.reads.image and not self.reads.originals:
             columns.append("image")
         table = self._file(place.parquet).read(place.first, place.rows, columns)
         place.check(table["uid"])
-        if len(place.keep) < place.rows:
-            table = table.take(pa.array(place.keep))
+        return table if len(place.keep) == place.rows else table.take(pa.array(place.keep))
+
+    def _spans(self, place: Place, uids: Sequence[bytes]) -> Spans:
+        return Spans(self.store, place.tar, self._index(place.index).spans(uids))
+
+    def _load(self, place: Place) -> Rows:
+        reads, table = self.reads, self._read(place)
         uids, captions = table["uid"].to_pylist(), table["caption"].to_pylist()
         tensors: dict[str, Tensor] = {}
         if reads.embeddings:
@@ -240,10 +254,7 @@ class Data:
             tensors |= {name: tensor[chosen] for name, tensor in self.read_text(distinct).items()}
         loaded = Rows(uids, captions, tensors)
         if reads.image and uids:
-            if reads.originals:
-                loaded.pictures = Spans(self.store, place.tar, self._index(place.index).spans(uids))
-            else:
-                loaded.pictures = table["image"].to_pylist()
+            loaded.pictures = self._spans(place, uids) if reads.originals else table["image"].to_pylist()
             if self._whole is None:
                 row = self._decoded([(loaded, 0)]).nbytes + loaded.bytes / len(uids)
                 self._whole = row * sum(self.counts) <= self.limit

@@ -1,4 +1,8 @@
-"""Micro-batches prepared ahead: a thread reads and decodes what the order says comes next while the model trains."""
+"""Micro-batches prepared ahead: a thread reads and decodes what the order says comes next while the model trains.
+
+From a store that is elsewhere, others bring the blocks of each lane's next window meanwhile: a window begins with rows
+of all its blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +18,9 @@ import torch
 
 from training.data import Batch, Data
 from training.order import Order, derived
+
+FETCHERS = 8
+"""Blocks that are brought from elsewhere at a time."""
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +38,9 @@ class Feed:
         self._steps = range(first_step, steps)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        self._windows: dict[int, int] = {}
+        """Lane → the window up to which its blocks are being brought."""
         self._thread = threading.Thread(target=self._fill, args=(threads,), name="feed", daemon=True)
 
     def __enter__(self) -> Feed:
@@ -41,6 +52,7 @@ class Feed:
     ) -> None:
         self._closed.set()
         self._thread.join()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def next(self) -> Batch:
         """The next micro-batch; whatever went wrong while preparing it is raised here."""
@@ -56,11 +68,23 @@ class Feed:
                 if step == self._steps.start + 1:
                     self._complain()
                 for lane in self._lanes:
+                    self._bring(step, lane)
                     rows = self._order.rows(step, lane)
                     if not self._put(self._data.batch(rows, derived("noise", self._order.seed, step, lane))):
                         return
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
             self._put(error)
+
+    def _bring(self, step: int, lane: int) -> None:
+        """Lets the blocks of this window and of the next be brought, unless they are. What fails here fails again, and
+        is told, where the block is read."""
+        if not self._data.store.distant:
+            return
+        here = self._order.window_of(step, lane)
+        for number in range(self._windows.get(lane, here - 1) + 1, here + 2):
+            for block in self._order.blocks_of(lane, number):
+                self._fetchers.submit(self._data.fetch, block)
+        self._windows[lane] = here + 1
 
     def _complain(self) -> None:
         """Says so where the rows that are mixed have no room in memory, so that blocks are read again and again."""

@@ -81,9 +81,7 @@ class Order:
     def rows(self, step: int, lane: int) -> list[tuple[int, int]]:
         """The micro-batch of that lane at that step: `micro` pairs (block, row among the block's kept rows)."""
         first, last = step * self.micro, (step + 1) * self.micro
-        walk = self._walks.setdefault(lane, Walk())
-        while walk.ends[-1] < last:
-            self._walk_on(lane, walk)
+        walk = self._walked(lane, last)
         found: list[tuple[int, int]] = []
         while first < last:
             number = bisect_right(walk.ends, first) - 1
@@ -92,6 +90,25 @@ class Order:
             found += [(block, row) for block, row in taken.tolist()]
             first = stop
         return found
+
+    def window_of(self, step: int, lane: int) -> int:
+        """The number of the lane's window in which the step begins."""
+        first = step * self.micro
+        return bisect_right(self._walked(lane, first + 1).ends, first) - 1
+
+    def blocks_of(self, lane: int, number: int) -> list[int]:
+        """The blocks of the lane's window of that number."""
+        walk = self._walked(lane, 0)
+        while len(walk.cuts) < number + 2:
+            self._walk_on(lane, walk)
+        return self._dealt(lane, walk.cuts[number], walk.cuts[number + 1]).tolist()
+
+    def _walked(self, lane: int, rows: int) -> Walk:
+        """The lane's windows, at least as far as its first rows lie in them."""
+        walk = self._walks.setdefault(lane, Walk())
+        while walk.ends[-1] < rows:
+            self._walk_on(lane, walk)
+        return walk
 
     def _walk_on(self, lane: int, walk: Walk) -> None:
         """Finds the lane's next windows, about an epoch of them: arithmetic alone, so that resuming late costs little.
@@ -123,7 +140,7 @@ class Order:
         """The blocks at the lane's places [first, last), int64."""
         epochs, places = np.divmod(np.arange(first, last) * self.lanes + lane, len(self.blocks))
         dealt = np.empty_like(places)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        for epoch in np.unique(epochs).tolist():
             if epoch not in self._epochs:
                 self._epochs[epoch] = shuffled(len(self.blocks), "epoch", self.seed, epoch)
                 if len(self._epochs) > 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -184,6 +185,34 @@ def test_from_s3_each_part_is_fetched_once_and_then_lies_here(world: Tiny, s3_ur
     with requests(store) as sent:
         assert same(epoch(Data(store, world.embed, world.curate, PICTURES)), expected)
     assert not [name for _, name in sent if name in names]
+
+
+def test_the_feed_brings_the_next_windows_blocks_from_s3_and_each_of_them_once(
+    world: Tiny, s3_uri: str, tmp_path: Path
+) -> None:
+    store, names = moved(world, s3_uri), large(world)
+    near = Data(world.store, world.embed, world.curate, PICTURES)
+    data = Data(store, world.embed, world.curate, PICTURES, decoders=3)
+    order = Order(data.counts, 2, 4, 3, 0, spread=True)
+    with requests(store) as sent, Feed(data, order, [0, 1], 5, 6, 1, 1) as feed:
+        for lane in range(2):
+            batch, expected = feed.next(), near.batch(order.rows(5, lane), 0)
+            assert batch.uids == expected.uids
+            assert torch.equal(batch.tensors["image"], expected.tensors["image"])
+        windows = [order.window_of(5, lane) for lane in range(2)]
+        wanted = {
+            block
+            for lane, window in enumerate(windows)
+            for n in (window, window + 1)
+            for block in order.blocks_of(lane, n)
+        }
+        tars = [name for _, name in sent if names.get(name, "").startswith("tar")]
+        deadline = time.monotonic() + 20
+        while len(tars) < len(wanted) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            tars = [name for _, name in sent if names.get(name, "").startswith("tar")]
+    assert len(tars) == len(wanted)
+    assert len(list((tmp_path / "cache").rglob("*@*"))) >= 2 * len(wanted)
 
 
 def test_parts_of_s3_objects_stay_below_the_bound(

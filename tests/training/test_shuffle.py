@@ -105,8 +105,11 @@ def test_any_step_can_be_asked_for_without_the_steps_before_it(blocks, lanes, mi
         for lane in range(lanes):
             walked.rows(before, lane)
     for lane in range(lanes):
+        ahead = jumped.blocks_of(lane, (number := jumped.window_of(step, lane)) + 1)
+        assert jumped.rows(step, lane)[0][0] in walked.blocks_of(lane, number)
         assert walked.rows(step, lane) == jumped.rows(step, lane)
         assert len(jumped.rows(step, lane)) == micro
+        assert walked.blocks_of(lane, number + 1) == ahead
 
 
 @pytest.mark.parametrize("spread", [False, True])
