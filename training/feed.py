@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -38,13 +38,16 @@ class Feed:
         self._steps = range(first_step, steps)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
-        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
         self._windows: dict[int, int] = {}
         """Lane → the window up to which its blocks are being brought."""
+        self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
+        count = FETCHERS if data.store.distant else 0
+        self._fetchers = [threading.Thread(target=self._fetch, name="fetch", daemon=True) for _ in range(count)]
         self._thread = threading.Thread(target=self._fill, args=(threads,), name="feed", daemon=True)
 
     def __enter__(self) -> Feed:
-        self._thread.start()
+        for thread in (self._thread, *self._fetchers):
+            thread.start()
         return self
 
     def __exit__(
@@ -52,7 +55,8 @@ class Feed:
     ) -> None:
         self._closed.set()
         self._thread.join()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        for _ in self._fetchers:  # which end by themselves: a store may be long in answering
+            self._blocks.put(-1)
 
     def next(self) -> Batch:
         """The next micro-batch; whatever went wrong while preparing it is raised here."""
@@ -76,15 +80,19 @@ class Feed:
             self._put(error)
 
     def _bring(self, step: int, lane: int) -> None:
-        """Lets the blocks of this window and of the next be brought, unless they are. What fails here fails again, and
-        is told, where the block is read."""
-        if not self._data.store.distant:
+        """Lets the blocks of this window and of the next be brought, unless they are."""
+        if not self._fetchers:
             return
         here = self._order.window_of(step, lane)
         for number in range(self._windows.get(lane, here - 1) + 1, here + 2):
             for block in self._order.blocks_of(lane, number):
-                self._fetchers.submit(self._data.fetch, block)
+                self._blocks.put(block)
         self._windows[lane] = here + 1
+
+    def _fetch(self) -> None:
+        while (block := self._blocks.get()) >= 0 and not self._closed.is_set():
+            with suppress(Exception):  # what fails here fails again, and is told, where the block is read
+                self._data.fetch(block)
 
     def _complain(self) -> None:
         """Says so where the rows that are mixed have no room in memory, so that blocks are read again and again."""
