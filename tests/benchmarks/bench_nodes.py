@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from rich.console import Console as Terminal
 
 from infra.cluster import connect, disconnect
 from infra.manifest import Action, Manifest, Record
@@ -95,10 +96,10 @@ def seconds(port: int, folder: Path, info: Any) -> float:
     store = open_store(str(folder))
     how = DownloadHow(threads=THREADS, allow=("127.0.0.0/8",))
     source, download = Slices({"port": port}), Download(DownloadSpec(size=64), how)
-    link = (info, NullMonitor())
-    Execution(store, [source], lambda: link, Console([])).run({source.name})
+    link, console = (info, NullMonitor()), Console([], Terminal(quiet=True))
+    Execution(store, [source], lambda: link, console).run({source.name})
     began = time.perf_counter()
-    made = Execution(store, [source, download], lambda: link, Console([])).run({source.name, download.name})
+    made = Execution(store, [source, download], lambda: link, console).run({source.name, download.name})
     took = time.perf_counter() - began
     assert made[download.name].states == {KEPT: SHARDS * ROWS}
     assert len(made[download.name].records) == SHARDS
