@@ -110,8 +110,8 @@ def _send(pipe: IO[bytes] | None, what: Any) -> None:
 
 
 def _receive(pipe: IO[bytes] | None, seconds: float | None = None) -> Any:
-    """What was sent, by ourselves on the other side; EOFError where nobody is there any more, TimeoutError where nothing
-    came in so many seconds."""
+    """What was sent, by ourselves on the other side; EOFError where nobody is there any more, TimeoutError where
+    nothing came in so many seconds."""
     assert pipe is not None
     if seconds is not None and not wait([pipe], seconds):  # type: ignore[list-item]  # whatever has a fileno
         raise TimeoutError

@@ -96,8 +96,8 @@ class DownloadHow(Manners):
     """Whether pictures are decoded in processes of their own, so that one which ends or holds its decoder costs its row
     alone. A shard that ended its workers is done so in any case."""
     decode_s: float = 60.0
-    """Seconds that a picture may be with its decoder. A worker with one that takes longer is ended, as a crash would end
-    it; apart, the row ends as `decoder_hung`."""
+    """Seconds that a picture may be with its decoder. A worker with one that takes longer is ended, as a crash would
+    end it; apart, the row ends as `decoder_hung`."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
 

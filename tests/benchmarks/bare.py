@@ -107,8 +107,8 @@ def main() -> None:
     for line in sys.stdin:
         urls, folder = map(Path, json.loads(line))
         folder.mkdir()
-        shard = folder / "00000.feather"
-        with pa.OSFile(str(shard), "wb") as file, pa.ipc.new_file(file, (table := pq.read_table(urls)).schema) as writer:
+        shard, table = folder / "00000.feather", pq.read_table(urls)
+        with pa.OSFile(str(shard), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         work = downloader(threads, size, timeout_s, bool(exif), folder)
         wall, cpu = time.perf_counter(), time.process_time()

@@ -1,7 +1,7 @@
 """A web server for benchmarks: many hosts (addresses of loopback) on one port, some of which never answer.
 
-Run as `python -m tests.benchmarks.web HOSTS HANGING CLOSING DELAY`: it prints its port, and serves until its standard input
-ends. A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
+Run as `python -m tests.benchmarks.web HOSTS HANGING CLOSING DELAY`: it prints its port, and serves until its standard
+input ends. A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
 """
 
 from __future__ import annotations
