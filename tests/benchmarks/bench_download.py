@@ -92,4 +92,4 @@ def test_downloading_is_as_fast_as_img2dataset_and_hanging_hosts_hold_nobody_up(
     print(f"{what}: {wall:.2f} × bare img2dataset, {work:.2f} × by processor time", end=" ")
     print(f"({rounds} rounds, {THREADS} threads, {count} rows)", flush=True)
     assert least is None or wall >= least
-    assert least is None or hanging or work >= least
+    assert hanging or work >= 1.0
