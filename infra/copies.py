@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from infra.errors import Refused
+from infra.errors import Refused, Unavailable
 from infra.store import EXPECTED, advice
 
 _IN_USE_S = 3600
@@ -67,8 +67,7 @@ def copying(copies: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in EXPECTED:
             raise
-        raise Refused(
+        raise Unavailable(
             f"{copies}, where copies of S3 objects are kept: {advice(error)} The folder is below $XDG_CACHE_HOME, its "
-            "size $UNCLIP_CACHE_GB.",
-            code=5,
+            "size $UNCLIP_CACHE_GB."
         ) from error

@@ -26,7 +26,7 @@ from botocore.utils import parse_timestamp
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from infra.copies import copying, fetched
-from infra.errors import Refused
+from infra.errors import Refused, Unavailable
 from infra.manifest import canonical, digest
 from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
 
@@ -295,10 +295,8 @@ class S3Store:
         try:
             yield
         except (*_UNREACHABLE, *_BROKEN) as error:
-            raise Refused(
-                f"{where} does not answer ({error}). Is its server running, and AWS_ENDPOINT_URL right?",
-                code=5 if name else 2,
-            ) from error
+            told = f"{where} does not answer ({error}). Is its server running, and AWS_ENDPOINT_URL right?"
+            raise (Unavailable if name else Refused)(told) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound) as error:
             raise Refused(
                 f"{where}: {error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
@@ -326,8 +324,8 @@ class S3Store:
             # Of an answer that is no XML botocore makes a nameless 500, whatever its status was.
             nameless = not name and _code(error) == "500" and not told.get("RequestId")
             if told.get("HTTPStatusCode") in (500, 502, 503, 504) and not nameless:
-                raise Refused(
-                    f"{where}: its server fails just now ({error}) What is done stays done; run again later.", code=5
+                raise Unavailable(
+                    f"{where}: its server fails just now ({error}) What is done stays done; run again later."
                 ) from error
             hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
             raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from infra.errors import Refused
+from infra.errors import Refused, Unavailable
 from infra.process import Process
 
 # Folders of a local store that hold no named bytes: files being written, MLflow's database, copies for people.
@@ -152,7 +152,7 @@ class LocalStore:
                 pass
         except OSError as error:
             if error.errno in FULL:
-                raise Refused(f"store {self.root}: {advice(error)}", code=5) from error
+                raise Unavailable(f"store {self.root}: {advice(error)}") from error
             raise Refused(
                 f"store {self.root} is not writable ({error.strerror or error}). "
                 "Choose another with --store or $UNCLIP_STORE, or make it writable."
@@ -186,7 +186,8 @@ class LocalStore:
             # Copying names the caller's file even where it is the store that has no room.
             if isinstance(data, Path) and error.filename == str(data) and error.errno not in FULL:
                 raise  # the caller's file, not the store, is the trouble
-            raise Refused(f"store {self.root}: {name} could not be written: {advice(error)}", code=5) from error
+            told = f"store {self.root}: {name} could not be written: {advice(error)}"
+            raise (Unavailable(told) if error.errno in EXPECTED else Refused(told, code=5)) from error
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
@@ -276,7 +277,7 @@ def scratch_folder(tmp: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in EXPECTED:
             raise
-        raise Refused(f"{tmp}, where files are made on their way into the store: {advice(error)}", code=5) from error
+        raise Unavailable(f"{tmp}, where files are made on their way into the store: {advice(error)}") from error
     try:
         yield folder
     finally:

@@ -306,13 +306,16 @@ class FitHow:
     gpus: float = 0
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
-    """Seconds between checkpoints; 0: one after every step."""
+    """Seconds between checkpoints, at least: none begins while one is written. 0: one behind the other."""
     keep: int = 2
     """Newest checkpoints that are kept while it trains."""
     keep_best: str = ""
     """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
     overlap: bool = True
     """Training goes on while a checkpoint is written."""
+    patience_s: float = 600
+    """Seconds for which a store that does not answer, or has no room, is waited for; what was to be written is kept
+    meanwhile. Less than the 1,800 for which workers wait for each other."""
     compile: bool = False
     """The network is compiled (torch.compile), which takes minutes at each start, and a C++ compiler on a CPU."""
     channels_last: bool = False
@@ -338,6 +341,7 @@ class FitHow:
         counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
         amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
         ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
+        ranges["patience_s"] = Range(0, 1500)
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
         if self.shard not in SHARDS:
