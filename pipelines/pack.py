@@ -183,7 +183,7 @@ class ShardWriter:
         offset = self._tar.offset + tarfile.BLOCKSIZE  # behind that member's header of one block
         # Not TarFile.addfile, which copies each member's facts, keeps them, and takes a tenth of a row's time.
         written = b"".join(part for name, data in members for part in (header(name, len(data)), data, _rest(data)))
-        self._tar.fileobj.write(written)  # type: ignore[union-attr]
+        self._tar.fileobj.write(written)
         self._tar.offset += len(written)
         return offset
 
