@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.utils import parse_timestamp
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from infra.copies import Parts, copying, fetched
@@ -351,7 +353,9 @@ def _age(head: dict[str, Any]) -> float:
 @cache
 def _client(endpoint: str | None, patience_s: float, attempts: int) -> Any:
     """One client a process (they are thread-safe). Checksums only on demand: not every server knows the new ones."""
-    session = boto3.session.Session()
+    core = botocore.session.get_session()
+    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+    session = boto3.session.Session(botocore_session=core)
     return session.client(
         "s3",
         endpoint_url=endpoint,
@@ -366,6 +370,14 @@ def _client(endpoint: str | None, patience_s: float, attempts: int) -> Any:
             s3={"addressing_style": "path" if endpoint else "auto"},
         ),
     )
+
+
+def _time(said: Any) -> datetime:
+    """What botocore would make of a time, without dateutil's guessing, which takes two thirds of a listing."""
+    if isinstance(said, str) and said.endswith("Z"):
+        with suppress(ValueError):
+            return datetime.fromisoformat(said)
+    return parse_timestamp(said)
 
 
 def _code(error: boto.ClientError) -> str:
