@@ -36,6 +36,10 @@ class Patient:
     def uri(self) -> str:
         return self._store.uri
 
+    @property
+    def distant(self) -> bool:
+        return self._store.distant
+
     def patiently(self, call: Callable[[], T]) -> T:
         """What `call` returns, once it meets no `Unavailable`; it may be called many times."""
         again = Retrying(
@@ -57,6 +61,9 @@ class Patient:
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         return self.patiently(lambda: self._store.get(name, start, length))
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        return self.patiently(lambda: self._store.part(name, start, length, within))
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
         return self.patiently(lambda: self._store.put_new(name, data))

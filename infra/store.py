@@ -60,8 +60,20 @@ class Store(Protocol):
         """What `open_store` takes to open it again."""
         ...
 
+    @property
+    def distant(self) -> bool:
+        """Whether what it holds has to be fetched, and `local` and `part` keep copies."""
+        ...
+
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """The bytes [start, start + length) of a name; all to its end when length is None."""
+        ...
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        """The same bytes of what is read again and again in parts, of which a store that is elsewhere keeps copies.
+
+        within: (start, length) of the range that is fetched and kept, if this one lies in a larger one.
+        """
         ...
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
@@ -140,6 +152,10 @@ class LocalStore:
     def uri(self) -> str:
         return str(self.root)
 
+    @property
+    def distant(self) -> bool:
+        return False
+
     def check(self, create: bool) -> None:
         """Refused if the folder is none, or (create) cannot be made or written to; clears what killed writers left."""
         if self.root.exists() and not self.root.is_dir():
@@ -163,6 +179,9 @@ class LocalStore:
         with self._found(name), open(self._path(name), "rb") as file:
             file.seek(start)
             return file.read(length)
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        return self.get(name, start, length)
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
         final = self._path(name)

@@ -76,6 +76,8 @@ class TrainConfig:
     samples."""
     rollback_every: int = field(default=1000, metadata=LATER)
     """Steps between the states that it may return to; each is a checkpoint."""
+    spread: bool = field(default=False, metadata=LATER)
+    """Neighbours come from different blocks (training/order.py); without it one in `window` comes from the same."""
 
     def __post_init__(self) -> None:
         names = ("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation")
@@ -336,7 +338,10 @@ class FitHow:
     """Peak of each worker's device in 10¹² operations a second at the precision that it trains in, for the metric
     `mfu`; 0: what its fastest matrix product reaches, measured as training starts."""
     cache_bytes: int = 1 << 30
-    """Decoded rows kept in memory, a worker. Ample if it holds `window` blocks for each lane of the worker."""
+    """Rows kept in memory, a worker: with their pictures decoded where all pictures have room, else encoded. It should
+    hold `window` blocks for each lane of the worker; a fit that wants more of it says so."""
+    decoders: int = 1
+    """Threads that decode pictures; the batches do not depend on it."""
     prefetch: int = 2
     """Micro-batches prepared ahead."""
     nice: int = 0
@@ -346,7 +351,7 @@ class FitHow:
     """Restarts after a worker dies."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
+        counts = dict.fromkeys(("workers", "threads", "decoders", "prefetch", "keep"), COUNT)
         names = ("cpus", "gpus", "log_seconds", "system_seconds", "checkpoint_seconds", "peak_tflops")
         amounts = dict.fromkeys(names, AMOUNT) | {"preview_share": FRACTION}
         ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}

@@ -105,10 +105,16 @@ def train(
     if found:
         state.load(found)
     data = Data(
-        store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text, cache=how.cache_bytes
+        store,
+        job.data["rows"],
+        job.data["selection"],
+        task.reads,
+        read_text=task.read_text,
+        cache=how.cache_bytes,
+        decoders=how.decoders,
     )
     data, held = split(data, config)
-    order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
+    order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed, config.spread)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None, group, device)
     previews = Previews(job, how, task, model, held or data, monitor, state.precision, group, sharded=sharded)
