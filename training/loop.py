@@ -25,7 +25,7 @@ from training.ema import Ema
 from training.feed import Feed
 from training.job import FitHow, Job, TrainConfig
 from training.muon import is_inner
-from training.objectives import Objective, objective
+from training.objectives import objective
 from training.optim import Diverged, Optimiser, learning_rate
 from training.order import Order
 from training.parallel import Flat, Group, Vectors
@@ -139,7 +139,7 @@ def train(
                 saver.wait()
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
         saver.wait()
-    finish(checkpoints, store, state, job, task, held, group)
+    finish(checkpoints, store, state, job, learner, held, sharded=sharded)
 
 
 def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
@@ -283,12 +283,14 @@ def finish(
     store: Store,
     state: State,
     job: Job,
-    task: Objective,
+    learner: Learner,
     held: Data | None,
-    group: Group = ALONE,
+    *,
+    sharded: bool = False,
 ) -> None:
     """The last checkpoint, by rank 0: the model as it is released, and the facts of its record. Nothing here depends on
     time."""
+    task, group = learner.task, learner.group
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "samples": state.samples,
@@ -297,11 +299,14 @@ def finish(
         **task.facts,
     }
     released = whole(state.ema.state().items(), keep=group.rank == 0)
-    if group.rank:
+    if group.rank and not sharded:
         return
     if job.config.ema_lengths:
-        released, chosen = choose(task, state.model, state.averages, held, job, store, state.precision)
+        judge = learner if sharded else Learner(state.model, task, ALONE)
+        released, chosen = choose(judge, state.averages, released, held, job, store, state.precision, sharded=sharded)
         facts |= chosen
+    if group.rank:
+        return
     with store.scratch() as folder:
         facts |= task.save(folder / RELEASE, released, facts)
         if not checkpoints.save(state.samples, folder, state.head | {"facts": facts}):

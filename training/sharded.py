@@ -41,8 +41,6 @@ def is_sharded(
     why = ""
     if config.muon:
         why = "train.muon multiplies whole matrices, of which a rank would have a part"
-    elif len(config.ema_lengths) > 1:
-        why = "choosing among several train.ema_lengths needs the whole model on one device"
     elif whole_batch:
         why = "a contrastive model bounds its temperature, a single number, in place"
     if how.shard == "fsdp" and why:
@@ -167,6 +165,25 @@ def _collect(into: Tensor, parameter: Tensor) -> None:
     assert parameter.grad is not None
     into.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
     parameter.grad = None
+
+
+@torch.no_grad()
+def spread(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of `whole`: loads a state dict that rank 0 alone has into a sharded model; every rank calls it.
+
+    One tensor after the other is on the device as a whole.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for name, there in model.state_dict().items():
+        full = torch.empty(there.shape, dtype=there.dtype, device=there.device)
+        if name in state:
+            full.copy_(state[name])
+        if isinstance(there, DTensor):
+            there.to_local().copy_(distribute_tensor(full, there.device_mesh, there.placements).to_local())
+        else:
+            torch.distributed.broadcast(full, src=0)
+            there.copy_(full)
 
 
 def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

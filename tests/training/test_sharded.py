@@ -51,8 +51,10 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
     asks += [Ask(job(world, "decoder", f"from-{how.shard}"), how, 1, 3) for how in (FLAT, FSDP)]
     with pytest.raises(Stopped):
         train_local(job(world, "decoder", "to"), FLAT, world.store, tmp_path, NullMonitor(), stop=stopping_after(3))
+    choosing = {"ema_lengths": [0.05, 0.25], "ema_validation": 16}
+    asks += [Ask(job(world, "decoder", f"chosen-{how.shard}", **choosing), how) for how in (FLAT, FSDP)]
     met = together(Path(world.store.uri), 2, [*asks, Ask(job(world, "decoder", "to"), FSDP, 1)])
-    assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""]
+    assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""] * 3
     for kind in KINDS:
         train_local(job(world, kind, "one"), FLAT, world.store, tmp_path / kind, NullMonitor())
         alone = read_tensors(tmp_path / kind / "model.safetensors")
@@ -60,6 +62,13 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
             torch.testing.assert_close(delivered(world, job(world, kind, how), tmp_path), alone, **CLOSE)
     alone = read_tensors(tmp_path / "decoder" / "model.safetensors")
     torch.testing.assert_close(delivered(world, job(world, "decoder", "to"), tmp_path), alone, **CLOSE)
+    # of several averages each is put into the shards, and all ranks see the loss that a whole model has
+    fits = [job(world, "decoder", f"chosen-{how}", **choosing) for how in ("flat", "fsdp")]
+    facts = [deliver(world.store, fit, tmp_path / f"{fit.key}-facts")["averages"] for fit in fits]
+    losses = [[one["loss"] for one in told["candidates"]] for told in facts]
+    assert losses[0][0] != losses[0][1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(*(delivered(world, fit, tmp_path) for fit in fits), **CLOSE)
     for how, parts in (("flat", {1}), ("fsdp", {1, 2})):
         saved = Checkpoints(world.store, f"decoder-from-{how}").newest()
         assert {len(stored.parts) for stored in saved.tensors.values()} == parts

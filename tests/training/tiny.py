@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,12 @@ def tiny(
     spoiled: dict[int, float] = UNSPOILED,
     model: dict[str, Any] = CLIP,
     base: int = 16,
+    merges: Sequence[str] | None = None,
 ) -> Tiny:
     """shards × count rows, of which every fifth is not downloaded and every seventh of the rest rejected by curate.
 
     spoiled: shard → the factor by which all of its image embeddings are too large; model: open_clip's configuration of
-    the CLIP; base: side of the stored pictures, a divisor of SIDE.
+    the CLIP; base: side of the stored pictures, a divisor of SIDE; merges: its tokeniser's, by default open_clip's.
     """
     width: int = model["embed_dim"]
     store, random = LocalStore(root), np.random.default_rng(seed)
@@ -115,7 +117,7 @@ def tiny(
         for uid, caption in zip(uids, captions, strict=True):
             if uid not in rejected:
                 kept[uid] = (caption, pictures[uid])
-    clip = Clip(model, _text_tower(model))
+    clip = Clip(model, _text_tower(model), merges=merges)
     with store.scratch() as folder:
         clip.save(folder / "clip")
         files = {path.name: path.read_bytes() for path in (folder / "clip").iterdir()}
