@@ -31,7 +31,7 @@ from training.order import Order
 from training.parallel import Flat, Group, Vectors
 from training.precision import Precision
 from training.saving import Saver
-from training.sharded import Learner, is_sharded, room, shard, whole
+from training.sharded import Learner, built, shard, whole
 from training.speed import determinism, prepare
 from training.spikes import Spikes
 from training.validate import choose, split
@@ -77,16 +77,12 @@ def train(
         raise Refused(
             f"{job.stage}: {config.lanes} micro-batches do not divide among {group.ranks} workers; change train.micro"
         )
-    torch.manual_seed(config.seed)
-    model = task.build().train()
+    model, sharded = built(job, task, how, group, device)
+    model.train()
     check_divisible(job.stage, model, group.ranks)
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
     learner = Learner(model, task, group)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    sharded = is_sharded(
-        how, config, whole_batch=task.whole_batch, parameters=size, ranks=group.ranks, room=room(device)
-    )
     vectors = None
     prepare(model, how, sharded=sharded)
     if sharded:

@@ -104,7 +104,7 @@ def choose(
         entry: dict[str, Any] = {"length": length, "missed": missed}
         if held is not None:
             if sharded:
-                spread(learner.model, state)
+                spread(learner, state)
             else:
                 learner.model.load_state_dict(state)
             loss = mean_loss(learner, batches(held, config), precision)
