@@ -2,8 +2,9 @@
 
     make bench
 
-The batch is twice the demo's, so that each of two workers computes the demo's batch; weights and moments are those of
-the demo's recipe (Muon, bfloat16 convolutions). Each worker is a process that the system keeps on one core, gradients
+The options are those of the demo's recipe (Muon, bfloat16 convolutions) but for the batch, eight times the demo's in
+micro-batches of its size: every worker takes the optimiser's whole step, so at twice the demo's batch Muon alone, a
+fifth of one worker's step, leaves no more than 1.65 (UNCLIP_BENCH_BATCHES=2 shows it). Each worker is a process that the system keeps on one core, gradients
 meet in one all-reduce over gloo, as always. Rounds interleave one worker (`alone`), two that train together
 (`together`) and two that train models of their own beside each other (`apart`): what these lose is the machine's
 (caches, memory, other people's work), not ours. UNCLIP_BENCH_ROUNDS sets the number of rounds (5).
@@ -35,7 +36,9 @@ from training.parallel import Group
 from unclip.presets import preset
 
 ROUNDS = int(os.environ.get("UNCLIP_BENCH_ROUNDS", "5"))
-STEPS, WARM, BATCH, SIDE = 16, 4, 64, 32
+DEMO, SIDE = 32, 32
+BATCH = DEMO * int(os.environ.get("UNCLIP_BENCH_BATCHES", "8"))
+STEPS, WARM = 2048 // BATCH, 2
 LEAST = 1.8
 """Times one worker's samples a second."""
 
@@ -49,24 +52,26 @@ class Worker(NamedTuple):
 
 
 class TimedGroup(Group):
-    """A group that notes how long each gradient's all-reduce took."""
+    """A group that adds up how long its all-reduces took."""
+
+    seconds: float
 
     def __init__(self, rank: int, ranks: int) -> None:
         super().__init__(rank, ranks)
-        object.__setattr__(self, "seconds", [])
+        object.__setattr__(self, "seconds", 0.0)
 
     def add(self, vector: Tensor) -> None:
         began = time.perf_counter()
         super().add(vector)
-        self.seconds.append(time.perf_counter() - began)  # type: ignore[attr-defined]
+        object.__setattr__(self, "seconds", self.seconds + time.perf_counter() - began)
 
 
 def demo_decoder(data: Tiny, key: str) -> Job:
-    """A fit of the demo's decoder, with its recipe's options and twice its batch."""
+    """A fit of the demo's decoder, with its recipe's options and a multiple of its batch."""
     model = replace(preset("demo").decoder, size=SIDE, embedding=32, text_width=32, context=24)
     options = asdict(recipe.load("demo").decoder.train)
-    assert options["batch"] == BATCH // 2
-    options |= {"steps": WARM + STEPS, "batch": BATCH, "micro": BATCH // 2}
+    assert options["batch"] == DEMO
+    options |= {"steps": WARM + STEPS, "batch": BATCH, "micro": DEMO}
     return replace(data.job("decoder", key), model=asdict(model), train=options)
 
 
@@ -99,19 +104,18 @@ def _work(root: Path, job: Job, core: int, rank: int, ranks: int, meeting: str, 
     os.sched_setaffinity(0, {core})
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    group, ends = TimedGroup(rank, ranks), list[tuple[float, float]]()
+    group, ends = TimedGroup(rank, ranks), list[tuple[float, float, float]]()
 
     def asked() -> bool:  # once a step, whatever the answer
-        ends.append((time.perf_counter(), time.process_time()))
+        ends.append((time.perf_counter(), group.seconds, time.process_time()))
         return False
 
     how = FitHow(shard="flat", checkpoint_seconds=1e6)
     train(job, how, LocalStore(root), NullMonitor(), group=group, stop=asked)
     ends = ends[WARM - 1 :]
-    clock = statistics.median(after[0] - before[0] for before, after in pairwise(ends))
-    seconds = group.seconds[WARM:]  # type: ignore[attr-defined]
-    processor = (ends[-1][1] - ends[0][1]) / (len(ends) - 1)
-    answers.put(Worker(clock, statistics.median(seconds), processor))
+    steps = [[end - start for start, end in zip(before, after, strict=True)] for before, after in pairwise(ends)]
+    clock, reduce, _ = (statistics.median(kind) for kind in zip(*steps, strict=True))
+    answers.put(Worker(clock, reduce, statistics.fmean(step[2] for step in steps)))
     if ranks > 1:
         torch.distributed.destroy_process_group()
 
