@@ -22,3 +22,10 @@ class Stopped(Refused):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code=5)
+
+
+class Unavailable(Refused):
+    """A store does not answer, or its disk has no room, just now: it may succeed later (`infra.patience`)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=5)

@@ -14,17 +14,19 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.utils import parse_timestamp
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from infra.copies import copying, fetched
-from infra.errors import Refused
+from infra.copies import Parts, copying, fetched
+from infra.errors import Refused, Unavailable
 from infra.manifest import canonical, digest
 from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
 
@@ -85,6 +87,10 @@ class S3Store:
         return store
 
     @property
+    def distant(self) -> bool:
+        return True
+
+    @property
     def uri(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
@@ -126,6 +132,10 @@ class S3Store:
                 if _code(error) == "InvalidRange":  # begins at or behind the end
                     return b""
                 raise
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        parts = Parts(self._copies, check_name(name))
+        return parts.part(start, length, *(within or (start, length)), partial(self.get, name), self.scratch)
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
         check_name(name)
@@ -183,7 +193,7 @@ class S3Store:
     def delete(self, name: str) -> None:
         with self._speaking(name):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(check_name(name)))
-        (self._copies / name).unlink(missing_ok=True)
+        Parts(self._copies, name).delete()
 
     def scratch(self) -> AbstractContextManager[Path]:
         return scratch_folder(self._tmp)
@@ -293,10 +303,8 @@ class S3Store:
         try:
             yield
         except (*_UNREACHABLE, *_BROKEN) as error:
-            raise Refused(
-                f"{where} does not answer ({error}). Is its server running, and AWS_ENDPOINT_URL right?",
-                code=5 if name else 2,
-            ) from error
+            told = f"{where} does not answer ({error}). Is its server running, and AWS_ENDPOINT_URL right?"
+            raise (Unavailable if name else Refused)(told) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound) as error:
             raise Refused(
                 f"{where}: {error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
@@ -324,8 +332,8 @@ class S3Store:
             # Of an answer that is no XML botocore makes a nameless 500, whatever its status was.
             nameless = not name and _code(error) == "500" and not told.get("RequestId")
             if told.get("HTTPStatusCode") in (500, 502, 503, 504) and not nameless:
-                raise Refused(
-                    f"{where}: its server fails just now ({error}) What is done stays done; run again later.", code=5
+                raise Unavailable(
+                    f"{where}: its server fails just now ({error}) What is done stays done; run again later."
                 ) from error
             hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
             raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error
@@ -345,7 +353,9 @@ def _age(head: dict[str, Any]) -> float:
 @cache
 def _client(endpoint: str | None, patience_s: float, attempts: int) -> Any:
     """One client a process (they are thread-safe). Checksums only on demand: not every server knows the new ones."""
-    session = boto3.session.Session()
+    core = botocore.session.get_session()
+    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+    session = boto3.session.Session(botocore_session=core)
     return session.client(
         "s3",
         endpoint_url=endpoint,
@@ -360,6 +370,14 @@ def _client(endpoint: str | None, patience_s: float, attempts: int) -> Any:
             s3={"addressing_style": "path" if endpoint else "auto"},
         ),
     )
+
+
+def _time(said: Any) -> datetime:
+    """What botocore would make of a time, without dateutil's guessing, which takes two thirds of a listing."""
+    if isinstance(said, str) and said.endswith("Z"):
+        with suppress(ValueError):
+            return datetime.fromisoformat(said)
+    return parse_timestamp(said)
 
 
 def _code(error: boto.ClientError) -> str:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from infra.errors import Refused
+from infra.errors import Refused, Unavailable
 from infra.process import Process
 
 # Folders of a local store that hold no named bytes: files being written, MLflow's database, copies for people.
@@ -60,8 +60,20 @@ class Store(Protocol):
         """What `open_store` takes to open it again."""
         ...
 
+    @property
+    def distant(self) -> bool:
+        """Whether what it holds has to be fetched, and `local` and `part` keep copies."""
+        ...
+
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """The bytes [start, start + length) of a name; all to its end when length is None."""
+        ...
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        """The same bytes of what is read again and again in parts, of which a store that is elsewhere keeps copies.
+
+        within: (start, length) of the range that is fetched and kept, if this one lies in a larger one.
+        """
         ...
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
@@ -140,6 +152,10 @@ class LocalStore:
     def uri(self) -> str:
         return str(self.root)
 
+    @property
+    def distant(self) -> bool:
+        return False
+
     def check(self, create: bool) -> None:
         """Refused if the folder is none, or (create) cannot be made or written to; clears what killed writers left."""
         if self.root.exists() and not self.root.is_dir():
@@ -152,7 +168,7 @@ class LocalStore:
                 pass
         except OSError as error:
             if error.errno in FULL:
-                raise Refused(f"store {self.root}: {advice(error)}", code=5) from error
+                raise Unavailable(f"store {self.root}: {advice(error)}") from error
             raise Refused(
                 f"store {self.root} is not writable ({error.strerror or error}). "
                 "Choose another with --store or $UNCLIP_STORE, or make it writable."
@@ -163,6 +179,9 @@ class LocalStore:
         with self._found(name), open(self._path(name), "rb") as file:
             file.seek(start)
             return file.read(length)
+
+    def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
+        return self.get(name, start, length)
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
         final = self._path(name)
@@ -186,7 +205,8 @@ class LocalStore:
             # Copying names the caller's file even where it is the store that has no room.
             if isinstance(data, Path) and error.filename == str(data) and error.errno not in FULL:
                 raise  # the caller's file, not the store, is the trouble
-            raise Refused(f"store {self.root}: {name} could not be written: {advice(error)}", code=5) from error
+            told = f"store {self.root}: {name} could not be written: {advice(error)}"
+            raise (Unavailable(told) if error.errno in EXPECTED else Refused(told, code=5)) from error
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
@@ -276,7 +296,7 @@ def scratch_folder(tmp: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in EXPECTED:
             raise
-        raise Refused(f"{tmp}, where files are made on their way into the store: {advice(error)}", code=5) from error
+        raise Unavailable(f"{tmp}, where files are made on their way into the store: {advice(error)}") from error
     try:
         yield folder
     finally:

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.columns import ahead, columns
 from infra.manifest import File, Manifest
 from infra.store import Store
 from pipelines.census import THREADS, Row
-from pipelines.columns import ahead, columns
 from pipelines.select import LOOK
 
 COMPARED = {"exact_duplicates": "digest", "near_duplicates": "phash", "semantic_duplicates": "direction"}

@@ -1,8 +1,10 @@
-"""Pictures prepared in processes of their own, where one that ends its decoder costs its row and not the shard.
+"""Pictures prepared in processes of their own, where one that ends or holds its decoder costs its row, not the shard.
 
 Decoders are C, and a crash there cannot be caught: it takes the worker with it, and the next one, which is given the
 same pictures. So a shard that ended its workers is done again apart (shards.py): a process decodes one picture at a
-time, and the row at which it dies ends as `decoder_died`. Its bytes go over a pipe, which is why this is not the rule.
+time, and the row at which it dies ends as `decoder_died`. Nor can a decoder be stopped that never comes back: elsewhere
+that ends the worker (watch.py), here the process alone, and the row as `decoder_hung`. Bytes go over a pipe, which is
+why this is not the rule.
 """
 
 from __future__ import annotations
@@ -15,20 +17,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from multiprocessing.connection import wait
 from typing import IO, Any
 
-from pipelines.pictures import Picture, PictureSpec, prepare
+from infra.errors import Refused
+from pipelines.pictures import Picture, PictureSpec, prepare, resizer
+from pipelines.watch import Watch
 
-DIED = "decoder_died"
+DIED, HUNG = "decoder_died", "decoder_hung"
 _LENGTH = struct.Struct(">Q")
 
 
 class Apart:
-    """`prepare` of one spec, in processes that are started as threads ask for them. A context."""
+    """`prepare` of one spec, in processes that are started as threads ask for them. A context.
 
-    def __init__(self, spec: PictureSpec) -> None:
-        self._spec, self._idle = spec, queue.SimpleQueue[subprocess.Popen[bytes]]()
+    seconds: how long a picture may be with its decoder.
+    """
+
+    def __init__(self, spec: PictureSpec, seconds: float) -> None:
+        self._spec, self._seconds = spec, seconds
+        self._idle = queue.SimpleQueue[subprocess.Popen[bytes]]()
 
     def __enter__(self) -> Apart:
         return self
@@ -38,17 +46,21 @@ class Apart:
             _end(self._idle.get())
 
     def prepare(self, body: bytes) -> Picture:
-        """What `pictures.prepare` makes of a body; `decoder_died` where that ended the process."""
+        """What `pictures.prepare` makes of a body; `decoder_died` where that ended the process, `decoder_hung` where it
+        took too long. Refused, code 5, where no process can be started."""
         try:
             process = self._idle.get_nowait()
         except queue.Empty:
             process = self._start()
         try:
             _send(process.stdin, body)
-            picture: Picture = _receive(process.stdout)
+            picture: Picture = _receive(process.stdout, self._seconds)
         except (EOFError, BrokenPipeError):
             _end(process)
             return Picture(DIED)
+        except TimeoutError:
+            _end(process)
+            return Picture(HUNG)
         except BaseException:
             _end(process)
             raise
@@ -61,17 +73,26 @@ class Apart:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | path
         )
-        _send(process.stdin, self._spec)
+        try:
+            _send(process.stdin, self._spec)
+            _receive(process.stdout)  # it has imported what it needs, which no picture is to wait for
+        except (EOFError, BrokenPipeError) as error:
+            _end(process)
+            raise Refused(
+                "a process that was to decode pictures ended before it had one: its node is short of memory, or its "
+                f"environment is not that of the worker ({sys.executable} -m pipelines.apart)",
+                code=5,
+            ) from error
+        except BaseException:
+            _end(process)
+            raise
         return process
 
 
 @contextmanager
-def preparing(spec: PictureSpec, apart: bool) -> Iterator[Callable[[bytes], Picture]]:
-    """What turns bodies into pictures, for many threads: here, or apart."""
-    if not apart:
-        yield partial(prepare, spec=spec)
-        return
-    with Apart(spec) as processes:
+def preparing(spec: PictureSpec, apart: bool, seconds: float) -> Iterator[Callable[[bytes], Picture]]:
+    """What turns bodies into pictures, for many threads, each picture in so many seconds: here, or apart."""
+    with Apart(spec, seconds) if apart else Watch(spec, seconds) as processes:
         yield processes.prepare
 
 
@@ -88,9 +109,12 @@ def _send(pipe: IO[bytes] | None, what: Any) -> None:
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes] | None) -> Any:
-    """What was sent, by ourselves on the other side; EOFError where nobody is there any more."""
+def _receive(pipe: IO[bytes] | None, seconds: float | None = None) -> Any:
+    """What was sent, by ourselves on the other side; EOFError where nobody is there any more, TimeoutError where
+    nothing came in so many seconds."""
     assert pipe is not None
+    if seconds is not None and not wait([pipe], seconds):  # type: ignore[list-item]  # whatever has a fileno
+        raise TimeoutError
     head = pipe.read(_LENGTH.size)
     data = pipe.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
     if not data or len(data) < _LENGTH.unpack(head)[0]:
@@ -104,6 +128,8 @@ def main() -> None:
         os.dup2(2, 1)  # what a library prints is no answer
         try:
             spec: PictureSpec = _receive(asked)
+            resizer(spec)
+            _send(answers, "ready")
             while True:
                 _send(answers, prepare(_receive(asked), spec))
         except (EOFError, BrokenPipeError):

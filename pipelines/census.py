@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.columns import ahead, columns
 from infra.errors import Refused
 from infra.manifest import File, Manifest, Record
 from infra.rows import KEPT
 from infra.store import Store
-from pipelines.columns import ahead, columns
 from pipelines.pack import TABLE
 
 THREADS = 8

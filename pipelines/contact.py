@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.columns import ahead, columns
 from infra.manifest import Manifest, object_name
 from infra.store import Store
 from pipelines.census import THREADS, Row, Shard, shards
-from pipelines.columns import ahead, columns
 from pipelines.pack import TABLE, TAR
 from pipelines.page import thumbnail
 from pipelines.pictures import picture

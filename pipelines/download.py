@@ -29,7 +29,7 @@ from pipelines.apart import preparing
 from pipelines.blocklist import Blocklist, blocklist, entries_digest, read_file
 from pipelines.guard import PATIENCE, Fault, Guard, networks
 from pipelines.pack import Earlier, Outcome, Packing, pack
-from pipelines.pictures import PictureSpec
+from pipelines.pictures import DECODE_S, PictureSpec
 from pipelines.turns import Manners, fetched
 from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
@@ -93,14 +93,18 @@ class DownloadHow(Manners):
     again_states: tuple[str, ...] = PASSING
     """Which failed rows those are. Rows that were kept, blocked or opted out are never asked again."""
     apart: bool = False
-    """Whether pictures are decoded in processes of their own, so that one which ends its decoder costs its row alone. A
-    shard that ended its workers is done so in any case."""
+    """Whether pictures are decoded in processes of their own, so that one which ends or holds its decoder costs its row
+    alone. A shard that ended its workers is done so in any case."""
+    decode_s: float = 60.0
+    """Seconds that a picture may be with its decoder. A worker with one that takes longer is ended, as a crash would
+    end it; apart, the row ends as `decoder_hung`."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if wrong := outside(self, timeout_s=POSITIVE, cpus=AMOUNT, silent_rows=WHOLE, again=WHOLE):
+        ranges = {"timeout_s": POSITIVE, "cpus": AMOUNT, "silent_rows": WHOLE, "again": WHOLE, "decode_s": DECODE_S}
+        if wrong := outside(self, **ranges):
             raise Refused(f"download.{wrong}")
         if not self.contact.isprintable() or not self.contact.isascii():
             raise Refused("download.contact goes into an HTTP header: write it in ASCII, on one line")
@@ -174,7 +178,7 @@ class Download(Packing):
             if opted_out(headers, self.spec.opt_out):
                 raise Fault("opt_out")
 
-        with closing(guard), preparing(self.spec, self.how.apart) as prepare:
+        with closing(guard), preparing(self.spec, self.how.apart, self.how.decode_s) as prepare:
 
             def fetch(url: str) -> Outcome:
                 body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body

@@ -23,7 +23,7 @@ from pipelines.apart import preparing
 from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.inflight import completed
 from pipelines.pack import Outcome, Packing, pack
-from pipelines.pictures import PictureSpec
+from pipelines.pictures import DECODE_S, PictureSpec
 from pipelines.places import Unreadable, place
 from unclip.config import AMOUNT, COUNT, outside
 
@@ -44,10 +44,11 @@ class GatherHow:
     cpus: float = 1
     """CPUs that Ray reserves a task."""
     apart: bool = False
-    """As DownloadHow's."""
+    decode_s: float = 60.0
+    """Both as DownloadHow's."""
 
     def __post_init__(self) -> None:
-        if wrong := outside(self, threads=COUNT, cpus=AMOUNT):
+        if wrong := outside(self, threads=COUNT, cpus=AMOUNT, decode_s=DECODE_S):
             raise Refused(f"download.{wrong}")
 
 
@@ -80,7 +81,7 @@ class Gather(Packing):
             except Unreadable as error:
                 raise self._changed(str(error)) from error
 
-        with preparing(self.spec, self.how.apart) as prepare:
+        with preparing(self.spec, self.how.apart, self.how.decode_s) as prepare:
             for which, data in completed(read, wanted, self.how.threads):
                 row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
                 if sample_uid(sha, row["caption"]) != row["uid"]:

@@ -31,6 +31,7 @@ from pipelines.stage import plain
 
 TAR, TABLE = "images.tar", "index.parquet"
 BLOCK_ROWS = 256
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 
 Members = list[tuple[str, bytes]]
 """What the tar holds of a row: names and bytes of picture, caption and facts."""
@@ -180,10 +181,10 @@ class ShardWriter:
     def _put(self, members: Members) -> int:
         """Adds a sample; returns where the first member's bytes begin in the tar."""
         offset = self._tar.offset + tarfile.BLOCKSIZE  # behind that member's header of one block
-        for name, data in members:
-            member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, and owners have no names
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+        # Not TarFile.addfile, which copies each member's facts, keeps them, and takes a tenth of a row's time.
+        written = b"".join(part for name, data in members for part in (header(name, len(data)), data, _rest(data)))
+        self._tar.fileobj.write(written)
+        self._tar.offset += len(written)
         return offset
 
 
@@ -231,6 +232,22 @@ def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Re
     blocks = [Block(TABLE, first, min(BLOCK_ROWS, rows - first)) for first in range(0, rows, BLOCK_ROWS)]
     states = Counter(index["state"].to_pylist())
     return Record.of(action, out, states=states, blocks=blocks, generation=generation)
+
+
+def header(name: str, size: int) -> bytes:
+    """What stands before a file in a tar, as `tarfile` has it for a TarInfo of this name and size: times and owners are
+    zero. A name is ASCII, of up to 100 characters; a size is below 8 GiB."""
+    block = bytearray(_HEADER)
+    block[: len(name)] = name.encode("ascii")
+    block[124:135] = b"%011o" % size
+    block[148:156] = b" " * 8  # as what the sum's own place counts
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def _rest(data: bytes) -> bytes:
+    """Zeros up to the next block."""
+    return bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def _members(line: Mapping[str, Any], picture: Picture, extension: str) -> Members:

@@ -12,6 +12,7 @@ import io
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,12 +30,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow and OpenC
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of files that hold one
 RESIZES = {"none": "no", "keep_ratio": "keep_ratio", "center_crop": "center_crop", "border": "border"}
 LARGE = Range(1, SEED.most)
+DECODE_S = Range(0, 86_400, above=True)
+"""Seconds for one picture, at most a day: timers overflow."""
 QUALITIES = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # least, most, default
 
 _ORIENTATION = 0x0112  # EXIF's tag
 _ONE_LARGE = threading.Lock()
 _LARGE_PIXELS = 1 << 22
 """Pictures with more pixels are decoded one at a time: threads full of the largest would take gigabytes."""
+
+Room = Callable[[int | None, int | None], AbstractContextManager[Any]]
+"""Sides of a picture → what is held while it is decoded."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,19 @@ class Picture:
     original_height: int | None = None
 
 
-def prepare(body: bytes, spec: PictureSpec) -> Picture:
+def room(width: int | None, height: int | None) -> AbstractContextManager[Any]:
+    """What a thread holds while it decodes a picture of these sides."""
+    return _ONE_LARGE if (width or 0) * (height or 0) > _LARGE_PIXELS else nullcontext()
+
+
+def prepare(body: bytes, spec: PictureSpec, room: Room = room) -> Picture:
     """Judges, resizes and encodes one picture. The same bytes and spec give the same bytes, whatever else goes on."""
     if len(body) < spec.min_bytes:
         return Picture("too_few_bytes")
-    state, width, height = _judge(body, spec)
+    state, width, height = _judge(body, spec, room)
     if state:
         return Picture(state, original_width=width, original_height=height)
-    with _room(width, height):
+    with room(width, height):
         if spec.upright:
             body = _turned(body)
         data, *sides, error = resizer(spec)(io.BytesIO(body))
@@ -102,7 +113,7 @@ def prepare(body: bytes, spec: PictureSpec) -> Picture:
     return Picture(None, data, *sides)
 
 
-def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int | None]:
+def _judge(body: bytes, spec: PictureSpec, room: Room) -> tuple[str | None, int | None, int | None]:
     """(state or None, width, height), the latter as far as they are known."""
     from PIL import Image, UnidentifiedImageError
 
@@ -120,7 +131,7 @@ def _judge(body: bytes, spec: PictureSpec) -> tuple[str | None, int | None, int 
         if goes_to_its_end(body):
             return None, width, height  # a JPEG; what else may be wrong with it, the resizer finds as well
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG: all bytes are read, at an eighth the work
-        with _room(width, height):
+        with room(width, height):
             image.load()
     except UnidentifiedImageError:
         return "not_an_image", None, None
@@ -152,11 +163,6 @@ def _turned(body: bytes) -> bytes:
         turned = ImageOps.exif_transpose(image)
         (turned.convert("RGB") if turned.mode in ("CMYK", "YCbCr", "LAB", "HSV") else turned).save(out, "PNG")
     return out.getvalue()
-
-
-def _room(width: int | None, height: int | None) -> AbstractContextManager[Any]:
-    """What a thread holds while it decodes a picture of these sides."""
-    return _ONE_LARGE if (width or 0) * (height or 0) > _LARGE_PIXELS else nullcontext()
 
 
 class _Quiet:

@@ -8,14 +8,14 @@ from itertools import groupby
 from typing import cast
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infra.manifest import object_name
+from infra.columns import columns
 from infra.store import Store
-from training.data import Batch, Data, Place, Reads, picture
+from training.blocks import Place, places
+from training.data import Batch, Reads, picture
 from training.job import Job
 from training.labels import MISSING, Labels, class_table
 from training.objectives import Losses, Noised
@@ -37,13 +37,13 @@ class ClassifierObjective(Noised):
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job, store)
-        columns = self.config.labels
-        places = Data(store, job.data["rows"], job.data["selection"], Reads(labels=Labels(columns))).places
+        names = self.config.labels
         self.config = configured(job, store, self.config, "classes")
         if not self.config.classes:
-            self.config = self.config.fitted(class_table(store, _kept(store, places), columns))
-        self.facts["classes"] = dict(zip(columns, self.config.counts, strict=True))
-        labels = Labels(columns, self.config.classes)
+            blocks = places(store, job.data["rows"], job.data["selection"], Labels(names))
+            self.config = self.config.fitted(class_table(store, _kept(store, blocks), names))
+        self.facts["classes"] = dict(zip(names, self.config.counts, strict=True))
+        labels = Labels(names, self.config.classes)
         self.reads = Reads(image=partial(picture, size=self.config.size), labels=labels)
 
     def build(self) -> nn.Module:
@@ -61,8 +61,8 @@ class ClassifierObjective(Noised):
         return Losses(torch.stack(each).sum(0), t / len(classifier.schedule))
 
 
-def _kept(store: Store, places: Iterable[Place]) -> Iterator[tuple[str, list[bytes]]]:
+def _kept(store: Store, blocks: Iterable[Place]) -> Iterator[tuple[str, list[bytes]]]:
     """(index object, uids of the kept rows) of each shard."""
-    for (parquet, index), blocks in groupby(places, key=lambda place: (place.parquet, place.index)):
-        uids = pq.read_table(store.local(object_name(parquet)), columns=["uid"])["uid"]
-        yield index, uids.take(np.concatenate([block.first + block.keep for block in blocks])).to_pylist()
+    for (parquet, index), shard in groupby(blocks, key=lambda place: (place.parquet, place.index)):
+        uids = columns(store, parquet, ["uid"])["uid"]
+        yield index, uids.take(np.concatenate([block.first + block.keep for block in shard])).to_pylist()

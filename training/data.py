@@ -1,32 +1,30 @@
-"""Blocks → batches: finds the rows that a selection keeps, reads and decodes them.
+"""Blocks → batches: reads the rows that are wanted, and decodes them.
 
-A block is read and decoded whole, and CLIP reads its captions whole, whichever of its rows are wanted first: so the
-values of a row depend on nothing but its block, neither on the cache nor on the number of workers. Everything is
-joined by uid, never by position.
+A block is read whole, and CLIP reads its captions whole, whichever of its rows are wanted first: so the values of a row
+depend on nothing but its block, neither on the cache nor on the number of workers. Everything is joined by uid, never
+by position.
 """
 
 from __future__ import annotations
 
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from infra.columns import RowGroups
 from infra.errors import Refused
-from infra.manifest import Manifest, Record, object_name
 from infra.store import Store
-from training.labels import Labels, Reader, labelled
+from training.blocks import Index, Place, Spans, Wanted, matrix, places
+from training.labels import Labels, Reader
 
-Wanted = Callable[[pa.Array], np.ndarray]
-"""uids [n] → bool [n], which rows are wanted."""
 Decode = Callable[[bytes, bytes], np.ndarray]
 """(encoded picture, uid) → uint8 [3, s, s], of one size for all rows."""
 ReadText = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -88,20 +86,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the kept rows of a block are: rows `first + keep` of a Parquet file; tar and index hold the pictures."""
-
-    parquet: str
-    """SHA-256 of the file that the block is a range of: rows.parquet of embed, or index.parquet of download."""
-    first: int
-    rows: int
-    keep: np.ndarray
-    """Kept rows, counted from `first`; int64 [k]."""
-    tar: str
-    index: str
-
-
-@dataclass(frozen=True)
 class Reads:
     """What an objective wants of each row."""
 
@@ -121,22 +105,27 @@ class Reads:
 
 @dataclass
 class Rows:
-    """The kept rows of one block, decoded: uids and captions [k], tensors [k, ...]."""
+    """The kept rows of one block: uids and captions [k], tensors [k, ...]."""
 
     uids: list[bytes]
     captions: list[str]
     tensors: dict[str, Tensor]
+    pictures: Sequence[bytes] | Spans = ()
+    """Their encoded pictures, where these are decoded only when their turn comes."""
 
     @property
     def bytes(self) -> int:
         """Memory that it holds, roughly."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) + 200 * len(self.uids)
+        encoded = 0 if isinstance(self.pictures, Spans) else sum(map(len, self.pictures))
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + encoded + 200 * len(self.uids)
 
 
 class Data:
     """The rows that a job trains on.
 
-    rows and selection are versions of embed's and curate's manifests, or of download's and filter's.
+    rows and selection are versions of embed's and curate's manifests, or of download's and filter's. cache is the
+    memory in bytes for blocks that were read. Where all pictures have room in it decoded, a block is decoded whole and
+    stays; else each picture is decoded when its turn comes, by so many threads (`decoders`), and goes with its batch.
     """
 
     def __init__(
@@ -148,24 +137,22 @@ class Data:
         *,
         read_text: ReadText | None = None,
         cache: int = 0,
+        decoders: int = 1,
         wanted: Wanted | None = None,
     ) -> None:
         self.store, self.reads, self.read_text = store, reads, read_text
         self._versions = rows, selection
-        selections = {
-            name: file.sha256
-            for record in Manifest.load(store, selection).records
-            for name, file in record.files.items()
-        }
-        self.places = [
-            place
-            for record in Manifest.load(store, rows).records
-            for place in _places(store, record, selections, reads.labels, wanted)
-        ]
-        self._limit = cache
+        self.places = places(store, rows, selection, reads.labels, wanted)
+        self.limit, self._decoders = cache, decoders
         self._cached: OrderedDict[int, Rows] = OrderedDict()
         self._held = 0
-        self._index = lru_cache(maxsize=8)(self._read_index)
+        self._whole: bool | None = None
+        """Whether all decoded pictures have room; None until the first is decoded."""
+        self._map: Callable[..., Iterable[np.ndarray]] = map
+        if decoders > 1:
+            self._map = ThreadPoolExecutor(decoders, thread_name_prefix="decode").map
+        self._file = lru_cache(maxsize=64)(lambda file: RowGroups(store, file))
+        self._index = lru_cache(maxsize=32)(lambda index: Index(store, index))
         self._labels = lru_cache(maxsize=8)(lambda index: Reader(store, index, reads.labels or Labels(())))
 
     @property
@@ -173,32 +160,45 @@ class Data:
         """Kept rows of each block, for `Order`."""
         return tuple(len(place.keep) for place in self.places)
 
+    @property
+    def row_bytes(self) -> float:
+        """Memory a row, on average over the blocks that are in the cache; 0 of none."""
+        return self._held / max(1, sum(len(rows.uids) for rows in self._cached.values()))
+
     def where(self, wanted: Wanted) -> Data:
         """The same data without the rows that are not wanted."""
-        rows, selection = self._versions
-        return Data(self.store, rows, selection, self.reads, read_text=self.read_text, cache=self._limit, wanted=wanted)
+        return Data(
+            self.store,
+            *self._versions,
+            self.reads,
+            read_text=self.read_text,
+            cache=self.limit,
+            decoders=self._decoders,
+            wanted=wanted,
+        )
 
     def block(self, number: int) -> Rows:
-        """A block's kept rows, decoded; from the cache where it is there."""
+        """A block's kept rows; from the cache where it is there."""
         if number in self._cached:
             self._cached.move_to_end(number)
             return self._cached[number]
         rows = self._load(self.places[number])
         self._cached[number] = rows
         self._held += rows.bytes
-        while self._held > self._limit and len(self._cached) > 1:
+        while self._held > self.limit and len(self._cached) > 1:
             self._held -= self._cached.popitem(last=False)[1].bytes
         return rows
 
     def batch(self, rows: Sequence[tuple[int, int]], seed: int) -> Batch:
         """Those (block, kept row) pairs, in that order."""
-        places: dict[int, list[int]] = {}
+        at_block: dict[int, list[int]] = {}
         for place, (block, _) in enumerate(rows):
-            places.setdefault(block, []).append(place)
+            at_block.setdefault(block, []).append(place)
         uids, captions = [b""] * len(rows), [""] * len(rows)
         tensors: dict[str, Tensor] = {}
-        for block in sorted(places):
-            loaded, at = self.block(block), places[block]
+        undecoded: dict[int, tuple[Rows, int]] = {}
+        for block in sorted(at_block):
+            loaded, at = self.block(block), at_block[block]
             taken = [rows[place][1] for place in at]
             for place, row in zip(at, taken, strict=True):
                 uids[place], captions[place] = loaded.uids[row], loaded.captions[row]
@@ -206,9 +206,22 @@ class Data:
                 if name not in tensors:
                     tensors[name] = tensor.new_empty((len(rows), *tensor.shape[1:]))
                 tensors[name][at] = tensor[taken]
+            if loaded.pictures:
+                undecoded |= {place: (loaded, row) for place, row in zip(at, taken, strict=True)}
+        if undecoded:
+            tensors["image"] = self._decoded([undecoded[place] for place in range(len(rows))])
         return Batch(seed, uids, captions, tensors)
 
-    def _load(self, place: Place) -> Rows:
+    def fetch(self, number: int) -> None:
+        """Brings a block's bytes to this machine, from a store that is elsewhere; any thread may."""
+        if self.store.distant and len(self.places[number].keep):
+            place = self.places[number]
+            table = self._read(place)
+            if self.reads.originals:
+                self._spans(place, table["uid"].to_pylist()).fetch()
+
+    def _read(self, place: Place) -> pa.Table:
+        """What is wanted of a block's kept rows, out of its Parquet file."""
         columns = ["uid", "caption"]
         if self.reads.embeddings:
             columns.append("image_embedding")
@@ -216,87 +229,50 @@ class Data:
             columns.append("text_embedding")
         if self.reads.image and not self.reads.originals:
             columns.append("image")
-        table = read_rows(self.store, place.parquet, place.first, place.rows, columns).take(pa.array(place.keep))
+        table = self._file(place.parquet).read(place.first, place.rows, columns)
+        place.check(table["uid"])
+        return table if len(place.keep) == place.rows else table.take(pa.array(place.keep))
+
+    def _spans(self, place: Place, uids: Sequence[bytes]) -> Spans:
+        return Spans(self.store, place.tar, self._index(place.index).spans(uids))
+
+    def _load(self, place: Place) -> Rows:
+        reads, table = self.reads, self._read(place)
         uids, captions = table["uid"].to_pylist(), table["caption"].to_pylist()
         tensors: dict[str, Tensor] = {}
-        if self.reads.image:
-            pictures = self._originals(place, uids) if self.reads.originals else table["image"].to_pylist()
-            decoded = [self.reads.image(data, uid) for data, uid in zip(pictures, uids, strict=True)]
-            tensors["image"] = torch.from_numpy(np.stack(decoded))
-        if self.reads.embeddings:
+        if reads.embeddings:
             tensors["image_embedding"] = torch.from_numpy(matrix(table["image_embedding"]))
-        if self.reads.text_embeddings:
+        if reads.text_embeddings:
             tensors["text_embedding"] = torch.from_numpy(matrix(table["text_embedding"]))
-        if self.reads.labels is not None:
+        if reads.labels is not None:
             tensors["labels"] = self._labels(place.index)(uids)
-        if self.reads.text and self.read_text is not None:
+        if reads.text and self.read_text is not None:
             # Equal captions are read once; the rest of a block's row then depends on the block alone.
             distinct = list(dict.fromkeys(captions))
             where = {caption: number for number, caption in enumerate(distinct)}
             chosen = torch.tensor([where[caption] for caption in captions])
             tensors |= {name: tensor[chosen] for name, tensor in self.read_text(distinct).items()}
-        return Rows(uids, captions, tensors)
+        loaded = Rows(uids, captions, tensors)
+        if reads.image and uids:
+            loaded.pictures = self._spans(place, uids) if reads.originals else table["image"].to_pylist()
+            if self._whole is None:
+                row = self._decoded([(loaded, 0)]).nbytes + loaded.bytes / len(uids)
+                self._whole = row * sum(self.counts) <= self.limit
+            if self._whole:
+                tensors["image"] = self._decoded([(loaded, row) for row in range(len(uids))])
+                loaded.pictures = ()
+        return loaded
 
-    def _originals(self, place: Place, uids: Sequence[bytes]) -> list[bytes]:
-        """The encoded pictures of those rows: one range of the tar, cut by the index's offsets."""
-        index = self._index(place.index)
-        missing = [uid for uid in uids if uid not in index]
-        if missing:
-            raise Refused(f"row {missing[0].hex()} has no picture in the index {place.index[:12]}", code=5)
-        spans = [index[uid] for uid in uids]
-        first = min(offset for offset, _ in spans)
-        last = max(offset + length for offset, length in spans)
-        data = self.store.get(object_name(place.tar), first, last - first)
-        return [data[offset - first : offset - first + length] for offset, length in spans]
-
-    def _read_index(self, sha: str) -> dict[bytes, tuple[int, int]]:
-        columns = pq.read_table(self.store.local(object_name(sha)), columns=["uid", "offset", "length"]).to_pydict()
-        rows = zip(columns["uid"], columns["offset"], columns["length"], strict=True)
-        return {uid: (offset, length) for uid, offset, length in rows if offset is not None}
-
-
-def _places(
-    store: Store, record: Record, selections: dict[str, str], labels: Labels | None, wanted: Wanted | None
-) -> Iterator[Place]:
-    """The blocks of a shard, with the rows that its selection keeps and that are wanted and, where labels are asked
-    for, that have one."""
-    name = "rows.parquet" if "rows.parquet" in record.files else "index.parquet"
-    sha = record.sha(name)
-    if f"{sha}.parquet" not in selections:
-        raise Refused(
-            f"the selection says nothing of the shard {sha[:12]}: it is of another version of the data", code=5
-        )
-    selection = pq.read_table(store.local(object_name(selections[f"{sha}.parquet"])), columns=["uid", "rule"])
-    kept = selection["uid"].combine_chunks().filter(pc.is_null(selection["rule"].combine_chunks()))
-    uids = pq.read_table(store.local(object_name(sha)), columns=["uid"])["uid"].combine_chunks()
-    mask = pc.is_in(uids, value_set=kept).to_numpy(zero_copy_only=False)
-    if int(mask.sum()) != len(kept):
-        raise Refused(
-            f"the selection of the shard {sha[:12]} names {len(kept)} rows, of which it has {int(mask.sum())}", code=5
-        )
-    tar = record.facts.get("tar") or (record.sha("images.tar") if "images.tar" in record.files else "")
-    index = record.facts.get("index") or sha
-    if labels is not None:
-        having = labelled(store, index, labels.columns)
-        mask &= pc.is_in(uids, value_set=having).to_numpy(zero_copy_only=False)
-    if wanted is not None:
-        mask &= wanted(uids)
-    for block in record.blocks:
-        keep = np.flatnonzero(mask[block.first : block.first + block.rows])
-        yield Place(sha, block.first, block.rows, keep, tar, index)
-
-
-def read_rows(store: Store, sha: str, first: int, rows: int, columns: Sequence[str]) -> pa.Table:
-    """Rows [first, first + rows) of a Parquet object, reading only the row groups that hold them."""
-    with pq.ParquetFile(store.local(object_name(sha))) as file:
-        groups, start, begins = [], 0, None
-        for number in range(file.num_row_groups):
-            count = file.metadata.row_group(number).num_rows
-            if start < first + rows and start + count > first:
-                groups.append(number)
-                begins = start if begins is None else begins
-            start += count
-        return file.read_row_groups(groups, columns=list(columns), use_threads=False).slice(first - (begins or 0), rows)
+    def _decoded(self, rows: Sequence[tuple[Rows, int]]) -> Tensor:
+        """Those rows' pictures, uint8 [rows, 3, s, s]."""
+        assert self.reads.image is not None
+        decode = self.reads.image
+        stacked: np.ndarray | None = None
+        for place, pixels in enumerate(self._map(lambda at: decode(at[0].pictures[at[1]], at[0].uids[at[1]]), rows)):
+            if stacked is None:
+                stacked = np.empty((len(rows), *pixels.shape), pixels.dtype)
+            stacked[place] = pixels
+        return torch.from_numpy(stacked)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -329,9 +305,3 @@ def picture(data: bytes, uid: bytes, *, size: int) -> np.ndarray:
         (size, size), Image.Resampling.BOX, (left, top, left + side, top + side)
     )
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-
-
-def matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-size float lists as float32 [rows, width]."""
-    array = column.combine_chunks()
-    return array.flatten().to_numpy().reshape(len(array), -1).astype(np.float32)

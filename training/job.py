@@ -76,6 +76,8 @@ class TrainConfig:
     samples."""
     rollback_every: int = field(default=1000, metadata=LATER)
     """Steps between the states that it may return to; each is a checkpoint."""
+    spread: bool = field(default=False, metadata=LATER)
+    """Neighbours come from different blocks (training/order.py); without it one in `window` comes from the same."""
 
     def __post_init__(self) -> None:
         names = ("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation")
@@ -306,13 +308,16 @@ class FitHow:
     gpus: float = 0
     """GPUs that Ray reserves for each; with any, the model lives on the first."""
     checkpoint_seconds: float = 60
-    """Seconds between checkpoints; 0: one after every step."""
+    """Seconds between checkpoints, at least: none begins while one is written. 0: one behind the other."""
     keep: int = 2
     """Newest checkpoints that are kept while it trains."""
     keep_best: str = ""
     """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
     overlap: bool = True
     """Training goes on while a checkpoint is written."""
+    patience_s: float = 600
+    """Seconds for which a store that does not answer, or has no room, is waited for; what was to be written is kept
+    meanwhile. Less than the 1,800 for which workers wait for each other."""
     compile: bool = False
     """The network is compiled (torch.compile), which takes minutes at each start, and a C++ compiler on a CPU."""
     channels_last: bool = False
@@ -325,7 +330,10 @@ class FitHow:
     log_seconds: float = 1.5
     """Seconds between metrics."""
     cache_bytes: int = 1 << 30
-    """Decoded rows kept in memory, a worker. Ample if it holds `window` blocks for each lane of the worker."""
+    """Rows kept in memory, a worker: with their pictures decoded where all pictures have room, else encoded. It should
+    hold `window` blocks for each lane of the worker; a fit that wants more of it says so."""
+    decoders: int = 1
+    """Threads that decode pictures; the batches do not depend on it."""
     prefetch: int = 2
     """Micro-batches prepared ahead."""
     nice: int = 0
@@ -335,9 +343,10 @@ class FitHow:
     """Restarts after a worker dies."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("workers", "threads", "prefetch", "keep"), COUNT)
+        counts = dict.fromkeys(("workers", "threads", "decoders", "prefetch", "keep"), COUNT)
         amounts = dict.fromkeys(("cpus", "gpus", "log_seconds", "checkpoint_seconds"), AMOUNT)
         ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
+        ranges["patience_s"] = Range(0, 1500)
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
         if self.shard not in SHARDS:

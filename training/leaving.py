@@ -11,8 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from infra.errors import Unavailable
 from infra.store import Store
 
 POLL_SECONDS = 2.0
@@ -37,22 +39,29 @@ def told_to_end() -> bool:
 
 
 class StopFlag:
-    """Whether to save and stop: a stop was requested (looked up in the store every few seconds), or SIGTERM came."""
+    """Whether to save and stop: a stop was requested (a thread looks in the store every few seconds), or SIGTERM came.
+
+    A store that does not answer holds nothing up, and says nothing: the request is found once it answers.
+    """
 
     def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name, self._looked = store, name, time.monotonic()
+        self._store, self._name = store, name
+        self._asked = threading.Event()
+        threading.Thread(target=self._watch, name="stop requests", daemon=True).start()
 
     def __call__(self) -> bool:
-        if told_to_end():
-            return True
-        if time.monotonic() - self._looked < POLL_SECONDS:
-            return False
-        self._looked = time.monotonic()
-        return self.requested()
+        return told_to_end() or self._asked.is_set()
 
     def requested(self) -> bool:
-        """Whether the driver asked for it."""
-        return self._store.exists(self._name)
+        """Whether the driver asked for it, as far as the store says so."""
+        with suppress(Unavailable):
+            return self._asked.is_set() or self._store.exists(self._name)
+        return False
+
+    def _watch(self) -> None:
+        while not self.requested():
+            time.sleep(POLL_SECONDS)
+        self._asked.set()
 
 
 class Draining:

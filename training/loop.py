@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused, Stopped
+from infra.patience import Patient, patiently
 from infra.store import Store
 from training.averages import Averages
 from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished, identity
@@ -30,7 +31,7 @@ from training.optim import Diverged, Optimiser, learning_rate
 from training.order import Order
 from training.parallel import Flat, Group, Vectors
 from training.precision import Precision
-from training.saving import Saver
+from training.saving import Saver, room_for
 from training.sharded import Learner, built, shard, whole
 from training.speed import determinism, prepare
 from training.spikes import Spikes
@@ -64,10 +65,12 @@ def train(
     """Trains to the end, on from the newest valid checkpoint; the last one holds the finished model under `RELEASE`.
 
     Every rank calls it. `stop` and `save` are asked at each step; if any rank says yes, all save after it, and for
-    `stop` raise Stopped.
+    `stop` raise Stopped. While the store is slow or not to be reached, training goes on with the rows that it has, and
+    begins no second checkpoint; raises Unavailable once `how.patience_s` are over.
     """
     config = job.config
     torch.set_num_threads(how.threads)
+    store = Patient(store, how.patience_s)
     checkpoints = Checkpoints(store, job.key, lease, keep=how.keep, best=how.keep_best, job=identity(job))
     found = newest(checkpoints, group)
     if found and finished(found, job):
@@ -93,10 +96,16 @@ def train(
     if found:
         state.load(found)
     data = Data(
-        store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text, cache=how.cache_bytes
+        store,
+        job.data["rows"],
+        job.data["selection"],
+        task.reads,
+        read_text=task.read_text,
+        cache=how.cache_bytes,
+        decoders=how.decoders,
     )
     data, held = split(data, config)
-    order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed)
+    order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed, config.spread)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None)
     with (
@@ -117,7 +126,8 @@ def train(
                 (loss * (weight / config.batch * state.precision.scale)).backward()
                 state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
                 clock.note(losses, weight)
-            state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(clock.checkpoint_due() or save())
+            due = save() or (not saver.writing and clock.checkpoint_due())  # else it would stand still for the store
+            state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(due)
             state.flat.add(group)
             stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
             lr = learning_rate(config, state.step)
@@ -303,7 +313,12 @@ def finish(
         facts |= chosen
     if group.rank:
         return
-    with store.scratch() as folder:
-        facts |= task.save(folder / RELEASE, released, facts)
-        if not checkpoints.save(state.samples, folder, state.head | {"facts": facts}):
-            raise Refused(f"{job.stage}: its finished model could not be stored under checkpoints/{job.key}/", code=5)
+
+    def put() -> bool:
+        with store.scratch() as folder:
+            with room_for(folder):
+                said = task.save(folder / RELEASE, released, dict(facts))
+            return checkpoints.save(state.samples, folder, state.head | {"facts": facts | said})
+
+    if not patiently(store, put):
+        raise Refused(f"{job.stage}: its finished model could not be stored under checkpoints/{job.key}/", code=5)

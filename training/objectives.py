@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.columns import RowGroups
 from infra.errors import Refused
 from infra.manifest import Manifest, object_name
 from infra.store import Store
-from training.data import Batch, Data, Reads, ReadText, matrix, picture, read_rows
+from training.blocks import matrix, places
+from training.data import Batch, Reads, ReadText, picture
 from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain
 from training.order import derived
 from training.parallel import Group
@@ -290,11 +292,12 @@ class UpsamplerObjective(Diffusion):
 def sample_dots(store: Store, rows: str, selection: str, least: int = DOTS) -> Tensor:
     """z_i·z_t of kept rows, float64 [n]: of all, or of blocks evenly apart that hold `least` or somewhat more."""
     columns = ("image_embedding", "text_embedding")
-    places = [place for place in Data(store, rows, selection, Reads()).places if len(place.keep)]
-    apart = max(1, sum(len(place.keep) for place in places) // least)
+    blocks = [place for place in places(store, rows, selection) if len(place.keep)]
+    apart = max(1, sum(len(place.keep) for place in blocks) // least)
     dots = []
-    for place in places[::apart]:
-        table = read_rows(store, place.parquet, place.first, place.rows, columns)
+    for place in blocks[::apart]:
+        table = RowGroups(store, place.parquet).read(place.first, place.rows, ("uid", *columns))
+        place.check(table["uid"])
         image, text = (torch.from_numpy(matrix(table[name])[place.keep]).double() for name in columns)
         dots.append((image * text).sum(1))
     return torch.cat(dots) if dots else torch.zeros(0, dtype=torch.float64)

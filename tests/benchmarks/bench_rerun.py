@@ -156,7 +156,8 @@ def test_a_rerun_over_ten_thousand_shards_is_decided_in_seconds(tmp_path: Path) 
     took = [nothing_to_do(store.uri, recipe) for _ in range(3)]
     run, planned = (min(times) for times in zip(*took, strict=True))
     print(f"\nnothing to do over {SHARDS} shards, local store: run {run}, plan {planned}", flush=True)
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--until", "curate", "--store", store.uri]
+    # Not to the end of curate, whose data-report would read rows that are nowhere.
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--until", DATA[-2], "--store", store.uri]
     began = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     print(f"the whole command, imports included: {time.perf_counter() - began:.2f} s", flush=True)

@@ -4,10 +4,11 @@
 
 The options are those of the demo's recipe (Muon, bfloat16 convolutions) but for the batch, eight times the demo's in
 micro-batches of its size: every worker takes the optimiser's whole step, so at twice the demo's batch Muon alone, a
-fifth of one worker's step, leaves no more than 1.65 (UNCLIP_BENCH_BATCHES=2 shows it). Each worker is a process that the system keeps on one core, gradients
-meet in one all-reduce over gloo, as always. Rounds interleave one worker (`alone`), two that train together
-(`together`) and two that train models of their own beside each other (`apart`): what these lose is the machine's
-(caches, memory, other people's work), not ours. UNCLIP_BENCH_ROUNDS sets the number of rounds (5).
+fifth of one worker's step, leaves no more than 1.65 (UNCLIP_BENCH_BATCHES=2 shows it). Each worker is a process that
+the system keeps on one core, gradients meet in one all-reduce over gloo, as always. Rounds interleave one worker
+(`alone`), two that train together (`together`) and two that train models of their own beside each other (`apart`): what
+these lose is the machine's (caches, memory, other people's work), not ours. UNCLIP_BENCH_ROUNDS sets the number of
+rounds (5).
 """
 
 from __future__ import annotations

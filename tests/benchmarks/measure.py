@@ -38,7 +38,9 @@ class Compared(NamedTuple):
     """Upper quartile."""
 
 
-def compare(what: str, ours: Mapping[str, Call], theirs: Mapping[str, Call], *, least: int = 5) -> Compared:
+def compare(
+    what: str, ours: Mapping[str, Call], theirs: Mapping[str, Call], *, least: int = 5, peer: str = "diffusers"
+) -> Compared:
     """Times all variants in turn, chooses each side's fastest by its median, and prints one line."""
     calls = {("ours", name): call for name, call in ours.items()} | {("theirs", name): c for name, c in theirs.items()}
     for call in calls.values():
@@ -61,7 +63,7 @@ def compare(what: str, ours: Mapping[str, Call], theirs: Mapping[str, Call], *, 
     low, middle, high = statistics.quantiles(ratios, n=4)
     rest = "; ".join(f"{side} {name} {medians[side, name] * 1000:.0f} ms" for side, name in medians)
     print(
-        f"\n{what}: {middle:.2f} ({low:.2f} to {high:.2f}, {len(ratios)} rounds) of diffusers' time, "
+        f"\n{what}: {middle:.2f} ({low:.2f} to {high:.2f}, {len(ratios)} rounds) of the time of {peer}, "
         f"{mine[1]} against {other[1]} [{rest}]",
         flush=True,
     )

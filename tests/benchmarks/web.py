@@ -1,7 +1,7 @@
 """A web server for benchmarks: many hosts (addresses of loopback) on one port, some of which never answer.
 
-Run as `python -m tests.benchmarks.web HOSTS HANGING CLOSING`: it prints its port, and serves until its standard input
-ends. A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
+Run as `python -m tests.benchmarks.web HOSTS HANGING CLOSING DELAY`: it prints its port, and serves until its standard
+input ends. A process of its own, so that it takes nothing from the side that is measured but its share of the machine.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def pictures() -> list[bytes]:
     return made
 
 
-async def serve(hosts: int, hanging: int, closing: bool) -> None:
+async def serve(hosts: int, hanging: int, closing: bool, delay_s: float) -> None:
     """Serves until standard input ends. The last `hanging` hosts take connections and never answer; with `closing` the
-    others hang up behind each answer."""
+    others hang up behind each answer, which comes `delay_s` after it was asked for."""
     mute = {address(host) for host in range(hosts - hanging, hosts)}
     bodies = pictures()
 
@@ -51,6 +51,7 @@ async def serve(hosts: int, hanging: int, closing: bool) -> None:
                     await reader.read()  # until the client hangs up
                     return
                 last = closing or b"connection: close" in head.lower()
+                await asyncio.sleep(delay_s)
                 body = bodies[int(head.split(b" ", 2)[1][1:].partition(b".")[0]) % PICTURES]
                 lines = [b"HTTP/1.1 200 OK", b"Content-Type: image/jpeg", b"Content-Length: %d" % len(body)]
                 writer.write(b"\r\n".join([*lines, *[b"Connection: close"] * last, b"", b""]) + body)
@@ -69,9 +70,10 @@ async def serve(hosts: int, hanging: int, closing: bool) -> None:
 
 
 @contextmanager
-def serving(hosts: int, hanging: int, closing: bool = False) -> Iterator[int]:
+def serving(hosts: int, hanging: int, closing: bool = False, delay_s: float = 0.0) -> Iterator[int]:
     """The port of a server that runs until the context ends."""
-    command = [sys.executable, "-m", "tests.benchmarks.web", str(hosts), str(hanging), str(int(closing))]
+    asked = [str(hosts), str(hanging), str(int(closing)), str(delay_s)]
+    command = [sys.executable, "-m", "tests.benchmarks.web", *asked]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -81,4 +83,4 @@ def serving(hosts: int, hanging: int, closing: bool = False) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"))
+    asyncio.run(serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1", float(sys.argv[4])))

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
+from botocore.utils import parse_timestamp
+from hypothesis import given
+from hypothesis import strategies as st
 
 import infra.s3
 from infra.errors import Refused
@@ -281,3 +286,11 @@ def test_the_cache_stays_below_its_bound_and_keeps_what_was_used_last(
     monkeypatch.setenv("UNCLIP_CACHE_GB", "much")
     with pytest.raises(Refused, match="UNCLIP_CACHE_GB is 'much'"):
         store.local("objects/2")
+
+
+@given(st.datetimes(timezones=st.just(UTC)))
+def test_a_time_in_an_answer_is_what_botocore_reads(time: datetime) -> None:
+    listed = f"{time.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
+    headed = format_datetime(time.replace(microsecond=0), usegmt=True)
+    for said in (listed, headed):
+        assert infra.s3._time(said) == parse_timestamp(said)

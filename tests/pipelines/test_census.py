@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.columns import SMALL, ahead, columns
 from infra.manifest import Action, Record, commit
 from infra.rows import KEPT
 from infra.store import Store, open_store
 from pipelines.census import Hosts, Row, _chosen
 from pipelines.charts import histogram, linear
-from pipelines.columns import SMALL, ahead, columns
 from pipelines.page import count
 
 

@@ -3,9 +3,9 @@
     python -m tests.proofs.kill --store DIR [--kills 10] [--seed 0]
 
 Each run of the tiny recipe is killed at a moment drawn uniformly from the length of the undisturbed run; a run that
-ends before its moment is compared as well, and the next kill begins a new store. Fits save a checkpoint after every
-step, so that one killed in its midst goes on from there. What is compared: every record of the
-data and of the models, byte for byte.
+ends before its moment is compared as well, and the next kill begins a new store. Fits save one checkpoint behind the
+other, so that one killed in its midst goes on from there. What is compared: every record of the data and of the models,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 FITS = ("clip", "prior", "decoder", "upsamplers.32", "upsamplers.64")
 OFTEN = [word for fit in FITS for word in ("--set", f"{fit}.checkpoint_seconds=0")]
-"""A checkpoint after every step, so that a killed fit goes on from the middle; it is in no key and changes no byte."""
+"""One checkpoint behind the other, so that a killed fit goes on from its middle; in no key, and changes no byte."""
 STAGES = (
     "source", "download", "filter-look", "filter", "clip", "embed", "curate-look", "curate", "statistics",
     "prior", "decoder", "upsampler-", "bundle",

@@ -212,8 +212,8 @@ def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
         drawn = [seen(number) for number in numbers_of(table)]
         digests = [hashlib.sha256(str(shown).encode()).digest() for shown, _ in drawn]
-        some = [1] * len(drawn)
-        columns = [table["uid"], table["url"], table["caption"], [KEPT] * len(drawn), some, some, some, some, digests]
+        states, place, side = ([one] * len(drawn) for one in (KEPT, 1, 16))
+        columns = [table["uid"], table["url"], table["caption"], states, place, place, side, side, digests]
         with store.scratch() as out:
             (out / TAR).write_bytes(b"\0" * 1024)
             index = pa.table([pa.array(one) if isinstance(one, list) else one for one in columns], INDEX.names)
@@ -241,7 +241,7 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
         columns: dict[str, Any] = {"uid": rows["uid"]}
         for rule in stage.rules:
             look = rule.look(rows)
-            columns |= {f"{rule.rule}.{name}": look[name] for name in look.column_names}
+            columns |= {f"{rule.verdict}.{name}": look[name] for name in look.column_names}
         with store.scratch() as out:
             pq.write_table(pa.table(columns), out / LOOK, compression="zstd")
             made = Record.of(action, out, states={"looked": rows.num_rows})

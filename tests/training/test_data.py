@@ -64,12 +64,21 @@ def test_a_batch_does_not_depend_on_the_cache(world):
 
 
 def test_the_cache_is_bounded_in_bytes(world):
-    data = Data(world.store, world.embed, world.curate, PICTURES, cache=700_000)
+    vectors = Reads(embeddings=True, text_embeddings=True)
+    data = Data(world.store, world.embed, world.curate, vectors, cache=20_000)
     for block in range(len(data.counts)):
         data.block(block)
     held = sum(rows.bytes for rows in data._cached.values())
-    assert 300_000 < held <= 700_000
+    assert 10_000 < held <= 20_000
     assert held == data._held
+
+
+@pytest.mark.parametrize(("cache", "decoded"), [(2_000_000, True), (700_000, False)])
+def test_decoded_pictures_stay_only_where_all_have_room(world, cache, decoded):
+    data = Data(world.store, world.embed, world.curate, PICTURES, cache=cache)
+    batch = data.batch(everything(data), 0)
+    assert all(("image" in rows.tensors) == decoded for rows in data._cached.values())
+    assert (data._held > batch.tensors["image"].nbytes) == decoded
 
 
 def test_a_selection_of_other_data_is_refused(world, tmp_path):

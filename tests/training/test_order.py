@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import pytest
@@ -91,6 +92,10 @@ def test_the_order_is_the_same_for_ever():
     assert shuffled(8, "epoch", 0, 0).tolist() == [5, 6, 3, 2, 4, 1, 7, 0]
     assert derived("noise", 0, 0, 0) == 4199948398154688786
     assert derived("noise", 1, 12) != derived("noise", 11, 2)
+    order = Order((7, 0, 3, 5, 8, 8, 1), lanes=3, micro=4, window=2, seed=9)
+    rows = [pair for step in range(100) for lane in range(3) for pair in order.rows(step, lane)]
+    told = "".join(f"{block},{row};" for block, row in rows)
+    assert hashlib.sha256(told.encode()).hexdigest().startswith("736e79780b0f3233")
 
 
 def test_a_selection_that_keeps_nothing_is_refused():

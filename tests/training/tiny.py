@@ -105,14 +105,14 @@ def tiny(
     labels: dict[bytes, tuple[str | None, int | None]] = {}
     for shard in range(shards):
         pictures, index, table = _shard(random, shard, count, labels, spoiled.get(shard, 1.0), width, base)
-        download = _commit(store, f"download-{shard}", {"images.tar": _tar(pictures), "index.parquet": index}, group)
+        download = committed(store, f"download-{shard}", {"images.tar": _tar(pictures), "index.parquet": index}, group)
         downloads.append(download)
         sha, uids = download.sha("index.parquet"), table["uid"].to_pylist()
-        filters[f"{sha}.parquet"] = _selection(uids, set())
+        filters[f"{sha}.parquet"] = selection(uids, set())
         facts = {"tar": download.sha("images.tar"), "index": sha, "selection": ""}
-        embeds.append(_commit(store, f"embed-{shard}", {"rows.parquet": _parquet(table, group)}, group, facts))
+        embeds.append(committed(store, f"embed-{shard}", {"rows.parquet": parquet(table, group)}, group, facts))
         rejected = set(uids[::7])
-        curates[f"{embeds[-1].sha('rows.parquet')}.parquet"] = _selection(uids, rejected)
+        curates[f"{embeds[-1].sha('rows.parquet')}.parquet"] = selection(uids, rejected)
         captions = table["caption"].to_pylist()
         for uid, caption in zip(uids, captions, strict=True):
             if uid not in rejected:
@@ -127,12 +127,12 @@ def tiny(
         statistics_file = (folder / "s").read_bytes()
     return Tiny(
         store,
-        _manifest(store, downloads),
-        _manifest(store, [_commit(store, "filter", filters)]),
-        _manifest(store, embeds),
-        _manifest(store, [_commit(store, "curate", curates)]),
-        _manifest(store, [_commit(store, "statistics", {"statistics.safetensors": statistics_file})]),
-        _manifest(store, [_commit(store, "clip", files)]),
+        listed(store, downloads),
+        listed(store, [committed(store, "filter", filters)]),
+        listed(store, embeds),
+        listed(store, [committed(store, "curate", curates)]),
+        listed(store, [committed(store, "statistics", {"statistics.safetensors": statistics_file})]),
+        listed(store, [committed(store, "clip", files)]),
         kept,
         labels,
     )
@@ -140,7 +140,7 @@ def tiny(
 
 def stored(store: Store, folder: Path) -> str:
     """The version of a manifest of one record, which holds the files of that folder."""
-    return _manifest(store, [_commit(store, folder.name, {path.name: path.read_bytes() for path in folder.iterdir()})])
+    return listed(store, [committed(store, folder.name, {path.name: path.read_bytes() for path in folder.iterdir()})])
 
 
 def stored_tree(store: Store, folder: Path) -> str:
@@ -151,7 +151,7 @@ def stored_tree(store: Store, folder: Path) -> str:
         for name, path in files.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(path.read_bytes())
-        return _manifest(store, [commit(store, action, Record.of(action, out), out)])
+        return listed(store, [commit(store, action, Record.of(action, out), out)])
 
 
 def _shard(
@@ -220,7 +220,7 @@ def _shard(
         },
         rows.embedded(width),
     )
-    return pictures, _parquet(index, 1000), table
+    return pictures, parquet(index, 1000), table
 
 
 def _is_light(picture: np.ndarray) -> bool:
@@ -244,18 +244,18 @@ def _tar(pictures: dict[bytes, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _parquet(table: pa.Table, group: int) -> bytes:
+def parquet(table: pa.Table, group: int) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=group)
     return buffer.getvalue()
 
 
-def _selection(uids: list[bytes], rejected: set[bytes]) -> bytes:
+def selection(uids: list[bytes], rejected: set[bytes]) -> bytes:
     rules = pa.array(["rule" if uid in rejected else None for uid in uids], pa.string())
-    return _parquet(pa.table({"uid": pa.array(uids, rows.UID), "rule": rules}, rows.SELECTION), 1000)
+    return parquet(pa.table({"uid": pa.array(uids, rows.UID), "rule": rules}, rows.SELECTION), 1000)
 
 
-def _commit(
+def committed(
     store: Store, name: str, files: dict[str, bytes], group: int = 0, facts: dict[str, Any] | None = None
 ) -> Record:
     action = Action("test/1", {"name": name}, ())
@@ -270,7 +270,7 @@ def _commit(
         return commit(store, action, Record.of(action, out, blocks=blocks, facts=facts), out)
 
 
-def _manifest(store: Store, records: list[Record]) -> str:
+def listed(store: Store, records: list[Record]) -> str:
     return Manifest(Action("test/1", {}, ()), tuple(records)).save(store)
 
 
