@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from training.parallel import STATE_BYTES
+from training.weightless import Weightless, shapes
 from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import build
 from unclip.decoder import Decoder
-from unclip.folder import KINDS, config_from
+from unclip.folder import config_from
 from unclip.prior import DiffusionPrior
 from unclip.upsampler import Upsampler
 
@@ -68,7 +69,7 @@ def cost(kind: str, model: dict[str, Any], crop: int | None = None) -> Cost:
         return tensor
 
     fused = _Fused()
-    with _Weightless(), fused, FlopCounterMode(display=False) as counter:
+    with Weightless(), fused, FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = _FORWARD.get(kind, _pictures)(network, crop)
         output.sum().backward()
@@ -77,9 +78,10 @@ def cost(kind: str, model: dict[str, Any], crop: int | None = None) -> Cost:
 
 
 def _built(kind: str, model: dict[str, Any]) -> nn.Module:
-    with _Weightless():
-        built = build(model) if kind == "clip" else KINDS[kind][1](config_from(kind, model, kind))
-    return built.to("meta")
+    if kind != "clip":
+        return shapes(kind, config_from(kind, model, kind))
+    with Weightless():
+        return build(model).to("meta")
 
 
 def _count(network: nn.Module) -> int:
@@ -157,21 +159,6 @@ def _picture(side: int) -> Tensor:
 
 def _integers(*shape: int) -> Tensor:
     return torch.empty(TRACED, *shape, dtype=torch.long, device="meta")
-
-
-class _Weightless(TorchFunctionMode):
-    """Weights come into being by `torch.empty`: here on the meta device, where they take no memory.
-
-    `torch.device("meta")` would send every factory there; for some that imports the compiler, which takes seconds.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 class _Fused(TorchFunctionMode):

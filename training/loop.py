@@ -26,14 +26,14 @@ from training.ema import Ema
 from training.feed import Feed
 from training.job import FitHow, Job, TrainConfig
 from training.muon import is_inner
-from training.objectives import Objective, objective
+from training.objectives import objective
 from training.optim import Diverged, Optimiser, learning_rate
 from training.order import Order
 from training.parallel import Flat, Group, Vectors
 from training.precision import Precision
 from training.preview import Previews
 from training.saving import Saver, room_for
-from training.sharded import Learner, is_sharded, room, shard, whole
+from training.sharded import Learner, built, shard, whole
 from training.speed import determinism, prepare
 from training.spikes import Spikes
 from training.validate import choose, split
@@ -85,16 +85,12 @@ def train(
         raise Refused(
             f"{job.stage}: {config.lanes} micro-batches do not divide among {group.ranks} workers; change train.micro"
         )
-    torch.manual_seed(config.seed)
-    model = task.build().train()
+    model, sharded = built(job, task, how, group, device)
+    model.train()
     check_divisible(job.stage, model, group.ranks)
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
     learner = Learner(model, task, group)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    sharded = is_sharded(
-        how, config, whole_batch=task.whole_batch, parameters=size, ranks=group.ranks, room=room(device)
-    )
     vectors = None
     prepare(model, how, sharded=sharded)
     if sharded:
@@ -165,7 +161,7 @@ def train(
                 saver.wait()
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
         saver.wait()
-    finish(checkpoints, store, state, job, task, held, group)
+    finish(checkpoints, store, state, job, learner, held, sharded=sharded)
 
 
 def check_divisible(stage: str, model: nn.Module, workers: int) -> None:
@@ -309,12 +305,14 @@ def finish(
     store: Store,
     state: State,
     job: Job,
-    task: Objective,
+    learner: Learner,
     held: Data | None,
-    group: Group = ALONE,
+    *,
+    sharded: bool = False,
 ) -> None:
     """The last checkpoint, by rank 0: the model as it is released, and the facts of its record. Nothing here depends on
     time."""
+    task, group = learner.task, learner.group
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "samples": state.samples,
@@ -323,11 +321,14 @@ def finish(
         **task.facts,
     }
     released = whole(state.ema.state().items(), keep=group.rank == 0)
-    if group.rank:
+    if group.rank and not sharded:
         return
     if job.config.ema_lengths:
-        released, chosen = choose(task, state.model, state.averages, held, job, store, state.precision)
+        judge = learner if sharded else Learner(state.model, task, ALONE)
+        released, chosen = choose(judge, state.averages, released, held, job, store, state.precision, sharded=sharded)
         facts |= chosen
+    if group.rank:
+        return
 
     def put() -> bool:
         with store.scratch() as folder:

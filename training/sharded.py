@@ -10,18 +10,19 @@ one block at a time, where the flat way keeps 5 for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused
 from training.data import Batch
-from training.job import FitHow, TrainConfig
+from training.job import FitHow, Job, TrainConfig
 from training.objectives import Losses, Objective
 from training.parallel import STATE_BYTES, Group
+from training.weightless import shapes
 from unclip.layers import ContextAttention, ResBlock, TransformerBlock
 
 SHARE = 0.6
@@ -41,8 +42,6 @@ def is_sharded(
     why = ""
     if config.muon:
         why = "train.muon multiplies whole matrices, of which a rank would have a part"
-    elif len(config.ema_lengths) > 1:
-        why = "choosing among several train.ema_lengths needs the whole model on one device"
     elif whole_batch:
         why = "a contrastive model bounds its temperature, a single number, in place"
     if how.shard == "fsdp" and why:
@@ -69,15 +68,35 @@ class Learner(nn.Module):
         return self.task.loss(self.model, batch, self.group)
 
 
-def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Shards:
-    """Cuts the model, which lies on the CPU alike on every rank; every rank calls it.
+def built(job: Job, task: Objective, how: FitHow, group: Group, device: torch.device) -> tuple[nn.Module, bool]:
+    """(the objective's model at its start, on the host; whether it is to be sharded).
 
-    Blocks are gathered one by one, what stands between them together. Gradients are summed, not averaged, in float32,
-    after each micro-batch, so that no rank ever holds a whole gradient.
+    One that is to be sharded has weights on rank 0 alone, and shapes on the others. Raises Refused as `is_sharded`.
+    """
+    here, sharded = room(device), False
+    if how.shard == "fsdp" or (how.shard == "auto" and group.ranks > 1 and math.isfinite(here)):
+        without = nn.Module() if task.whole_batch else shapes(job.kind, cast(Any, task).config)
+        size = sum(parameter.numel() for parameter in without.parameters())
+        sharded = is_sharded(
+            how, job.config, whole_batch=task.whole_batch, parameters=size, ranks=group.ranks, room=here
+        )
+    torch.manual_seed(job.config.seed)
+    return (without if sharded and group.rank else task.build()), sharded
+
+
+def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Shards:
+    """Cuts the model, which rank 0 alone has whole, on its host; every rank calls it.
+
+    A device never holds more of it than a shard and one tensor. Blocks are gathered one by one, what stands between
+    them together. Gradients are summed, not averaged, in float32, after each micro-batch, so that no rank ever holds a
+    whole gradient.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    named = (*learner.model.named_parameters(), *learner.model.named_buffers())
+    start = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
+    learner.model.to("meta")
     mesh = init_device_mesh(device.type, (ranks,))
     cut = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     for unit in _units(learner.model):
@@ -87,6 +106,8 @@ def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Sha
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    learner.to_empty(device=device)
+    spread(learner, start)
     return Shards(learner.model, extra)
 
 
@@ -167,6 +188,29 @@ def _collect(into: Tensor, parameter: Tensor) -> None:
     assert parameter.grad is not None
     into.add_(parameter.grad.to_local())  # type: ignore[attr-defined]
     parameter.grad = None
+
+
+@torch.no_grad()
+def spread(learner: Learner, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `whole`: puts tensors that rank 0 alone has into a sharded model; every rank calls it.
+
+    One after the other is on the device as a whole. Buffers that are not in `state` become rank 0's.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for module in learner.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what the last forward pass gathered
+    for name, there in (*learner.model.named_parameters(), *learner.model.named_buffers()):
+        full = torch.empty(there.shape, dtype=there.dtype, device=there.device)
+        if name in state or not isinstance(there, DTensor):
+            full.copy_(state.get(name, there))
+        if isinstance(there, DTensor):
+            there.to_local().copy_(distribute_tensor(full, there.device_mesh, there.placements).to_local())
+        else:
+            torch.distributed.broadcast(full, src=0)
+            there.copy_(full)
 
 
 def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

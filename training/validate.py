@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra.errors import Refused
 from infra.store import Store
 from training.averages import Averages
 from training.data import Batch, Data
 from training.job import Job, TrainConfig
-from training.objectives import Objective
 from training.order import derived
-from training.parallel import Group
 from training.precision import Precision
+from training.sharded import Learner, spread
 
 
 @dataclass(frozen=True)
@@ -65,41 +64,50 @@ def batches(held: Data, config: TrainConfig) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def mean_loss(task: Objective, model: nn.Module, shown: Iterator[Batch], precision: Precision) -> float:
-    """The objective's own loss, a sample, of a model in evaluation mode."""
-    device = next(model.parameters()).device
+def mean_loss(learner: Learner, shown: Iterator[Batch], precision: Precision) -> float:
+    """The objective's own loss, a sample, of a model in evaluation mode; every rank of a sharded one calls it."""
+    device = next(learner.parameters()).device
     total, count = 0.0, 0
-    model.eval()
+    learner.eval()
     for batch in shown:
         with precision.autocast():
-            losses = task.loss(model, batch.to(device), Group()).loss
+            losses = learner(batch.to(device)).loss
         total, count = total + float(losses.double().sum()), count + len(losses)
     return total / count
 
 
 def choose(
-    task: Objective,
-    model: nn.Module,
+    learner: Learner,
     averages: Averages,
+    base: dict[str, Tensor],
     held: Data | None,
     job: Job,
     store: Store,
     precision: Precision,
+    *,
+    sharded: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict of the average to release, what the record says of it): of `ema_lengths` the one whose loss on the
     held-out rows is least, of equals the first; where only one is named, that one.
 
-    The model's own weights are overwritten. A loss that is not finite is never the least one.
+    base: a state dict of the model, for what has no average. Every rank of a sharded model calls it, and all see the
+    same rows; base is empty but on rank 0, which reads the snapshots and whose answer counts. The model's own weights
+    are overwritten. A loss that is not finite is never the least one.
     """
     config, told = job.config, []
     least, chosen = float("inf"), dict[str, Tensor]()
     for length in config.ema_lengths:
-        average, missed = averages.reconstructed(store, job.key, length)
-        state = {name: average.get(name, tensor).to(tensor) for name, tensor in model.state_dict().items()}
+        state, missed = dict[str, Tensor](), 0.0
+        if base:
+            average, missed = averages.reconstructed(store, job.key, length)
+            state = {name: average.get(name, tensor).to(tensor) for name, tensor in base.items()}
         entry: dict[str, Any] = {"length": length, "missed": missed}
         if held is not None:
-            model.load_state_dict(state)
-            loss = mean_loss(task, model, batches(held, config), precision)
+            if sharded:
+                spread(learner, state)
+            else:
+                learner.model.load_state_dict(state)
+            loss = mean_loss(learner, batches(held, config), precision)
             entry["loss"] = loss if np.isfinite(loss) else None
         told.append(entry)
         if not chosen or (entry.get("loss") is not None and entry["loss"] < least):

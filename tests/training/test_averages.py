@@ -24,6 +24,7 @@ from training.optim import Optimiser
 from training.parallel import Flat, Group
 from training.posthoc import Average, combination, decay, exponent, shares
 from training.precision import Precision
+from training.sharded import Learner
 from training.validate import batches, mean_loss, split
 from unclip.folder import load_model
 
@@ -164,7 +165,8 @@ def test_the_loss_that_is_told_is_that_of_the_released_model_on_rows_that_were_n
     trained, shown = ({uid for n in range(len(d.counts)) for uid in d.block(n).uids} for d in (kept, held))
     assert not trained & shown
     assert trained | shown == {uid for n in range(len(rows.counts)) for uid in rows.block(n).uids}
-    loss = mean_loss(task, load_model(tmp_path, "prior"), batches(held, job.config), Precision("float32", CPU))
+    learner = Learner(load_model(tmp_path, "prior"), task, Group())
+    loss = mean_loss(learner, batches(held, job.config), Precision("float32", CPU))
     losses = {one["length"]: one["loss"] for one in told["candidates"]}
     assert loss == losses[told["released"]]
 

@@ -18,7 +18,8 @@ from training.checkpoint import Checkpoints, deliver
 from training.job import FitHow, Job
 from training.launch import train_local
 from training.objectives import objective
-from training.sharded import is_sharded
+from training.parallel import Group
+from training.sharded import built, is_sharded
 from unclip.folder import read_tensors
 
 SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}
@@ -51,8 +52,10 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
     asks += [Ask(job(world, "decoder", f"from-{how.shard}"), how, 1, 3) for how in (FLAT, FSDP)]
     with pytest.raises(Stopped):
         train_local(job(world, "decoder", "to"), FLAT, world.store, tmp_path, NullMonitor(), stop=stopping_after(3))
+    choosing = {"ema_lengths": [0.05, 0.25], "ema_validation": 16}
+    asks += [Ask(job(world, "decoder", f"chosen-{how.shard}", **choosing), how) for how in (FLAT, FSDP)]
     met = together(Path(world.store.uri), 2, [*asks, Ask(job(world, "decoder", "to"), FSDP, 1)])
-    assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""]
+    assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""] * 3
     for kind in KINDS:
         train_local(job(world, kind, "one"), FLAT, world.store, tmp_path / kind, NullMonitor())
         alone = read_tensors(tmp_path / kind / "model.safetensors")
@@ -60,6 +63,13 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
             torch.testing.assert_close(delivered(world, job(world, kind, how), tmp_path), alone, **CLOSE)
     alone = read_tensors(tmp_path / "decoder" / "model.safetensors")
     torch.testing.assert_close(delivered(world, job(world, "decoder", "to"), tmp_path), alone, **CLOSE)
+    # of several averages each is put into the shards, and all ranks see the loss that a whole model has
+    fits = [job(world, "decoder", f"chosen-{how}", **choosing) for how in ("flat", "fsdp")]
+    facts = [deliver(world.store, fit, tmp_path / f"{fit.key}-facts")["averages"] for fit in fits]
+    losses = [[one["loss"] for one in told["candidates"]] for told in facts]
+    assert losses[0][0] != losses[0][1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(*(delivered(world, fit, tmp_path) for fit in fits), **CLOSE)
     for how, parts in (("flat", {1}), ("fsdp", {1, 2})):
         saved = Checkpoints(world.store, f"decoder-from-{how}").newest()
         assert {len(stored.parts) for stored in saved.tensors.values()} == parts
@@ -75,6 +85,22 @@ def test_what_cannot_be_sharded_is_refused_if_asked_for_and_stays_whole_if_not(w
     with pytest.raises(Refused, match="shard is fsdp, and"):
         is_sharded(FSDP, fit.config, whole_batch=task.whole_batch, parameters=6, ranks=2, room=math.inf)
     assert not is_sharded(FitHow(), fit.config, whole_batch=task.whole_batch, parameters=6, ranks=2, room=1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ar_prior", "inpainter", "classifier"])
+def test_of_a_sharded_model_rank_0_alone_has_weights_at_the_start_and_they_are_a_whole_ones(world, kind):
+    fit = world.startable(kind, "start", **SHORT)
+    task = objective(fit, world.store, torch.device("cpu"))
+    whole, first, second = (
+        built(fit, task, how, Group(rank, 2), torch.device("cpu")) for how, rank in ((FLAT, 1), (FSDP, 0), (FSDP, 1))
+    )
+    assert [sharded for _, sharded in (whole, first, second)] == [False, True, True]
+    held = [dict((*model.named_parameters(), *model.named_buffers())) for model, _ in (whole, first, second)]
+    assert all(torch.equal(held[1][name], tensor) for name, tensor in held[0].items())
+    assert all(tensor.is_meta for tensor in held[2].values())
+    assert [[(name, t.shape, t.dtype, t.requires_grad) for name, t in of.items()] for of in held[1:]] == [
+        [(name, t.shape, t.dtype, t.requires_grad) for name, t in held[0].items()]
+    ] * 2
 
 
 def test_auto_shards_what_one_gpu_has_too_little_room_for(world):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -148,3 +150,22 @@ def test_a_compiled_fit_ends_near_the_plain_one(world: Tiny, tmp_path: Path):
         ends.append(read_tensors(tmp_path / name / "model.safetensors"))
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+BARE = """
+import runpy, sys
+absent = ["ray", "mlflow", "boto3", "pydantic", "open_clip", "torchvision", "diffusers", "webdataset", "img2dataset"]
+sys.modules.update(dict.fromkeys(absent))
+sys.argv = ["bench_loop", "--tiny", "--device", "cpu", "--eager", "--batch", "4", "--steps", "2"]
+runpy.run_module("tests.gpu.bench_loop", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_loop_fits_whole_models_where_torch_and_pyarrow_are_all_there_is():
+    done = subprocess.run([sys.executable, "-c", BARE], stdout=subprocess.PIPE, text=True, check=True)
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| base")]
+    assert [(row[0].strip(), row[2].strip()) for row in rows] == [
+        (f"base {kind}", how) for kind in ("decoder", "prior") for how in ("eager", "recompute")
+    ]
+    assert all(float(row[3]) > 0 for row in rows)

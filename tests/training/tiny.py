@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,23 @@ def tiny(
     group: int = 16,
     seed: int = 0,
     spoiled: dict[int, float] = UNSPOILED,
+    model: dict[str, Any] = CLIP,
+    base: int = 16,
+    merges: Sequence[str] | None = None,
 ) -> Tiny:
     """shards × count rows, of which every fifth is not downloaded and every seventh of the rest rejected by curate.
 
-    spoiled: shard → the factor by which all of its image embeddings are too large.
+    spoiled: shard → the factor by which all of its image embeddings are too large; model: open_clip's configuration of
+    the CLIP; base: side of the stored pictures, a divisor of SIDE; merges: its tokeniser's, by default open_clip's.
     """
+    width: int = model["embed_dim"]
     store, random = LocalStore(root), np.random.default_rng(seed)
     store.check(create=True)
     downloads, filters, embeds, curates = [], {}, [], {}
     kept: dict[bytes, tuple[str, np.ndarray]] = {}
     labels: dict[bytes, tuple[str | None, int | None]] = {}
     for shard in range(shards):
-        pictures, index, table = _shard(random, shard, count, labels, spoiled.get(shard, 1.0))
+        pictures, index, table = _shard(random, shard, count, labels, spoiled.get(shard, 1.0), width, base)
         download = committed(store, f"download-{shard}", {"images.tar": _tar(pictures), "index.parquet": index}, group)
         downloads.append(download)
         sha, uids = download.sha("index.parquet"), table["uid"].to_pylist()
@@ -111,13 +117,13 @@ def tiny(
         for uid, caption in zip(uids, captions, strict=True):
             if uid not in rejected:
                 kept[uid] = (caption, pictures[uid])
-    clip = Clip(CLIP, _text_tower())
+    clip = Clip(model, _text_tower(model), merges=merges)
     with store.scratch() as folder:
         clip.save(folder / "clip")
         files = {path.name: path.read_bytes() for path in (folder / "clip").iterdir()}
-        statistics = {name: torch.zeros(32) for name in ("image_mean", "text_mean")}
-        statistics |= {name: torch.ones(32) for name in ("image_std", "text_std", "eigenvalues")}
-        save_file(statistics | {"pca": torch.eye(32), "count": torch.tensor(count)}, folder / "s")
+        statistics = {name: torch.zeros(width) for name in ("image_mean", "text_mean")}
+        statistics |= {name: torch.ones(width) for name in ("image_std", "text_std", "eigenvalues")}
+        save_file(statistics | {"pca": torch.eye(width), "count": torch.tensor(count)}, folder / "s")
         statistics_file = (folder / "s").read_bytes()
     return Tiny(
         store,
@@ -154,6 +160,8 @@ def _shard(
     count: int,
     labels: dict[bytes, tuple[str | None, int | None]],
     factor: float,
+    width: int,
+    base: int,
 ) -> tuple[dict[bytes, np.ndarray], bytes, pa.Table]:
     """Pictures by uid, index.parquet, and the table of the embedded rows; adds the rows' labels to `labels`."""
     captions = [" ".join(random.choice(WORDS, 4)) for _ in range(count)]
@@ -196,20 +204,21 @@ def _shard(
         pa.schema([*rows.INDEX, ("shade", pa.string()), ("number", pa.int64())]),
     )
     kept = [number for number, here in enumerate(there) if here]
-    vectors = random.standard_normal((2, len(kept), 32)).astype(np.float32)
+    vectors = random.standard_normal((2, len(kept), width)).astype(np.float32)
     vectors[0] *= np.float32(factor)
-    base = [png(pictures[uids[number]][:, 2::4, 2::4]) for number in kept]
+    stored = slice(SIDE // base // 2, None, SIDE // base)
+    images = [png(pictures[uids[number]][:, stored, stored]) for number in kept]
     table = pa.table(
         {
             "uid": pa.array([uids[number] for number in kept], rows.UID),
             "caption": [captions[number] for number in kept],
-            "image_embedding": pa.FixedSizeListArray.from_arrays(vectors[0].ravel(), 32),
-            "text_embedding": pa.FixedSizeListArray.from_arrays(vectors[1].ravel(), 32),
+            "image_embedding": pa.FixedSizeListArray.from_arrays(vectors[0].ravel(), width),
+            "text_embedding": pa.FixedSizeListArray.from_arrays(vectors[1].ravel(), width),
             "score": pa.array(np.zeros(len(kept), np.float32)),
-            "image": pa.array(base, pa.binary()),
+            "image": pa.array(images, pa.binary()),
             "url": [urls[number] for number in kept],
         },
-        rows.embedded(32),
+        rows.embedded(width),
     )
     return pictures, parquet(index, 1000), table
 
@@ -265,10 +274,10 @@ def listed(store: Store, records: list[Record]) -> str:
     return Manifest(Action("test/1", {}, ()), tuple(records)).save(store)
 
 
-def _text_tower() -> dict[str, torch.Tensor]:
+def _text_tower(model: dict[str, Any]) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tower = TextTower(CLIP)
+        tower = TextTower(model)
         with torch.no_grad():
             for parameter in tower.parameters():
                 parameter.normal_(0, 0.1)
