@@ -33,7 +33,7 @@ demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, 
 	$(BIN)/unclip run demo --store $(STORE)
 
 test: $(STAMP)  ## every test (under 15 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## tests without Ray and long training (under 2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "not slow and not ray"
