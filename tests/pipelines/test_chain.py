@@ -288,8 +288,8 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str,
     subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], check=True, capture_output=True)
     assert (tmp_path / ".ray" / "auth_token").is_file()
     port, dashboard, log = free_port(), free_port(), tmp_path / "head.log"
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}",
-               f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats"]  # fmt: skip
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+               f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--disable-usage-stats"]  # fmt: skip
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
