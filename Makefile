@@ -32,7 +32,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, a promoted release
 	$(BIN)/unclip run demo --store $(STORE)
 
-test: $(STAMP)  ## every test (15 to 20 minutes on 2 cores)
+test: $(STAMP)  ## every test (15 to 22 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## tests without Ray and long training (under 2 minutes)
