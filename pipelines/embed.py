@@ -228,7 +228,7 @@ class Embed:
                 f"in {self.spec.precision}. Set embed.precision to bfloat16 or float32, or take another CLIP.",
                 code=5,
             )
-        kept = rows.select(["uid", "caption", "url"]).take(batch.rows)
+        kept = _of(rows.select(["uid", "caption", "url"]), batch.rows)
         columns = {
             "uid": kept["uid"],
             "caption": kept["caption"],
@@ -239,6 +239,12 @@ class Embed:
             "url": kept["url"],
         }
         return pa.table(columns, schema=schema)
+
+
+def _of(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """Some rows of a table, in growing order; nearly always neighbours, of which nothing is copied."""
+    together = rows[-1] - rows[0] + 1 == len(rows)
+    return table.slice(rows[0], len(rows)) if together else table.take(list(rows))
 
 
 def _spans(rows: int, batch: int) -> Iterator[range]:

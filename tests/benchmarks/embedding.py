@@ -211,6 +211,13 @@ def forward(clip: Clip, images: torch.Tensor, tokens: torch.Tensor, calls: int) 
         clip.model.encode_text(tokens)  # type: ignore[operator]
 
 
+def by_turns(clip: Clip, images: torch.Tensor, tokens: torch.Tensor, bodies: list[bytes], side: int) -> None:
+    """Both, a batch each, and nothing else."""
+    for at in range(0, len(bodies), len(images)):
+        decode(clip, bodies[at : at + len(images)], side)
+        forward(clip, images, tokens, 1)
+
+
 class Peer:
     """clip-retrieval in an environment of its own, kept running: loaded and warm before anything is timed."""
 

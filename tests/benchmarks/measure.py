@@ -113,6 +113,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def one_core() -> None:
+    """This process and all that it starts stay on one core, where a thread's time cannot depend on what another of them
+    does at once on a core that shares its caches."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def status(name: str) -> int:
     """A line of /proc/self/status that counts memory, as VmHWM, in bytes."""
     with open("/proc/self/status") as lines:
