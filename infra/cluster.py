@@ -89,8 +89,8 @@ def connect(address: str | None = None, cpus: int | None = None, *, dashboard: b
     """Starts Ray on this machine (no address), or joins the cluster at host:port, ray://host:port or "auto".
 
     cpus: of a local instance, default all that this process may use; dashboard: whether it has one, which listens on
-    loopback and takes jobs. Refused, within seconds, if nothing answers at the address. Calling it again while connected
-    changes nothing.
+    loopback and takes jobs. Refused, within seconds, if nothing answers at the address. Calling it again while
+    connected changes nothing.
     """
     global _started_here
     if address is not None:

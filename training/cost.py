@@ -19,6 +19,7 @@ from unclip.decoder import Decoder
 from unclip.folder import config_from
 from unclip.prior import DiffusionPrior
 from unclip.upsampler import Upsampler
+from unclip.weightless import weightless
 
 TRACED = 2
 """Samples that are traced: batch norm refuses one alone."""
@@ -45,7 +46,7 @@ class Cost:
 def parameters(kind: str, model: dict[str, Any]) -> int:
     """Trained numbers of a clip, a prior of either kind, a decoder or an upsampler of that (plain) configuration.
 
-    Raises Refused for a configuration that the model refuses. A clip takes open_clip's import, some seconds.
+    Raises Refused for a configuration that the model refuses.
     """
     return _count(_built(kind, model))
 
@@ -80,8 +81,11 @@ def cost(kind: str, model: dict[str, Any], crop: int | None = None) -> Cost:
 def _built(kind: str, model: dict[str, Any]) -> nn.Module:
     if kind != "clip":
         return shapes(kind, config_from(kind, model, kind))
-    with Weightless():
-        return build(model).to("meta")
+    if model["vision_cfg"].get("timm_model_name"):  # timm reads numbers out of tensors while it builds
+        with Weightless():
+            return build(model).to("meta")
+    with weightless():
+        return build(model)
 
 
 def _count(network: nn.Module) -> int:

@@ -28,6 +28,7 @@ from unclip.folder import CONFIG, WEIGHTS, misfit, read_json, read_tensors, unde
 from unclip.open_clip_bare import model_module
 from unclip.open_clip_folder import files_of, model_config
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
+from unclip.weightless import weightless
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
 
@@ -307,7 +308,7 @@ class Clip:
         """A tower with these weights, frozen. on_meta: compare shapes before anything as large as they say is built."""
         unfit = "these weights do not fit this CLIP's configuration:"
         if on_meta:
-            with torch.device("meta"):
+            with weightless():
                 needed = {name: tensor.shape for name, tensor in build(self.config).state_dict().items()}
             if wrong := misfit({name: tensor.shape for name, tensor in state.items()}, needed):
                 raise Refused(f"{unfit} {wrong}")
