@@ -65,11 +65,13 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
 def determinism(on: bool) -> Iterator[None]:
     """Inside it, operations whose result depends on chance (atomic additions of GPUs) are replaced by ones whose does
     not, or raise where there is none. cuBLAS needs a workspace of a fixed size for it, which is set if nobody did."""
+    if not on:  # nor is the mode as it was set again: that imports the compiler, which takes seconds
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:

@@ -130,7 +130,7 @@ def test_in_deterministic_mode_what_depends_on_chance_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "decoder"])  # an inpainter is one that sees more
 def test_what_is_compiled_is_the_same_model(world: Tiny, kind: str):
     """Traced and differentiated ahead of time, without the code generator, which takes a minute a model."""
     task, model, batch = furnished(world, world.startable(kind, **SHORT))
