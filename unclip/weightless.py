@@ -40,4 +40,4 @@ class _Uncomputed(TorchFunctionMode):
             return tensor
         one = torch.ones((1,) * tensor.ndim, dtype=tensor.dtype, device="cpu")
         dtype = func(*(one if value is tensor else value for value in args), **kwargs).dtype
-        return torch.empty_like(tensor, dtype=dtype)
+        return torch.empty(tensor.shape, dtype=dtype)
