@@ -52,12 +52,10 @@ def recompute(model: nn.Module) -> None:
 def recomputed(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that are computed again; of open_clip's models those that its own switch means, which its ResNets,
     having batch norms, take no notice of."""
-    kinds: tuple[type, ...] = BLOCKS
     if hasattr(model, "set_grad_checkpointing"):
-        from open_clip.transformer import ResidualAttentionBlock
-
-        kinds = (ResidualAttentionBlock,)
-    return (module for module in model.modules() if isinstance(module, kinds))
+        # By name: its file may have been loaded by itself (unclip/open_clip_bare.py).
+        return (module for module in model.modules() if type(module).__name__ == "ResidualAttentionBlock")
+    return (module for module in model.modules() if isinstance(module, BLOCKS))
 
 
 def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
