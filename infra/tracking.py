@@ -6,6 +6,7 @@ not answer. What a killed process left in its spool the next one catches up on.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,9 @@ import shutil
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,8 @@ class Tracker:
     """One parent run, `run`, and a child of it for each stage, in one experiment of an MLflow server or database.
 
     A child is found again by its tag `unclip.key`, so a fit that goes on goes on in the same MLflow run. A parent that
-    its dead driver left running goes on too. No method waits for MLflow but `flush`, and none raises for its sake.
+    its dead driver left running goes on too. No method waits for MLflow but `flush`, and none raises for its sake, nor
+    for want of room on the disk: events then wait in memory, and files are left out.
     """
 
     def __init__(self, uri: str, experiment: str, spool: Path, run: str = "run", about: dict[str, str] | None = None):
@@ -57,10 +61,14 @@ class Tracker:
         self._written = self._sent = 0
         self._closing = False
         self._told = ""
+        self._held: deque[bytes] = deque()
+        """Events that the disk has not taken yet."""
+        self._full = ""
         self._folder = spool
         spool.mkdir(parents=True, exist_ok=True)
         me = Process.this()
         self._file = spool / f"{me.host}~{me.pid}~{me.started}~{uuid.uuid4().hex[:8]}.jsonl"
+        self._file.touch()
         tags = {**(about or {}), "unclip.run": run}
         self._put("open", name=run, experiment=experiment, tags=tags, holder=json.dumps(asdict(me), sort_keys=True))
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
@@ -83,20 +91,27 @@ class Tracker:
 
     def artifact(self, stage: str, data: Path | bytes, name: str) -> None:
         """A small file, kept beside the run as `name` ("grids/last.png"). stage "" is the parent."""
-        self._put("artifact", stage=stage, file=self._copied(data, name), folder=str(Path(name).parent))
+        if (copy := self._copied(data, name)) is not None:
+            self._put("artifact", stage=stage, file=copy, folder=str(Path(name).parent))
 
     def image(self, stage: str, data: Path | bytes, name: str, step: int) -> None:
         """A picture at a step, of which MLflow shows all of one name (letters, digits and spaces) as a series."""
-        self._put("image", stage=stage, file=self._copied(data, f"{name}.png"), name=name, step=step)
+        if (copy := self._copied(data, f"{name}.png")) is not None:
+            self._put("image", stage=stage, file=copy, name=name, step=step)
 
-    def _copied(self, data: Path | bytes, name: str) -> str:
-        """A copy that lies beside the spool until MLflow has it."""
+    def _copied(self, data: Path | bytes, name: str) -> str | None:
+        """A copy that lies beside the spool until MLflow has it; None where the disk has no room for one."""
         copy = self._folder / uuid.uuid4().hex / Path(name).name
-        copy.parent.mkdir(parents=True)
-        if isinstance(data, Path):
-            shutil.copyfile(data, copy)
-        else:
-            copy.write_bytes(data)
+        try:
+            copy.parent.mkdir(parents=True)
+            if isinstance(data, Path):
+                shutil.copyfile(data, copy)
+            else:
+                copy.write_bytes(data)
+        except OSError as error:
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            log.warning("%s is not kept for MLflow (%s)", name, error)
+            return None
         return str(copy)
 
     def end(self, stage: str, status: str = "FINISHED") -> None:
@@ -113,7 +128,7 @@ class Tracker:
     @property
     def trouble(self) -> str:
         """Why MLflow cannot be told just now; empty if it can."""
-        return self._told
+        return self._told or self._full
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until MLflow knows all; False if it does not within that time."""
@@ -127,15 +142,36 @@ class Tracker:
             self._closing = True
             self._lock.notify_all()
         self._thread.join(timeout_s)
+        if self._held:
+            log.warning("%d events are not kept for MLflow (%s)", len(self._held), self._full)
         return done
 
     def _put(self, do: str, **fields: Any) -> None:
         line = json.dumps({"do": do, "time": round(time.time() * 1000), **fields}) + "\n"
         with self._lock:
-            with open(self._file, "a") as file:
-                file.write(line)
+            self._held.append(line.encode())
             self._written += 1
+            self._spool()
             self._lock.notify_all()
+
+    def _spool(self) -> None:
+        """Writes what is held, as far as there is room; with the lock held. No event is ever there in part."""
+        while self._held:
+            try:
+                with open(self._file, "ab", buffering=0) as file:
+                    end = file.seek(0, os.SEEK_END)
+                    if file.write(self._held[0]) < len(self._held[0]):
+                        file.truncate(end)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                if not self._full:
+                    log.warning(
+                        "%s cannot be written (%s); what MLflow is to be told waits in memory", self._file, error
+                    )
+                self._full = str(error)
+                return
+            self._full = ""
+            self._held.popleft()
 
     def _deliver(self) -> None:
         """The thread: first what others left, then our own, in order; an event that cannot be told blocks the rest."""
@@ -159,6 +195,8 @@ class Tracker:
         waited = 0.1
         seen = b""  # of the file before `at`: what a writer must know to go on
         while True:
+            with self._lock:
+                self._spool()
             with open(path, "rb") as file:
                 if writer is None:
                     seen = file.read(at)
@@ -168,6 +206,7 @@ class Tracker:
             if not lines:
                 if ended():
                     place.unlink(missing_ok=True)
+                    path.with_suffix(".place-half").unlink(missing_ok=True)
                     path.unlink()
                     return True
                 with self._lock:
@@ -191,7 +230,10 @@ class Tracker:
                 continue
             self._told, waited = "", 0.1
             at += sum(map(len, lines[:told]))
-            place.write_text(str(at))
+            with suppress(OSError):  # no room: whoever goes on from here tells these events again
+                half = path.with_suffix(".place-half")
+                half.write_text(str(at))
+                half.replace(place)
             count(told)
 
 
@@ -207,6 +249,7 @@ def _left_behind(spool: Path) -> Iterator[Path]:
             os.rename(path, claimed)
         except FileNotFoundError:
             continue
+        path.with_suffix(".place-half").unlink(missing_ok=True)
         if path.with_suffix(".place").exists():
             os.rename(path.with_suffix(".place"), claimed.with_suffix(".place"))
         yield claimed

@@ -20,6 +20,7 @@ from infra.errors import Refused
 from infra.mlflow_runs import open_client
 from infra.tracking import DataSet, Tracker
 from infra.tracking_uri import check_server, default_uri, spool_folder
+from tests.fixtures.disk import Disk
 
 
 def runs(uri: str, **tags: str) -> list[Any]:
@@ -152,6 +153,32 @@ def test_a_file_that_mlflow_cannot_keep_does_not_hold_up_the_rest(database: str,
     assert tracker.close(60)
     assert runs(database, unclip__key="closed")[0].data.metrics == {"loss": 1.0}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_stops_nobody_and_what_could_not_be_written_is_told_later(
+    database: str, disk: Disk, caplog: Any
+) -> None:
+    tracker = Tracker(database, "unclip", disk.root / "spool", "crowded", {"unclip.store": "crowded"})
+    tracker.start("prior", {"width": 8}, {"unclip.key": "crowded prior"})
+    tracker.metrics("prior", 0, {"loss": 9.0})
+    assert tracker.flush(60)
+    disk.fill(leave=0)
+    tracker.artifact("prior", bytes(100_000), "grid.png")
+    for step in range(1, 400):  # more than the file's last page has room for
+        tracker.metrics("prior", step, {"loss": 1 / step, "gradient_norm": 1.0})
+    assert "No space left on device" in tracker.trouble
+    assert [record.message.partition(" (")[0] for record in caplog.records if "grid" in record.message] == [
+        "grid.png is not kept for MLflow"
+    ]
+    disk.free()
+    tracker.end("prior")
+    assert tracker.close(60)
+    assert not tracker.trouble
+    assert list((disk.root / "spool").iterdir()) == []
+    (child,) = runs(database, unclip__key="crowded prior")
+    history = open_client(database).get_metric_history(child.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(0, 9.0), *((n, 1 / n) for n in range(1, 400))]
+    assert child.info.status == "FINISHED"
 
 
 def test_a_metric_told_once_keeps_its_first_value_at_a_step(database: str, tmp_path: Path) -> None:
