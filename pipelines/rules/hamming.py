@@ -29,7 +29,8 @@ MOST = 8
 _CROWDED = 64  # comparisons a hash: chance meetings need far fewer
 _FEW = 1024  # hashes that are compared all with all if need be
 _SORT, _COMPARE = 16.0, 4.0  # ns a hash and table, and a pair, on one core: only their ratio matters
-_DENSE = 8  # where more than one word in so many meets another, all are compared, whether they meet or not
+_TELLING = 24  # bits of a hash that tell those of one key apart: 1 in 1300 by chance for a distance of 4
+_DENSE = 32  # where more than one word in so many meets another, all are compared, whether they meet or not
 _AT_ONCE = 1 << 15  # hashes: 256 kB
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
@@ -100,7 +101,7 @@ def _stay(values: np.ndarray, distance: int) -> np.ndarray:
     if found is not None:
         stays = bytearray(b"\1") * len(values)
         for here in _chunks(len(found)):  # not all of them at once as Python's numbers
-            for earlier, later in found[here].tolist():
+            for earlier, later in zip(found[here, 0].tolist(), found[here, 1].tolist(), strict=True):
                 if stays[earlier]:
                     stays[later] = 0
         return np.frombuffer(stays, bool).copy()
@@ -119,46 +120,43 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
     found = [np.empty(0, np.uint64)]
     for table in tables(len(values), scheme(len(values), distance)):
         words = table.sorted(values)
+        telling = table.telling(words)
         for here in _chunks(len(values) - 1):
-            met, hits = _met(words, here, table, distance)
+            met, places, steps = _close(telling, here, table, distance)
             most -= met
             if most < 0:
                 return None
-            found += hits
-    both = np.unique(np.concatenate(found))  # a pair may meet in several tables
+            one, other = words[places] & table.index, words[places + steps] & table.index
+            found.append(np.maximum(one, other) << bits | np.minimum(one, other))
+    both = np.sort(np.concatenate(found))  # np.unique hashes, which takes several times as long
+    both = both[np.flatnonzero(np.diff(both, prepend=~both[:1]))]  # a pair may meet in several tables
     pair = np.stack([both & ((np.uint64(1) << bits) - np.uint64(1)), both >> bits], 1)
     return pair[np.bitwise_count(values[pair[:, 0]] ^ values[pair[:, 1]]) <= distance]
 
 
-def _met(words: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, list[np.ndarray]]:
-    """How many comparisons there are of these words with those behind them in their buckets, and the pairs (later, and
-    earlier in the lowest bits) that may be near, from what the words say."""
-
-    def hit(places: np.ndarray) -> np.ndarray:
-        one, other = words[places] & table.index, words[places + step] & table.index
-        return np.maximum(one, other) << table.bits | np.minimum(one, other)
-
-    met, step, found, dense = 0, 0, list[np.ndarray](), True
-    while dense:  # all with those `step` places behind them
+def _close(telling: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many comparisons there are of these words with those behind them in their buckets, and, int64 [pairs] each,
+    the places of those that may be near from what the words tell, and how far behind them the other one is."""
+    met, step, places, many = 0, 0, list[np.ndarray](), True
+    while many:  # all with those `step` places behind them, whether they meet or not
         step += 1
-        end = max(here.start, min(here.stop, len(words) - step))
-        apart = words[here.start : end] ^ words[here.start + step : end + step]
-        places = np.flatnonzero(np.bitwise_count(apart >> table.bits) <= distance)
-        found.append(hit(places + here.start))
-        inside = apart < table.bucket
+        end = max(here.start, min(here.stop, len(telling) - step))
+        apart = telling[here.start : end] ^ telling[here.start + step : end + step]
+        places.append(np.flatnonzero(np.bitwise_count(apart) <= distance) + here.start)
+        inside = apart < table.meeting
         count = int(np.count_nonzero(inside))
         met += count
-        dense = count * _DENSE > len(words[here])
-    places = np.flatnonzero(inside) + here.start
-    while len(places):  # those alone that have one in their bucket
+        many = count * _DENSE > len(inside)
+    at = np.flatnonzero(inside) + here.start
+    while len(at):  # those alone that met one
         step += 1
-        places = places[: np.searchsorted(places, len(words) - step)]
-        apart = words[places] ^ words[places + step]
-        inside = apart < table.bucket
-        places, apart = places[inside], apart[inside]
-        met += len(places)
-        found.append(hit(places[np.bitwise_count(apart >> table.bits) <= distance]))
-    return met, found
+        at = at[: np.searchsorted(at, len(telling) - step)]
+        apart = telling[at] ^ telling[at + step]
+        inside = apart < table.meeting
+        at, apart = at[inside], apart[inside]
+        met += len(at)
+        places.append(at[np.bitwise_count(apart) <= distance])
+    return met, np.concatenate(places), np.repeat(np.arange(1, step + 1), [len(some) for some in places])
 
 
 def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
@@ -183,54 +181,67 @@ def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Table:
-    """How one table writes a hash: the key in the highest bits of a word, then `more` bits of the hash from bit `start`
-    on (in a circle), and the index in the lowest `bits`."""
+    """How one table writes a hash: some of its bits, of which the highest are the key, above the index."""
 
-    key_parts: tuple[tuple[int, int], ...]
-    """(lowest bit, how many) of the parts that make the key."""
-    start: int
-    more: int
+    pieces: tuple[tuple[int, int], ...]
+    """(lowest bit in the hash, how many) of the bits, from the highest of a word on; what has no room is left out."""
+    width: int
+    """Bits of the key."""
     bits: np.uint64
+    """Those of the index."""
 
     @property
     def bucket(self) -> np.uint64:
         """Two words whose XOR is below this have the same key."""
-        return np.uint64(1 << (BITS - self._width))
+        return np.uint64(1 << (BITS - self.width))
+
+    @property
+    def meeting(self) -> np.uint32:
+        """Two words of one key tell numbers whose XOR is below this; those of other keys seldom do."""
+        return np.uint32(self.bucket >> self._told)
+
+    @property
+    def _told(self) -> np.uint64:
+        """The lowest bit of a word that `telling` keeps."""
+        return np.uint64(max(int(self.bits), BITS - self.width - _TELLING))
 
     @property
     def index(self) -> np.uint64:
         """Mask of the index."""
         return (np.uint64(1) << self.bits) - np.uint64(1)
 
-    @property
-    def _width(self) -> int:
-        """Bits of the key; the last ones, where a long index leaves no room for all."""
-        return min(sum(width for _, width in self.key_parts), BITS - int(self.bits))
-
     def key(self, values: np.ndarray) -> np.ndarray:
         """The words' highest bits, for uint64 [n]: two hashes of one key may be near each other."""
-        made, room = np.zeros_like(values), self._width
-        for low, width in self.key_parts:
-            take = min(width, room)
-            if take:
-                top = values << np.uint64(BITS - low - take) & np.uint64((1 << BITS) - (1 << BITS - take))
-                made = made | top >> np.uint64(self._width - room)
-                room -= take
-        return made
+        return self._highest(values, self.width)
 
     def sorted(self, values: np.ndarray) -> np.ndarray:
         """uint64 [n], rising: the words of uint64 [n]."""
         words = np.empty_like(values)
         for here in _chunks(len(values)):
-            some = values[here]
-            word = self.key(some)
-            if self.more:
-                end = (self.start + self.more) % BITS
-                turned = some << np.uint64(BITS - end) | some >> np.uint64(end) if end else some
-                word |= turned >> np.uint64(BITS - self.more) << np.uint64(BITS - self._width - self.more)
-            words[here] = word | np.arange(here.start, here.stop, dtype=np.uint64)
+            words[here] = self._highest(values[here], BITS - int(self.bits))
+            words[here] |= np.arange(here.start, here.stop, dtype=np.uint64)
         words.sort()  # plain numbers: several times as fast as argsort
         return words
+
+    def telling(self, words: np.ndarray) -> np.ndarray:
+        """uint32 [n]: of uint64 [n] words, the last bits of the key and the next `_TELLING` behind it, which take half
+        the time to compare."""
+        told = np.empty(len(words), np.uint32)
+        for here in _chunks(len(words)):
+            np.right_shift(words[here], self._told, out=told[here], casting="unsafe")
+        return told
+
+    def _highest(self, values: np.ndarray, room: int) -> np.ndarray:
+        """So many bits of the words."""
+        made, at = np.zeros_like(values), BITS
+        for low, width in self.pieces:
+            take = min(width, at - (BITS - room))
+            if take == 0:
+                break
+            low, at = low + width - take, at - take
+            moved = values << np.uint64(at - low) if at >= low else values >> np.uint64(low - at)
+            made |= moved & np.uint64((1 << at + take) - (1 << at))
+        return made
 
 
 def tables(count: int, scheme: Scheme) -> Iterator[Table]:
@@ -238,12 +249,27 @@ def tables(count: int, scheme: Scheme) -> Iterator[Table]:
     bounds = [BITS * part // scheme.parts for part in range(scheme.parts + 1)]
     bits = _index_bits(count)
     for chosen in scheme.choices():
-        key_parts = tuple((bounds[part], bounds[part + 1] - bounds[part]) for part in chosen)
-        around = zip(chosen, [*chosen[1:], chosen[0]], strict=True)
-        # Further bits: the longest run that is not in the key. Its bits alone tell hashes of one bucket apart.
-        run, start = max(((bounds[after] - bounds[part + 1]) % BITS, bounds[part + 1] % BITS) for part, after in around)
-        free = BITS - bits - sum(width for _, width in key_parts)
-        yield Table(key_parts, start, max(0, min(free, run)), np.uint64(bits))
+        # Further bits: the longest run that is not in the key, downwards in a circle from one of its parts, which is
+        # then the lowest of the key, so that both are moved together. They alone tell hashes of one bucket apart.
+        around = zip([chosen[-1], *chosen[:-1]], chosen, strict=True)
+        run, lowest = max(((bounds[part] - bounds[before + 1]) % BITS, part) for before, part in around)
+        key = [(bounds[part], bounds[part + 1] - bounds[part]) for part in reversed(chosen) if part != lowest]
+        key.append((bounds[lowest], bounds[lowest + 1] - bounds[lowest]))
+        below = min(run, bounds[lowest])
+        more = [(bounds[lowest] - below, below), (BITS - (run - below), run - below)]
+        width = min(sum(width for _, width in key), BITS - bits)
+        yield Table(_joined(key + more), width, np.uint64(bits))
+
+
+def _joined(pieces: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges of bits, (lowest, how many), those that follow each other downwards as one."""
+    joined: list[tuple[int, int]] = []
+    for low, width in pieces:
+        if joined and low + width == joined[-1][0]:
+            joined[-1] = (low, joined[-1][1] + width)
+        elif width:
+            joined.append((low, width))
+    return tuple(joined)
 
 
 def _chunks(count: int) -> Iterator[slice]:
