@@ -28,10 +28,10 @@ MOST = 8
 """The largest distance that is searched; beyond it tables grow too many."""
 _CROWDED = 64  # comparisons a hash: chance meetings need far fewer
 _FEW = 1024  # hashes that are compared all with all if need be
-_SORT, _COMPARE = 16.0, 4.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_SORT, _COMPARE = 17.0, 3.0  # ns a hash and table, and a pair, on one core: only their ratio matters
 _TELLING = 24  # bits of a hash that tell those of one key apart: 1 in 1300 by chance for a distance of 4
 _DENSE = 32  # where more than one word in so many meets another, all are compared, whether they meet or not
-_AT_ONCE = 1 << 15  # hashes: 256 kB
+_AT_ONCE = 1 << 16  # hashes: 512 kB, or half that
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 Hashes = tuple[np.ndarray, np.ndarray]
@@ -118,9 +118,11 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
     """
     bits = np.uint64(_index_bits(len(values)))
     found = [np.empty(0, np.uint64)]
+    words, telling = np.empty_like(values), np.empty(len(values), np.uint32)  # once: new pages cost as much as sorting
     for table in tables(len(values), scheme(len(values), distance)):
-        words = table.sorted(values)
-        telling = table.telling(words)
+        table.write(values, words)
+        words.sort()  # plain numbers: several times as fast as argsort
+        table.tell(words, telling)
         for here in _chunks(len(values) - 1):
             met, places, steps = _close(telling, here, table, distance)
             most -= met
@@ -137,13 +139,13 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
 def _close(telling: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, np.ndarray, np.ndarray]:
     """How many comparisons there are of these words with those behind them in their buckets, and, int64 [pairs] each,
     the places of those that may be near from what the words tell, and how far behind them the other one is."""
-    met, step, places, many = 0, 0, list[np.ndarray](), True
+    met, step, places, meeting, many = 0, 0, list[np.ndarray](), table.meeting, True
     while many:  # all with those `step` places behind them, whether they meet or not
         step += 1
         end = max(here.start, min(here.stop, len(telling) - step))
         apart = telling[here.start : end] ^ telling[here.start + step : end + step]
-        places.append(np.flatnonzero(np.bitwise_count(apart) <= distance) + here.start)
-        inside = apart < table.meeting
+        places.append((np.bitwise_count(apart) <= distance).nonzero()[0] + here.start)
+        inside = apart < meeting
         count = int(np.count_nonzero(inside))
         met += count
         many = count * _DENSE > len(inside)
@@ -152,7 +154,7 @@ def _close(telling: np.ndarray, here: slice, table: Table, distance: int) -> tup
         step += 1
         at = at[: np.searchsorted(at, len(telling) - step)]
         apart = telling[at] ^ telling[at + step]
-        inside = apart < table.meeting
+        inside = apart < meeting
         at, apart = at[inside], apart[inside]
         met += len(at)
         places.append(at[np.bitwise_count(apart) <= distance])
@@ -163,8 +165,10 @@ def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
     """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
     found = np.zeros(len(values), bool)
     known = np.unique(known)
+    words = np.empty_like(known)
     for table in tables(len(known), scheme(len(known), distance)):
-        words = table.sorted(known)
+        table.write(known, words)
+        words.sort()
         for here in _chunks(len(values)):
             rows = np.flatnonzero(~found[here]) + here.start
             wanted = table.key(values[rows])
@@ -214,33 +218,32 @@ class Table:
         """The words' highest bits, for uint64 [n]: two hashes of one key may be near each other."""
         return self._highest(values, self.width)
 
-    def sorted(self, values: np.ndarray) -> np.ndarray:
-        """uint64 [n], rising: the words of uint64 [n]."""
-        words = np.empty_like(values)
+    def write(self, values: np.ndarray, words: np.ndarray) -> None:
+        """The words of uint64 [n], in their order, into uint64 [n]."""
         for here in _chunks(len(values)):
-            words[here] = self._highest(values[here], BITS - int(self.bits))
-            words[here] |= np.arange(here.start, here.stop, dtype=np.uint64)
-        words.sort()  # plain numbers: several times as fast as argsort
-        return words
+            index = np.arange(here.start, here.stop, dtype=np.uint64)
+            np.bitwise_or(self._highest(values[here], BITS - int(self.bits)), index, out=words[here])
 
-    def telling(self, words: np.ndarray) -> np.ndarray:
-        """uint32 [n]: of uint64 [n] words, the last bits of the key and the next `_TELLING` behind it, which take half
-        the time to compare."""
-        told = np.empty(len(words), np.uint32)
+    def tell(self, words: np.ndarray, telling: np.ndarray) -> None:
+        """Of uint64 [n] words, the last bits of the key and the next `_TELLING` behind it, into uint32 [n]: these take
+        half the time to compare."""
         for here in _chunks(len(words)):
-            np.right_shift(words[here], self._told, out=told[here], casting="unsafe")
-        return told
+            np.right_shift(words[here], self._told, out=telling[here], casting="unsafe")
 
     def _highest(self, values: np.ndarray, room: int) -> np.ndarray:
         """So many bits of the words."""
-        made, at = np.zeros_like(values), BITS
+        made, moved, at = np.zeros_like(values), np.empty_like(values), BITS
         for low, width in self.pieces:
             take = min(width, at - (BITS - room))
             if take == 0:
                 break
             low, at = low + width - take, at - take
-            moved = values << np.uint64(at - low) if at >= low else values >> np.uint64(low - at)
-            made |= moved & np.uint64((1 << at + take) - (1 << at))
+            if at >= low:
+                np.left_shift(values, np.uint64(at - low), out=moved)
+            else:
+                np.right_shift(values, np.uint64(low - at), out=moved)
+            moved &= np.uint64((1 << at + take) - (1 << at))
+            made |= moved
         return made
 
 

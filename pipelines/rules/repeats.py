@@ -68,5 +68,13 @@ def _parts(files: list[Any]) -> Iterator[Rows]:
 
 def _later(rows: Rows) -> np.ndarray:
     """Places of those whose digest an earlier one of these rows has; rows come in the order of their places."""
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # stable
+    bits = np.uint64(max(1, (len(rows) - 1).bit_length()))
+    words = rows[:, 0] >> bits << bits | np.arange(len(rows), dtype=np.uint64)
+    words.sort()  # plain numbers: a tenth of the time that whole digests take
+    met = np.flatnonzero((words[1:] ^ words[:-1]) >> bits == 0)
+    index = (np.uint64(1) << bits) - np.uint64(1)
+    before, later = rows[words[met] & index], rows[words[met + 1] & index]
+    if (before[:, :2] == later[:, :2]).all():
+        return later[:, 2]
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # stable; digests that share many bits and differ: never by chance
     return rows[1:, 2][(rows[1:, :2] == rows[:-1, :2]).all(1)]
