@@ -124,11 +124,11 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
         words.sort()  # plain numbers: several times as fast as argsort
         table.tell(words, telling)
         for here in _chunks(len(values) - 1):
-            met, places, steps = _close(telling, here, table, distance)
+            met, places, others = _close(telling, here, table, distance, most)
             most -= met
             if most < 0:
                 return None
-            one, other = words[places] & table.index, words[places + steps] & table.index
+            one, other = words[places] & table.index, words[others] & table.index
             found.append(np.maximum(one, other) << bits | np.minimum(one, other))
     both = np.sort(np.concatenate(found))  # np.unique hashes, which takes several times as long
     both = both[np.flatnonzero(np.diff(both, prepend=~both[:1]))]  # a pair may meet in several tables
@@ -136,21 +136,25 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
     return pair[np.bitwise_count(values[pair[:, 0]] ^ values[pair[:, 1]]) <= distance]
 
 
-def _close(telling: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, np.ndarray, np.ndarray]:
+def _close(
+    telling: np.ndarray, here: slice, table: Table, distance: int, most: float
+) -> tuple[int, np.ndarray, np.ndarray]:
     """How many comparisons there are of these words with those behind them in their buckets, and, int64 [pairs] each,
-    the places of those that may be near from what the words tell, and how far behind them the other one is."""
-    met, step, places, meeting, many = 0, 0, list[np.ndarray](), table.meeting, True
-    while many:  # all with those `step` places behind them, whether they meet or not
+    the places of those that may be near from what the words tell. Gives up beyond `most` comparisons."""
+    met, step, meeting, many = 0, 0, table.meeting, True
+    places, others = list[np.ndarray](), list[np.ndarray]()
+    while many and met <= most:  # all with those `step` places behind them, whether they meet or not
         step += 1
         end = max(here.start, min(here.stop, len(telling) - step))
         apart = telling[here.start : end] ^ telling[here.start + step : end + step]
         places.append((np.bitwise_count(apart) <= distance).nonzero()[0] + here.start)
+        others.append(places[-1] + step)
         inside = apart < meeting
         count = int(np.count_nonzero(inside))
         met += count
         many = count * _DENSE > len(inside)
     at = np.flatnonzero(inside) + here.start
-    while len(at):  # those alone that met one
+    while len(at) and met <= most:  # those alone that met one
         step += 1
         at = at[: np.searchsorted(at, len(telling) - step)]
         apart = telling[at] ^ telling[at + step]
@@ -158,7 +162,8 @@ def _close(telling: np.ndarray, here: slice, table: Table, distance: int) -> tup
         at, apart = at[inside], apart[inside]
         met += len(at)
         places.append(at[np.bitwise_count(apart) <= distance])
-    return met, np.concatenate(places), np.repeat(np.arange(1, step + 1), [len(some) for some in places])
+        others.append(places[-1] + step)
+    return met, np.concatenate(places), np.concatenate(others)
 
 
 def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
