@@ -145,8 +145,8 @@ class Census(Part):
 
 
 def census(store: Store, made: Mapping[str, Manifest], threads: int = THREADS) -> Census:
-    """Adds up what stage `data-count` counted of each shard; where it did not run, goes once through the rows, and reads
-    no more than the columns that are counted."""
+    """Adds up what stage `data-count` counted of each shard. Where it did not run, goes once through the rows, and
+    reads no more than the columns that are counted."""
     total = Census()
     if "data-count" in made:
         records = enumerate(made["data-count"].records)

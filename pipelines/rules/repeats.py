@@ -1,7 +1,7 @@
 """Which digests came before, over any number of rows: exact, with little in memory.
 
-Digests are dealt by their first byte into parts of a file, and equal ones are then found part by part. A few rows need no
-disk. In memory is one byte a row, and one part: a 256th of the rows (24 bytes each, and as much again to sort them).
+Digests are dealt by their first byte into parts of a file, and equal ones are then found part by part. A few rows need
+no disk. In memory is one byte a row, and one part: a 256th of the rows (24 bytes each, and as much again to sort them).
 """
 
 from __future__ import annotations
@@ -77,5 +77,6 @@ def _later(rows: Rows) -> np.ndarray:
     before, later = rows[words[met] & index], rows[words[met + 1] & index]
     if (before[:, :2] == later[:, :2]).all():
         return later[:, 2]
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # stable; digests that share many bits and differ: never by chance
+    # Digests that share many bits and differ, which happens on purpose alone.
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # stable
     return rows[1:, 2][(rows[1:, :2] == rows[:-1, :2]).all(1)]
