@@ -9,7 +9,7 @@ does not depend on it, since every pair of a bucket is compared.
 
 A table is one sorted array of 64-bit words: the key, then further bits of the hash, then whose it is. So neighbours of
 a bucket lie beside each other, and the further bits tell nearly all of them apart before a hash is looked up. Words are
-built and compared a few thousand at a time, so that what is at hand stays in the processor's cache.
+built and compared in pieces, of each word half its bits, so that what is at hand stays in the processor's cache.
 """
 
 from __future__ import annotations
