@@ -211,7 +211,7 @@ def write(part: Part, out: Path) -> None:
     for name in ARRAYS:
         for state, bins in zip(STATES, getattr(part, name), strict=True):
             lines += [(name, str(at), state, int(bins[at])) for at in np.flatnonzero(bins).tolist()]
-    counts = pa.table(list(zip(*lines, strict=True)) or [[]] * len(COUNTED), schema=COUNTED)
+    counts = pa.table({name: [line[at] for line in lines] for at, name in enumerate(COUNTED.names)}, schema=COUNTED)
     pq.write_table(counts, out / COUNTS, compression="zstd")
     rows = sorted({row for some in part.shown.values() for row in some})
     shown = pa.table([[row.uid for row in rows], [row.why or None for row in rows]], schema=SELECTION)
