@@ -29,6 +29,7 @@ def test_a_digest_is_repeated_exactly_where_it_stands_before(shards, waiting):
         assert [verdict.tolist() for verdict in found] == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, np.inf]), max_size=20), st.floats(0, 1, exclude_min=True))
 def test_a_top_fraction_is_that_of_a_stable_sort(scores, fraction):
     values = np.array(scores, np.float32)
