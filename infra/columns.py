@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from infra.damage import reading
 from infra.manifest import File, object_name
-from infra.store import Store
+from infra.store import NotFound, Store
 
 SMALL = 4 << 20
 """Bytes of a file that is fetched whole, with one request."""
@@ -32,6 +32,16 @@ def columns(store: Store, file: File, names: Sequence[str]) -> pa.Table:
         source = pa.BufferReader(store.get(name)) if small else pa.PythonFile(Ranged(store.get, name, file.bytes))
         with pq.ParquetFile(source, pre_buffer=True) as opened:
             return opened.read([one for one in names if one in opened.schema_arrow.names])
+
+
+def sized(store: Store, sha256: str) -> File:
+    """The object of that SHA-256, with its size; Refused, code 5, where it is missing."""
+    name = object_name(sha256)
+    with reading(name):
+        found = next((entry for entry in store.list(name) if entry.name == name), None)
+        if found is None:
+            raise NotFound(name, store.uri)
+    return File(sha256, found.bytes)
 
 
 class RowGroups:

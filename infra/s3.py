@@ -27,6 +27,7 @@ from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_af
 
 from infra.copies import Parts, copying, fetched
 from infra.errors import Refused, Unavailable
+from infra.listing import listed
 from infra.manifest import canonical, digest
 from infra.store import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
 
@@ -152,10 +153,8 @@ class S3Store:
             check_name(folder)
         cut = len(self._key(""))
         with self._speaking(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
-            for page in pages:
-                for found in page.get("Contents", ()):
-                    yield Entry(found["Key"][cut:], found["Size"], found["LastModified"].astimezone(UTC))
+            for found in listed(self._client, self.bucket, self._key(prefix)):
+                yield Entry(found["Key"][cut:], found["Size"], found["LastModified"].astimezone(UTC))
 
     def local(self, name: str) -> Path:
         path = self._copies / check_name(name)

@@ -1,7 +1,8 @@
 """What the rows of a data set are like, counted shard by shard in bounded memory: hosts, sides, captions, scores.
 
-A shard is reduced to a few arrays and the rows that are candidates for being shown; these are added up in manifest
-order. Nothing grows with the number of shards but the table of hosts, and that has a bound (`Hosts`).
+A shard is reduced to a few arrays and the rows that are candidates for being shown (count.py does so once and for all,
+in two small files); these are added up in manifest order. Nothing grows with the number of shards but the table of
+hosts, and that has a bound (`Hosts`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from infra.columns import ahead, columns
 from infra.errors import Refused
 from infra.manifest import File, Manifest, Record
-from infra.rows import KEPT
+from infra.rows import KEPT, SELECTION
 from infra.store import Store
 from pipelines.pack import TABLE
 
+ROWS = "rows.parquet"
+COUNTS, SHOWN = "counts.parquet", "shown.parquet"
+COUNTED = pa.schema([("what", pa.string()), ("of", pa.string()), ("state", pa.string()), ("rows", pa.int64())])
+"""counts.parquet: hosts by state ("host", its name, …), and bins of histograms (its name, the bin, stays or goes)."""
 THREADS = 8
 """Shards that are read at a time."""
 ASPECT, WIDEST = 6, 24  # bins of width over height a doubling, and of the widest on either side of 1
@@ -33,6 +40,10 @@ SHEET, OF_RULE = 48, 6
 _HOST = r"^\s*[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/:?#]*)"
 
 
+Tables = tuple[File, File | None, File | None, File | None]
+"""Of a shard: the index, the selection of filter, the embedded rows, the selection of curate."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """The files of one shard, through the stages as far as they were made."""
@@ -42,6 +53,12 @@ class Shard:
     filtered: File | None = None
     embed: Record | None = None
     curated: File | None = None
+
+    @property
+    def tables(self) -> Tables:
+        """What is counted."""
+        embedded = self.embed.files[ROWS] if self.embed is not None else None
+        return self.download.files[TABLE], self.filtered, embedded, self.curated
 
 
 def shards(made: Mapping[str, Manifest]) -> Iterator[Shard]:
@@ -55,7 +72,7 @@ def shards(made: Mapping[str, Manifest]) -> Iterator[Shard]:
         filtered = made["filter"].only.files[f"{record.sha(TABLE)}.parquet"] if "filter" in made else None
         curated = None
         if embed is not None and "curate" in made:
-            curated = made["curate"].only.files[f"{embed.sha('rows.parquet')}.parquet"]
+            curated = made["curate"].only.files[f"{embed.sha(ROWS)}.parquet"]
         yield Shard(number, record, filtered, embed, curated)
 
 
@@ -107,6 +124,8 @@ class Part:
 
 
 ARRAYS = ("sides", "aspects", "characters", "words", "scores")
+STATES = ("stays", "goes")
+"""What the two rows of an array count."""
 
 
 @dataclass
@@ -126,28 +145,35 @@ class Census(Part):
 
 
 def census(store: Store, made: Mapping[str, Manifest], threads: int = THREADS) -> Census:
-    """Goes once through the rows of a data set; reads no more than the columns that are counted."""
+    """Adds up what stage `data-count` counted of each shard. Where it did not run, goes once through the rows, and
+    reads no more than the columns that are counted."""
     total = Census()
-    for part in ahead(lambda shard: counted(store, shard), shards(made), threads):
+    if "data-count" in made:
+        records = enumerate(made["data-count"].records)
+        parts = ahead(lambda one: stored(store, one[1], one[0]), records, threads)
+    else:
+        parts = ahead(lambda shard: counted(store, shard.tables, shard.number), shards(made), threads)
+    for part in parts:
         total.add(part)
     return total
 
 
-def counted(store: Store, shard: Shard) -> Part:
-    """What is counted of one shard."""
+def counted(store: Store, tables: Tables, number: int = 0) -> Part:
+    """What is counted of the shard of that number."""
+    listed, filtered, rows_file, curated = tables
     part = Part()
-    index = columns(store, shard.download.files[TABLE], ["uid", "url", "caption", "state", "width", "height"])
+    index = columns(store, listed, ["uid", "url", "caption", "state", "width", "height"])
     part.hosts = _hosts(index)
     rows = index.filter(pc.equal(index["state"], KEPT))
     taken: dict[str, pa.Array] = {}
     stays = rows["uid"].combine_chunks()
-    if shard.filtered is not None:
-        stays = _judged(columns(store, shard.filtered, ["uid", "rule"]), "filter", taken)
-    if shard.embed is not None:
-        embedded = columns(store, shard.embed.files["rows.parquet"], ["uid", "score"])
+    if filtered is not None:
+        stays = _judged(columns(store, filtered, ["uid", "rule"]), "filter", taken)
+    if rows_file is not None:
+        embedded = columns(store, rows_file, ["uid", "score"])
         stays = embedded["uid"].combine_chunks()
-        if shard.curated is not None:
-            stays = _judged(columns(store, shard.curated, ["uid", "rule"]), "curate", taken)
+        if curated is not None:
+            stays = _judged(columns(store, curated, ["uid", "rule"]), "curate", taken)
         cosine = embedded["score"].combine_chunks()
         known = np.nan_to_num(cosine.to_numpy(zero_copy_only=False).astype(np.float64))
         which = pc.is_in(embedded["uid"], value_set=stays).to_numpy()
@@ -162,11 +188,47 @@ def counted(store: Store, shard: Shard) -> Part:
     words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption))).to_numpy()
     words = np.where(pc.utf8_length(pc.utf8_trim_whitespace(caption)).to_numpy() > 0, words, 0)
     part.words = _split(words, which, WORDS)
-    part.shown = {"kept": _chosen(stays, shard.number, "", SHEET)}
+    candidates = _chosen(stays, number, "", SHEET)
     for rule, uids in taken.items():
-        part.shown[rule] = _chosen(uids, shard.number, rule, OF_RULE)
-    every = [row for rule, uids in taken.items() for row in _chosen(uids, shard.number, rule, SHEET)]
-    part.shown["rejected"] = heapq.nsmallest(SHEET, every)
+        candidates += _chosen(uids, number, rule, SHEET)
+    part.shown = _sheets(candidates)
+    return part
+
+
+def _sheets(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Sheet → those of these rows that may be on it."""
+    sheets: dict[str, list[Row]] = {"kept": [], "rejected": []}
+    for row in rows:
+        sheets["rejected" if row.why else "kept"].append(row)
+        if row.why:
+            sheets.setdefault(row.why, []).append(row)
+    return {sheet: heapq.nsmallest(_most(sheet), some) for sheet, some in sheets.items()}
+
+
+def write(part: Part, out: Path) -> None:
+    """The part of a shard as two files: `COUNTS`, and `SHOWN`, which says of each row what a selection says."""
+    lines = [("host", *one) for one in part.hosts]
+    for name in ARRAYS:
+        for state, bins in zip(STATES, getattr(part, name), strict=True):
+            lines += [(name, str(at), state, int(bins[at])) for at in np.flatnonzero(bins).tolist()]
+    counts = pa.table({name: [line[at] for line in lines] for at, name in enumerate(COUNTED.names)}, schema=COUNTED)
+    pq.write_table(counts, out / COUNTS, compression="zstd")
+    rows = sorted({row for some in part.shown.values() for row in some})
+    shown = pa.table([[row.uid for row in rows], [row.why or None for row in rows]], schema=SELECTION)
+    pq.write_table(shown, out / SHOWN, compression="zstd")
+
+
+def stored(store: Store, record: Record, number: int) -> Part:
+    """The inverse of `write`, for the shard of that number."""
+    part = Part()
+    counts = columns(store, record.files[COUNTS], COUNTED.names).to_pydict()
+    for what, of, state, rows in zip(*(counts[name] for name in COUNTED.names), strict=True):
+        if what == "host":
+            part.hosts.append((of, state, rows))
+        else:
+            getattr(part, what)[STATES.index(state), int(of)] = rows
+    shown = columns(store, record.files[SHOWN], SELECTION.names).to_pydict()
+    part.shown = _sheets([_row(uid, number, why or "") for uid, why in zip(shown["uid"], shown["rule"], strict=True)])
     return part
 
 
@@ -196,7 +258,11 @@ def _chosen(uids: pa.Array, shard: int, why: str, most: int) -> list[Row]:
         return []
     raw = np.frombuffer(b"".join(uids.to_pylist()), np.dtype(">u8")).reshape(len(uids), 2)[:, 1]
     first = np.argsort(raw, kind="stable")[:most]
-    return [Row(int(raw[at]), shard, uids[int(at)].as_py(), why) for at in first]
+    return [_row(uids[int(at)].as_py(), shard, why) for at in first]
+
+
+def _row(uid: bytes, shard: int, why: str) -> Row:
+    return Row(int.from_bytes(uid[8:], "big"), shard, uid, why)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

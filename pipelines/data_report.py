@@ -21,6 +21,7 @@ from pipelines.alike import COMPARED, groups
 from pipelines.census import ASPECT, SCORES, WIDEST, Census, Row, census
 from pipelines.charts import Chart, binned, histogram, linear, logarithmic, median_bin
 from pipelines.contact import seen
+from pipelines.count import Count
 from pipelines.data import Version, find, versions
 from pipelines.page import TEMPLATES, count, render, stage_line
 from pipelines.select import OVER
@@ -28,6 +29,7 @@ from pipelines.select import OVER
 TEMPLATE = TEMPLATES / "data.html.j2"
 PAGE = "data.html"
 CHAIN = ("source", "download", "filter", "embed", "curate")
+DATA = ("source", "download", "filter-look", "filter", "embed", "curate-look", "curate")
 OCTAVE = 4
 """Bars of sides a doubling."""
 HOSTS = 15
@@ -45,7 +47,7 @@ class DataReport:
     name: str = "data-report"
     group: str = "curate"
     version: int = 1
-    needs: tuple[str, ...] = ("source", "download", "filter-look", "filter", "embed", "curate-look", "curate")
+    needs: tuple[str, ...] = (*DATA, "data-count")
     kind: str = "driver"
     how: None = None
 
@@ -115,6 +117,11 @@ def lineage(store: Store, last: Version) -> tuple[dict[str, Manifest], dict[str,
         if stage in OVER:
             rules[stage] = action["spec"]["rules"]
         queue += [known[version] for version in action["inputs"] if version in known]
+    if "curate" in made:
+        asked = [made[stage].version for stage in Count().needs]
+        for one in known.values():
+            if one.stage.partition("/")[0] == "data-count" and document(store, one.head)["action"]["inputs"] == asked:
+                made["data-count"] = Manifest.load(store, one.version, "data-count")
     return made, rules
 
 

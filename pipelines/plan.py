@@ -18,7 +18,13 @@ from pipelines.stage import Stage, plain
 
 PLAN_BYTES = 1 << 30
 """Of a source that is new or has changed, a plan reads as many bytes, to say exactly what is to do."""
-MAPS = {"download": "source", "filter-look": "download", "embed": "download", "curate-look": "embed"}
+MAPS = {
+    "download": "source",
+    "filter-look": "download",
+    "embed": "download",
+    "curate-look": "embed",
+    "data-count": "download",
+}
 """Stages with one action for each shard of another."""
 
 

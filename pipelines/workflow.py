@@ -13,6 +13,7 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry
+from pipelines.count import Count
 from pipelines.data_report import DataReport
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.embed import Embed, EmbedHow, EmbedSpec
@@ -265,6 +266,7 @@ def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
         Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
         Look("curate", curating, kept),
         Select("curate", curating, kept),
+        Count(),
         DataReport({"filter": plain(filtering), "curate": plain(curating)}),
         Statistics(),
         *fits,

@@ -43,7 +43,7 @@ class NearDuplicates(BaseRule):
     `max_distance` bits: the same picture in another size, encoding or quality differs in 0 to 4, others in about 32.
     Pictures of one colour have nearly equal hashes, so put `blank` first. A picture that cannot be decoded stays, for
     embed to tell. Exact (pipelines/rules/hamming.py): no pair is missed. Holds 9 bytes a row, and while it searches
-    25, and 16 for each near pair.
+    29, and 16 for each near pair.
     """
 
     max_distance: int = 4

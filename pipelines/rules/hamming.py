@@ -9,7 +9,7 @@ does not depend on it, since every pair of a bucket is compared.
 
 A table is one sorted array of 64-bit words: the key, then further bits of the hash, then whose it is. So neighbours of
 a bucket lie beside each other, and the further bits tell nearly all of them apart before a hash is looked up. Words are
-built and compared a few thousand at a time, so that what is at hand stays in the processor's cache.
+built and compared in pieces, of each word half its bits, so that what is at hand stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ MOST = 8
 """The largest distance that is searched; beyond it tables grow too many."""
 _CROWDED = 64  # comparisons a hash: chance meetings need far fewer
 _FEW = 1024  # hashes that are compared all with all if need be
-_SORT, _COMPARE = 16.0, 4.0  # ns a hash and table, and a pair, on one core: only their ratio matters
-_DENSE = 8  # where more than one word in so many meets another, all are compared, whether they meet or not
-_AT_ONCE = 1 << 15  # hashes: 256 kB
+_SORT, _COMPARE = 17.0, 3.0  # ns a hash and table, and a pair, on one core: only their ratio matters
+_TELLING = 24  # bits of a hash that tell those of one key apart: 1 in 1300 by chance for a distance of 4
+_DENSE = 32  # where more than one word in so many meets another, all are compared, whether they meet or not
+_AT_ONCE = 1 << 16  # hashes: 512 kB, or half that
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 Hashes = tuple[np.ndarray, np.ndarray]
@@ -100,7 +101,7 @@ def _stay(values: np.ndarray, distance: int) -> np.ndarray:
     if found is not None:
         stays = bytearray(b"\1") * len(values)
         for here in _chunks(len(found)):  # not all of them at once as Python's numbers
-            for earlier, later in found[here].tolist():
+            for earlier, later in zip(found[here, 0].tolist(), found[here, 1].tolist(), strict=True):
                 if stays[earlier]:
                     stays[later] = 0
         return np.frombuffer(stays, bool).copy()
@@ -117,56 +118,62 @@ def pairs(values: np.ndarray, distance: int, most: float = math.inf) -> np.ndarr
     """
     bits = np.uint64(_index_bits(len(values)))
     found = [np.empty(0, np.uint64)]
+    words, telling = np.empty_like(values), np.empty(len(values), np.uint32)  # once: new pages cost as much as sorting
     for table in tables(len(values), scheme(len(values), distance)):
-        words = table.sorted(values)
+        table.write(values, words)
+        words.sort()  # plain numbers: several times as fast as argsort
+        table.tell(words, telling)
         for here in _chunks(len(values) - 1):
-            met, hits = _met(words, here, table, distance)
+            met, places, others = _close(telling, here, table, distance, most)
             most -= met
             if most < 0:
                 return None
-            found += hits
-    both = np.unique(np.concatenate(found))  # a pair may meet in several tables
+            one, other = words[places] & table.index, words[others] & table.index
+            found.append(np.maximum(one, other) << bits | np.minimum(one, other))
+    both = np.sort(np.concatenate(found))  # np.unique hashes, which takes several times as long
+    both = both[np.flatnonzero(np.diff(both, prepend=~both[:1]))]  # a pair may meet in several tables
     pair = np.stack([both & ((np.uint64(1) << bits) - np.uint64(1)), both >> bits], 1)
     return pair[np.bitwise_count(values[pair[:, 0]] ^ values[pair[:, 1]]) <= distance]
 
 
-def _met(words: np.ndarray, here: slice, table: Table, distance: int) -> tuple[int, list[np.ndarray]]:
-    """How many comparisons there are of these words with those behind them in their buckets, and the pairs (later, and
-    earlier in the lowest bits) that may be near, from what the words say."""
-
-    def hit(places: np.ndarray) -> np.ndarray:
-        one, other = words[places] & table.index, words[places + step] & table.index
-        return np.maximum(one, other) << table.bits | np.minimum(one, other)
-
-    met, step, found, dense = 0, 0, list[np.ndarray](), True
-    while dense:  # all with those `step` places behind them
+def _close(
+    telling: np.ndarray, here: slice, table: Table, distance: int, most: float
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many comparisons there are of these words with those behind them in their buckets, and, int64 [pairs] each,
+    the places of those that may be near from what the words tell. Gives up beyond `most` comparisons."""
+    met, step, meeting, many = 0, 0, table.meeting, True
+    places, others = list[np.ndarray](), list[np.ndarray]()
+    while many and met <= most:  # all with those `step` places behind them, whether they meet or not
         step += 1
-        end = max(here.start, min(here.stop, len(words) - step))
-        apart = words[here.start : end] ^ words[here.start + step : end + step]
-        places = np.flatnonzero(np.bitwise_count(apart >> table.bits) <= distance)
-        found.append(hit(places + here.start))
-        inside = apart < table.bucket
+        end = max(here.start, min(here.stop, len(telling) - step))
+        apart = telling[here.start : end] ^ telling[here.start + step : end + step]
+        places.append((np.bitwise_count(apart) <= distance).nonzero()[0] + here.start)
+        others.append(places[-1] + step)
+        inside = apart < meeting
         count = int(np.count_nonzero(inside))
         met += count
-        dense = count * _DENSE > len(words[here])
-    places = np.flatnonzero(inside) + here.start
-    while len(places):  # those alone that have one in their bucket
+        many = count * _DENSE > len(inside)
+    at = np.flatnonzero(inside) + here.start
+    while len(at) and met <= most:  # those alone that met one
         step += 1
-        places = places[: np.searchsorted(places, len(words) - step)]
-        apart = words[places] ^ words[places + step]
-        inside = apart < table.bucket
-        places, apart = places[inside], apart[inside]
-        met += len(places)
-        found.append(hit(places[np.bitwise_count(apart >> table.bits) <= distance]))
-    return met, found
+        at = at[: np.searchsorted(at, len(telling) - step)]
+        apart = telling[at] ^ telling[at + step]
+        inside = apart < meeting
+        at, apart = at[inside], apart[inside]
+        met += len(at)
+        places.append(at[np.bitwise_count(apart) <= distance])
+        others.append(places[-1] + step)
+    return met, np.concatenate(places), np.concatenate(others)
 
 
 def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
     """bool [n]: which of uint64 [n] lie within `distance` bits of one of `known`, uint64 [m]."""
     found = np.zeros(len(values), bool)
     known = np.unique(known)
+    words = np.empty_like(known)
     for table in tables(len(known), scheme(len(known), distance)):
-        words = table.sorted(known)
+        table.write(known, words)
+        words.sort()
         for here in _chunks(len(values)):
             rows = np.flatnonzero(~found[here]) + here.start
             wanted = table.key(values[rows])
@@ -183,54 +190,66 @@ def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Table:
-    """How one table writes a hash: the key in the highest bits of a word, then `more` bits of the hash from bit `start`
-    on (in a circle), and the index in the lowest `bits`."""
+    """How one table writes a hash: some of its bits, of which the highest are the key, above the index."""
 
-    key_parts: tuple[tuple[int, int], ...]
-    """(lowest bit, how many) of the parts that make the key."""
-    start: int
-    more: int
+    pieces: tuple[tuple[int, int], ...]
+    """(lowest bit in the hash, how many) of the bits, from the highest of a word on; what has no room is left out."""
+    width: int
+    """Bits of the key."""
     bits: np.uint64
+    """Those of the index."""
 
     @property
     def bucket(self) -> np.uint64:
         """Two words whose XOR is below this have the same key."""
-        return np.uint64(1 << (BITS - self._width))
+        return np.uint64(1 << (BITS - self.width))
+
+    @property
+    def meeting(self) -> np.uint32:
+        """Two words of one key tell numbers whose XOR is below this; those of other keys seldom do."""
+        return np.uint32(self.bucket >> self._told)
+
+    @property
+    def _told(self) -> np.uint64:
+        """The lowest bit of a word that `telling` keeps."""
+        return np.uint64(max(int(self.bits), BITS - self.width - _TELLING))
 
     @property
     def index(self) -> np.uint64:
         """Mask of the index."""
         return (np.uint64(1) << self.bits) - np.uint64(1)
 
-    @property
-    def _width(self) -> int:
-        """Bits of the key; the last ones, where a long index leaves no room for all."""
-        return min(sum(width for _, width in self.key_parts), BITS - int(self.bits))
-
     def key(self, values: np.ndarray) -> np.ndarray:
         """The words' highest bits, for uint64 [n]: two hashes of one key may be near each other."""
-        made, room = np.zeros_like(values), self._width
-        for low, width in self.key_parts:
-            take = min(width, room)
-            if take:
-                top = values << np.uint64(BITS - low - take) & np.uint64((1 << BITS) - (1 << BITS - take))
-                made = made | top >> np.uint64(self._width - room)
-                room -= take
-        return made
+        return self._highest(values, self.width)
 
-    def sorted(self, values: np.ndarray) -> np.ndarray:
-        """uint64 [n], rising: the words of uint64 [n]."""
-        words = np.empty_like(values)
+    def write(self, values: np.ndarray, words: np.ndarray) -> None:
+        """The words of uint64 [n], in their order, into uint64 [n]."""
         for here in _chunks(len(values)):
-            some = values[here]
-            word = self.key(some)
-            if self.more:
-                end = (self.start + self.more) % BITS
-                turned = some << np.uint64(BITS - end) | some >> np.uint64(end) if end else some
-                word |= turned >> np.uint64(BITS - self.more) << np.uint64(BITS - self._width - self.more)
-            words[here] = word | np.arange(here.start, here.stop, dtype=np.uint64)
-        words.sort()  # plain numbers: several times as fast as argsort
-        return words
+            index = np.arange(here.start, here.stop, dtype=np.uint64)
+            np.bitwise_or(self._highest(values[here], BITS - int(self.bits)), index, out=words[here])
+
+    def tell(self, words: np.ndarray, telling: np.ndarray) -> None:
+        """Of uint64 [n] words, the last bits of the key and the next `_TELLING` behind it, into uint32 [n]: these take
+        half the time to compare."""
+        for here in _chunks(len(words)):
+            np.right_shift(words[here], self._told, out=telling[here], casting="unsafe")
+
+    def _highest(self, values: np.ndarray, room: int) -> np.ndarray:
+        """So many bits of the words."""
+        made, moved, at = np.zeros_like(values), np.empty_like(values), BITS
+        for low, width in self.pieces:
+            take = min(width, at - (BITS - room))
+            if take == 0:
+                break
+            low, at = low + width - take, at - take
+            if at >= low:
+                np.left_shift(values, np.uint64(at - low), out=moved)
+            else:
+                np.right_shift(values, np.uint64(low - at), out=moved)
+            moved &= np.uint64((1 << at + take) - (1 << at))
+            made |= moved
+        return made
 
 
 def tables(count: int, scheme: Scheme) -> Iterator[Table]:
@@ -238,12 +257,27 @@ def tables(count: int, scheme: Scheme) -> Iterator[Table]:
     bounds = [BITS * part // scheme.parts for part in range(scheme.parts + 1)]
     bits = _index_bits(count)
     for chosen in scheme.choices():
-        key_parts = tuple((bounds[part], bounds[part + 1] - bounds[part]) for part in chosen)
-        around = zip(chosen, [*chosen[1:], chosen[0]], strict=True)
-        # Further bits: the longest run that is not in the key. Its bits alone tell hashes of one bucket apart.
-        run, start = max(((bounds[after] - bounds[part + 1]) % BITS, bounds[part + 1] % BITS) for part, after in around)
-        free = BITS - bits - sum(width for _, width in key_parts)
-        yield Table(key_parts, start, max(0, min(free, run)), np.uint64(bits))
+        # Further bits: the longest run that is not in the key, downwards in a circle from one of its parts, which is
+        # then the lowest of the key, so that both are moved together. They alone tell hashes of one bucket apart.
+        around = zip([chosen[-1], *chosen[:-1]], chosen, strict=True)
+        run, lowest = max(((bounds[part] - bounds[before + 1]) % BITS, part) for before, part in around)
+        key = [(bounds[part], bounds[part + 1] - bounds[part]) for part in reversed(chosen) if part != lowest]
+        key.append((bounds[lowest], bounds[lowest + 1] - bounds[lowest]))
+        below = min(run, bounds[lowest])
+        more = [(bounds[lowest] - below, below), (BITS - (run - below), run - below)]
+        width = min(sum(width for _, width in key), BITS - bits)
+        yield Table(_joined(key + more), width, np.uint64(bits))
+
+
+def _joined(pieces: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges of bits, (lowest, how many), those that follow each other downwards as one."""
+    joined: list[tuple[int, int]] = []
+    for low, width in pieces:
+        if joined and low + width == joined[-1][0]:
+            joined[-1] = (low, joined[-1][1] + width)
+        elif width:
+            joined.append((low, width))
+    return tuple(joined)
 
 
 def _chunks(count: int) -> Iterator[slice]:

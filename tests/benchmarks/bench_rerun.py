@@ -1,10 +1,10 @@
 """A run with nothing to do over 10,000 shards: seconds to know it, and what the store is asked meanwhile.
 
 Run with `make bench`. The records are made up and lie where the stages would have put them, 10,000 each of download,
-filter-look, embed and curate-look; of a local store and of one in a real S3 server (tests/rgw.sh). What is timed is
-the decision, from the first listing to the last, in a process that has imported everything: its processor time counts,
-which leaves out what else a shared machine does; the clock's, and the whole command with the interpreter's start and
-its imports, are printed beside it.
+filter-look, embed, curate-look and data-count; of a local store and of one in a real S3 server (tests/rgw.sh). What is
+timed is the decision, from the first listing to the last, in a process that has imported everything: its processor time
+counts, which leaves out what else a shared machine does; the clock's, and the whole command with the interpreter's
+start and its imports, are printed beside it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from pipelines.execute import Execution
 from pipelines.graph import order, resolve
 from pipelines.plan import plan
 from pipelines.run import prepared
+from tests.fixtures.faulty_s3 import Request, failing
 
 pytest_plugins = ["tests.fixtures.s3"]
 
 SHARDS, ROWS = 10_000, 1000
 SECONDS = 5.0
-DATA = ("source", "download", "filter-look", "filter", "clip", "embed", "curate-look", "curate")
+DATA = ("source", "download", "filter-look", "filter", "clip", "embed", "curate-look", "curate", "data-count")
+MAPS = ("download", "filter-look", "embed", "curate-look", "data-count")
 PAGE = 1000
 """Names in one answer to a listing of S3."""
 
@@ -73,6 +75,8 @@ def records(stage: str, actions: tuple[Action, ...], known: dict[str, Manifest])
             return [record(action, ["rows.parquet"], blocks=blocks) for action in actions]
         case "curate":
             return [record(actions[0], [f"{one.sha('rows.parquet')}.parquet" for one in known["embed"].records])]
+        case "data-count":
+            return [record(action, ["counts.parquet", "shown.parquet"]) for action in actions]
         case _:
             return [record(action, ["look.parquet"]) for action in actions]
 
@@ -127,7 +131,7 @@ def nothing_to_do(uri: str, recipe: Path) -> tuple[Took, Took]:
         stages = [stage for stage in job.stages if stage.name in DATA]
         took, made = timed(lambda: Execution(job.store, stages, connect, Console(DATA)).run({*DATA}))
         assert {name: len(manifest.records) for name, manifest in made.items()} == {
-            name: SHARDS if name in ("download", "filter-look", "embed", "curate-look") else 1 for name in DATA
+            name: SHARDS if name in MAPS else 1 for name in DATA
         }
         planned, lines = timed(lambda: plan(stages, job.store))
         assert not any(line.todo for line in lines)
@@ -157,7 +161,17 @@ def test_a_rerun_over_ten_thousand_shards_is_decided_in_seconds(tmp_path: Path) 
     run, planned = (min(times) for times in zip(*took, strict=True))
     print(f"\nnothing to do over {SHARDS} shards, local store: run {run}, plan {planned}", flush=True)
     # Not to the end of curate, whose data-report would read rows that are nowhere.
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--until", DATA[-2], "--store", store.uri]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "run",
+        str(recipe),
+        "--until",
+        "curate-look",
+        "--store",
+        store.uri,
+    ]
     began = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     print(f"the whole command, imports included: {time.perf_counter() - began:.2f} s", flush=True)
@@ -172,8 +186,41 @@ def test_in_s3_it_takes_one_listing_a_stage_and_no_request_a_shard(s3_uri: str, 
         run, planned = nothing_to_do(store.uri, recipe)
     requests = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
     print(f"\nnothing to do over {SHARDS} shards, S3: run {run}, plan {planned}; both: {requests}", flush=True)
-    pages = 4 * (SHARDS // PAGE + 1)
-    # Of run and plan each: pages of records of the four maps, then a few requests a stage.
+    pages = len(MAPS) * (SHARDS // PAGE + 3)
+    # Of run and plan each: pages of records of the maps, then a few requests a stage.
     assert count["LIST"] <= 2 * (pages + 3 * len(DATA))
     assert count.total() - count["LIST"] <= 2 * 8 * len(DATA)
     assert max(run.cpu, planned.cpu) < SECONDS
+
+
+def test_a_listing_does_not_wait_for_one_page_after_the_other(s3_endpoint: str, s3_uri: str) -> None:
+    """Through a server that takes 150 ms for a page, as those far away do."""
+    store = open_store(s3_uri)
+    folder = "records/embed-1/0123456789abcdef/"
+    names = [f"{folder}{digest(str(number).encode())}.0.json" for number in range(SHARDS)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: store.put_new(name, b"{}"), names))
+
+    def slow(request: Request) -> None:
+        if "list-type=2" in request.path:
+            time.sleep(0.15)
+
+    with failing(s3_endpoint, slow) as proxy:
+        there = open_store(s3_uri, create=False, endpoint=proxy.endpoint)
+        assert isinstance(there, S3Store)
+
+        def one_by_one() -> list[str]:
+            pages = there._client.get_paginator("list_objects_v2")
+            key = f"{there.prefix}/{folder}"
+            return [one["Key"] for page in pages.paginate(Bucket=there.bucket, Prefix=key) for one in page["Contents"]]
+
+        rounds = []
+        for _ in range(3):
+            took, found = timed(lambda: [entry.name for entry in there.list(folder)])
+            assert found == sorted(names)
+            bare, known = timed(one_by_one)
+            assert len(known) == SHARDS
+            rounds.append((took, bare))
+    best, before = (min(times, key=lambda one: one.wall) for times in zip(*rounds, strict=True))
+    print(f"\n{SHARDS} names at 150 ms a page: {best}; one page after the other {before}", flush=True)
+    assert best.wall < before.wall

@@ -15,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.columns import SMALL, ahead, columns
-from infra.manifest import Action, Record, commit
+from infra.manifest import Action, Record, commit, object_name
 from infra.rows import KEPT
 from infra.store import Store, open_store
-from pipelines.census import Hosts, Row, _chosen
+from pipelines.census import ARRAYS, Census, Hosts, Row, _chosen, census, counted, shards, stored
 from pipelines.charts import histogram, linear
+from pipelines.forget import forget, names_of
 from pipelines.page import count
+from tests.fixtures.chain import Chain, run
+from tests.fixtures.stages import Data
 
 
 @settings(deadline=None)
@@ -104,3 +107,37 @@ def test_a_histogram_draws_every_row_within_its_frame(stays: list[int], goes: li
     assert all(bar.x >= 46 and bar.x + bar.width <= 352.01 and sum(bar.heights) <= 145 for bar in chart.bars)
     assert chart.median == count(sorted(stays)[(len(stays) - 1) // 2])
     assert json.dumps(dataclasses.asdict(chart))
+
+
+def test_a_shard_is_counted_once_and_for_all(chain: Chain, tmp_path: Path) -> None:
+    """What was counted of the shards is all that is read of them, and says the same."""
+    own = chain.copy(tmp_path / "store")
+    bare = {name: one for name, one in own.made.items() if name != "data-count"}
+    plain = [counted(own.store, shard.tables, shard.number) for shard in shards(bare)]
+    for shard in shards(bare):
+        for file in filter(None, shard.tables):
+            own.store.delete(object_name(file.sha256))
+    again = [stored(own.store, record, number) for number, record in enumerate(own.made["data-count"].records)]
+    assert len(again) > 1
+    for one, other in zip(plain, again, strict=True):
+        assert one.hosts == other.hosts
+        assert one.shown == other.shown
+        for name in ARRAYS:
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    total, added = census(own.store, own.made), Census()
+    for part in plain:
+        added.add(part)
+    assert (total.by_host, total.shown) == (added.by_host, added.shown)
+    assert all(np.array_equal(getattr(total, name), getattr(added, name)) for name in ARRAYS)
+
+
+def test_only_shards_that_have_changed_are_counted_again(chain: Chain, data: Data, tmp_path: Path) -> None:
+    own = chain.copy(tmp_path / "store")
+    before = {entry.name for entry in own.store.list("records/data-count-1/")}
+    assert len(before) == len(own.made["download"].records)
+    forget(own.store, names_of(uids=(min(own.stays("curate")).hex(),)))
+    made = run(own.store, data, own.made["source"])
+    anew = {entry.name for entry in own.store.list("records/data-count-1/")} - before
+    pairs = zip(shards(own.made), shards(made), strict=True)
+    assert len(anew) == sum(one.tables != other.tables for one, other in pairs)
+    assert 0 < len(anew) < len(before)

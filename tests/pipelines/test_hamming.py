@@ -114,7 +114,9 @@ def test_what_a_word_says_of_a_hash_is_true(values, distance, bits):
     hashes = np.array(values, np.uint64)
     for one in schemes(distance)[:6]:
         for table in itertools.islice(tables(1 << bits, one), 5):
-            words = table.sorted(hashes)
+            words = np.empty_like(hashes)
+            table.write(hashes, words)
+            words.sort()
             index = (words & table.index).astype(int)
             assert sorted(index) == list(range(len(values)))
             apart = words[1:] ^ words[:-1]
@@ -122,6 +124,11 @@ def test_what_a_word_says_of_a_hash_is_true(values, distance, bits):
             same = apart < table.bucket
             assert (same == (table.key(hashes[index[1:]]) == table.key(hashes[index[:-1]]))).all()
             assert (np.bitwise_count(apart >> table.bits)[same] <= truly[same]).all()
+            telling = np.empty(len(words), np.uint32)
+            table.tell(words, telling)
+            told = telling[1:] ^ telling[:-1]
+            assert (told[same] < table.meeting).all()
+            assert (np.bitwise_count(told)[same] <= truly[same]).all()
 
 
 @settings(deadline=None, max_examples=60)
