@@ -67,6 +67,9 @@ proof-faults: $(STAMP)  ## kill -9 in every stage of the data, failing S3, full 
 proof-interrupt: $(STAMP)  ## fits killed, terminated and resized at bad moments end as undisturbed ones; under an hour
 	$(BIN)/python -m tests.proofs.interrupt --out $(STORE)-proof-interrupt
 
+proof-elastic: $(STAMP)  ## fits on Ray that lose a node and get another end as undisturbed ones; ten minutes
+	$(BIN)/python -m tests.proofs.elastic --out $(STORE)-proof-elastic
+
 proof-algebra: $(STAMP)  ## a thousand histories of a list: what is touched is done again, and nothing else; an hour
 	$(BIN)/python -m pytest tests/pipelines/test_algebra.py --hypothesis-profile=proof --timeout=0 -q
 

@@ -44,8 +44,8 @@ class Time:
     price: float
     """Of all its devices for that time."""
     memory: int
-    """Bytes a worker: weights, gradient, moments, average, and what a micro-batch keeps for its backward pass, in
-    float32; of a model that is sharded there, its share of the first four."""
+    """Bytes a worker: weights, gradient, moments, average, and what a micro-batch keeps for its backward pass, at the
+    fit's precision and with `recompute` if it is on; of a model that is sharded there, its share of the first four."""
     fits: bool
     """Whether there is so much."""
 
@@ -77,7 +77,14 @@ def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
     from training.sharded import is_sharded
 
     config: TrainConfig = CONFIGS[stage.model](**stage.spec.train)
-    one = cost(stage.model, stage.spec.model, getattr(config, "crop", None))
+    one = cost(
+        stage.model,
+        stage.spec.model,
+        getattr(config, "crop", None),
+        precision=config.precision,
+        recompute=stage.how.recompute,
+        gpu=bool(hardware or stage.how.gpus),
+    )
     workers, whole_batch = stage.how.workers, stage.model in WHOLE_BATCH
     at_once = -(-config.batch // workers) if whole_batch else config.micro_size
 
@@ -90,7 +97,7 @@ def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
     samples, devices = config.steps * config.batch, workers * (stage.how.gpus or 1)
     on = {}
     for name, kind in hardware.items():
-        hours = samples * one.flops / (devices * kind.tflops * 1e12 * kind.reached) / 3600
+        hours = samples * (one.flops + one.again) / (devices * kind.tflops * 1e12 * kind.reached) / 3600
         needed, there = memory(kind.memory_gib * GIB), kind.memory_gib * GIB
         on[name] = Time(hours, hours * devices * kind.hourly, needed, needed <= there)
     return Need(stage.name, one.parameters, one.flops, samples, memory(math.inf), devices, on)

@@ -18,6 +18,7 @@ from training.stopwatch import Stopwatch
 from training.utilisation import Utilisation
 
 QUARTILES = 4
+SUMS = 2 * QUARTILES
 
 
 class Monitor(Protocol):
@@ -47,7 +48,7 @@ class Clock:
     """Step of the last report; None on ranks that report nothing."""
     group: Group = field(default_factory=Group)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _placed: bool = False
+    placed: bool = False
     """Whether this kind of loss has a place in a process, of whose quartiles there is something to say."""
     _sums: Tensor = field(default_factory=lambda: torch.zeros(QUARTILES, 2, dtype=torch.float64))
     _reported: float = field(default_factory=time.monotonic)
@@ -74,14 +75,10 @@ class Clock:
         if self.step is not None:
             self._watch.lap(part)
 
-    def note(self, losses: Losses, weight: float) -> None:
-        """Adds a micro-batch's losses, by quartile of the timestep."""
-        if self.step is None or not weight:
-            return
-        self._placed = losses.place is not None
-        loss = losses.loss.detach().double().cpu()
-        place = torch.zeros(len(loss)) if losses.place is None else losses.place.detach().cpu()
-        self._sums.index_add_(0, (place * QUARTILES).long(), torch.stack([loss, torch.ones_like(loss)], 1))
+    def note(self, sums: Tensor) -> None:
+        """Adds a step's losses, `by_quartile` and summed over the workers."""
+        if self.step is not None:
+            self._sums += sums.detach().double().cpu().view(QUARTILES, 2)
 
     def tick(self, step: int, counters: dict[str, int], lr: float, norm: float) -> None:
         """After a step: reports every `log_seconds`, and at the end."""
@@ -100,7 +97,7 @@ class Clock:
             "samples_per_s": rate,
             **{name: float(count) for name, count in counters.items()},
         }
-        if self._placed:
+        if self.placed:
             quartiles = {
                 f"loss_q{number}": (row[0] / row[1]) for number, row in enumerate(self._sums.tolist()) if row[1]
             }
@@ -131,3 +128,14 @@ class Clock:
         if found := self._vitals.new():
             values = {f"system/{self.group.rank}/{name}": value for name, value in found.items()}
             self.monitor.metrics(self.job.stage, step, values)
+
+
+def by_quartile(losses: Losses) -> Tensor:
+    """[SUMS]: of each quartile of the place in the process (all in the first where there is none), the sum of the
+    losses and their number, on their device."""
+    loss = losses.loss.detach().float()
+    place = torch.zeros_like(loss) if losses.place is None else losses.place
+    quartile = torch.arange(QUARTILES, device=loss.device)[:, None] == (place * QUARTILES).long()
+    # Chosen, not multiplied: a loss that is not finite is its own quartile's.
+    found = torch.stack([torch.where(quartile, loss, 0.0).sum(1), quartile.sum(1).float()], 1)
+    return found.flatten()

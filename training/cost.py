@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from training.parallel import STATE_BYTES
+from training.speed import recomputed
 from training.weightless import Weightless, shapes
 from unclip.ar_prior import AutoregressivePrior
 from unclip.clip import build
@@ -20,6 +23,7 @@ from unclip.folder import config_from
 from unclip.prior import DiffusionPrior
 from unclip.upsampler import Upsampler
 
+HALF_BYTES = 2
 TRACED = 2
 """Samples that are traced: batch norm refuses one alone."""
 
@@ -34,12 +38,17 @@ class Cost:
     """Floating-point operations of a sample's forward and backward pass, in convolutions, products and attention, two
     a multiply-add, as a card's peak is counted; without what is frozen (CLIP's text tower)."""
     activations: int
-    """Bytes that a sample's forward pass keeps for its backward pass, in float32."""
+    """Bytes that a sample's forward pass keeps for its backward pass; of blocks that are recomputed, what goes into
+    them, and what the largest of them keeps while it is computed again."""
+    again: int = 0
+    """Operations of what is computed a second time for a sample's backward pass, which `flops` does not count."""
+    copies: int = 0
+    """Bytes that are kept whatever the number of samples: under autocast, the weights in half precision."""
 
     def memory(self, micro: int, shards: int = 1) -> int:
-        """Bytes of a worker that trains in float32 by micro-batches of that size and holds one of so many shards of the
-        model, without PyTorch's own workspace and the blocks that are gathered for a moment."""
-        return self.parameters * STATE_BYTES // shards + micro * self.activations
+        """Bytes of a worker that trains by micro-batches of that size and holds one of so many shards of the model,
+        without PyTorch's own workspace and the blocks that are gathered for a moment."""
+        return self.parameters * STATE_BYTES // shards + self.copies + micro * self.activations
 
 
 def parameters(kind: str, model: dict[str, Any]) -> int:
@@ -50,31 +59,31 @@ def parameters(kind: str, model: dict[str, Any]) -> int:
     return _count(_built(kind, model))
 
 
-def cost(kind: str, model: dict[str, Any], crop: int | None = None) -> Cost:
+def cost(
+    kind: str,
+    model: dict[str, Any],
+    crop: int | None = None,
+    *,
+    precision: str = "float32",
+    recompute: bool = False,
+    gpu: bool = False,
+) -> Cost:
     """What training a model of that (plain) configuration costs.
 
     A forward and backward pass is traced on tensors that have shapes and no values. crop: side in pixels of
-    what an upsampler is trained on, default the whole picture. Raises Refused for a configuration that it refuses.
+    what an upsampler is trained on, default the whole picture. precision: what autocast computes in; gpu: by its rules
+    for a GPU, where norms are computed in float32, or for a CPU. recompute: as in `FitHow`. Raises Refused for a
+    configuration that it refuses.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     network = _built(kind, model).train()
-    weights = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
-    kept: dict[int, int] = {}  # by storage: what several operations keep is there once
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    fused = _Fused()
-    with Weightless(), fused, FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = _FORWARD.get(kind, _pictures)(network, crop)
-        output.sum().backward()
-    flops = counter.get_total_flops() + fused.flops
-    return Cost(_count(network), flops // TRACED, sum(kept.values()) // TRACED)
+    count, forward = _count(network), partial(_FORWARD.get(kind, _pictures), network, crop)
+    if precision == "float32":
+        found = _traced(network, forward, TRACED, recompute)
+        return Cost(count, found.flops // TRACED, found.kept // TRACED, found.again // TRACED)
+    with _faked(network), torch.autocast("cpu", getattr(torch, precision)):
+        found, more = (_traced(network, forward, samples, recompute, gpu) for samples in (TRACED, 2 * TRACED))
+    each = (more.kept - found.kept) // TRACED  # without what is kept once, as autocast's copies of the weights
+    return Cost(count, found.flops // TRACED, each, found.again // TRACED, HALF_BYTES * count)
 
 
 def _built(kind: str, model: dict[str, Any]) -> nn.Module:
@@ -88,58 +97,71 @@ def _count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _caption(config: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A caption as CLIP reads it: embedding, token states and their mask."""
-    seen = torch.ones(TRACED, config.context, dtype=torch.bool, device="meta")
-    return _empty(config.embedding), _empty(config.context, config.text_width), seen
+@dataclass(frozen=True)
+class _Given:
+    """What models are traced on: tensors of so many samples, on the device on which the model's are."""
+
+    samples: int
+    device: torch.device
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(self.samples, *shape, device=self.device)
+
+    def integers(self, *shape: int) -> Tensor:
+        return torch.empty(self.samples, *shape, dtype=torch.long, device=self.device)
+
+    def picture(self, side: int) -> Tensor:
+        return self.floats(3, side, side)
+
+    def caption(self, config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As CLIP reads it: embedding, token states and their mask."""
+        seen = torch.empty(self.samples, config.context, dtype=torch.bool, device=self.device).fill_(True)
+        return self.floats(config.embedding), self.floats(config.context, config.text_width), seen
 
 
-def _clip(network: nn.Module, crop: int | None) -> Tensor:
+def _clip(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     clip = cast(Any, network)
     side = clip.visual.image_size
     height, width = (side, side) if isinstance(side, int) else side
-    tokens = _integers(clip.context_length)
-    return clip.encode_image(_empty(3, height, width)) + clip.encode_text(tokens)
+    return clip.encode_image(given.floats(3, height, width)) + clip.encode_text(given.integers(clip.context_length))
 
 
-def _prior(network: nn.Module, crop: int | None) -> Tensor:
+def _prior(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     prior = cast(DiffusionPrior, network)
-    return prior(_empty(prior.config.embedding), _integers(), *prior.context(*_caption(prior.config)))
+    return prior(given.floats(prior.config.embedding), given.integers(), *prior.context(*given.caption(prior.config)))
 
 
-def _ar_prior(network: nn.Module, crop: int | None) -> Tensor:
+def _ar_prior(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     prior = cast(AutoregressivePrior, network)
-    tokens = _integers(prior.config.kept)
-    return prior(tokens, *prior.context(*_caption(prior.config)))
+    return prior(given.integers(prior.config.kept), *prior.context(*given.caption(prior.config)))
 
 
-def _decoder(network: nn.Module, crop: int | None) -> Tensor:
+def _decoder(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     decoder = cast(Decoder, network)
     config = decoder.config
-    image = _empty(config.embedding) if config.image else None
-    own = config.text == "own"
-    caption = (_integers(config.context),) if own else _caption(config)
-    context, picture = decoder.context(image, *caption), _picture(config.size)
+    image = given.floats(config.embedding) if config.image else None
+    caption = (given.integers(config.context),) if config.text == "own" else given.caption(config)
+    context, picture = decoder.context(image, *caption), given.picture(config.size)
     if config.inpaint:
         context = decoder.knowing(context, picture, torch.empty_like(picture[:, :1], dtype=torch.bool))
-    return decoder(picture, _integers(), context)
+    return decoder(picture, given.integers(), context)
 
 
-def _upsampler(network: nn.Module, crop: int | None) -> Tensor:
+def _upsampler(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     upsampler = cast(Upsampler, network)
-    high = _picture(crop or upsampler.config.size)
-    low = _picture(high.shape[-1] // upsampler.config.factor)
+    high = given.picture(crop or upsampler.config.size)
+    low = given.picture(high.shape[-1] // upsampler.config.factor)
     # Not through its forward pass, which looks at t to choose between two networks of one size.
-    return upsampler.unet(torch.cat([high, upsampler.enlarge(low)], 1), _integers())
+    return upsampler.unet(torch.cat([high, upsampler.enlarge(low)], 1), given.integers())
 
 
-def _pictures(network: nn.Module, crop: int | None) -> Tensor:
+def _pictures(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     """What is told a picture and its timestep alone: a noised classifier, a noised CLIP."""
     known = cast(Any, network)
-    return known.encoder(_picture(known.config.size), _integers())
+    return known.encoder(given.picture(known.config.size), given.integers())
 
 
-_FORWARD: dict[str, Callable[[nn.Module, int | None], Tensor]] = {
+_FORWARD: dict[str, Callable[[nn.Module, int | None, _Given], Tensor]] = {
     "clip": _clip,
     "prior": _prior,
     "ar_prior": _ar_prior,
@@ -149,34 +171,123 @@ _FORWARD: dict[str, Callable[[nn.Module, int | None], Tensor]] = {
 }
 
 
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(TRACED, *shape, device="meta")
+@dataclass(frozen=True)
+class _Found:
+    """What a pass of some samples took."""
+
+    flops: int
+    again: int
+    kept: int
 
 
-def _picture(side: int) -> Tensor:
-    return _empty(3, side, side)
+def _traced(
+    network: nn.Module, forward: Callable[[_Given], Tensor], samples: int, recompute: bool, gpu: bool = False
+) -> _Found:
+    """One forward and backward pass of so many samples; gpu: autocast's rules for one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    given, fused = _Given(samples, next(network.parameters()).device), _Fused(norms_in_float32=gpu)
+    counter = FlopCounterMode(display=False)
+    kept = _Kept(network, lambda: counter.get_total_flops() + fused.forward_flops)
+    weightless = Weightless() if given.device.type == "meta" else nullcontext()
+    with weightless, fused, counter, kept.recomputed(network if recompute else nn.Module()):
+        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+            output = forward(given)
+        with torch.autocast("cpu", enabled=False):
+            output.sum().backward()
+    network.zero_grad()
+    return _Found(counter.get_total_flops() + 3 * fused.forward_flops, kept.again, kept.bytes)
 
 
-def _integers(*shape: int) -> Tensor:
-    return torch.empty(TRACED, *shape, dtype=torch.long, device="meta")
+class _Kept:
+    """What a forward pass keeps for the backward pass, by storage: what several operations keep is there once."""
+
+    def __init__(self, network: nn.Module, flops: Callable[[], int]) -> None:
+        self._weights = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+        self._flops, self._now, self._depth = flops, dict[int, int](), 0
+        self.largest = 0
+        """Bytes that a block keeps while it is computed again, at most."""
+        self.again = 0
+        """Operations of what is computed again."""
+
+    @property
+    def bytes(self) -> int:
+        """At their most."""
+        return sum(self._now.values()) + self.largest
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Autograd's hook for each tensor that is saved."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights:
+            self._now[storage._cdata] = storage.nbytes()
+        return tensor
+
+    @contextmanager
+    def recomputed(self, network: nn.Module) -> Iterator[None]:
+        """Inside it, the network's blocks keep what they are given alone, as `training.speed.recompute` has them."""
+        blocks = list(recomputed(network))
+        for block in blocks:
+            block.forward = partial(self._block, block.forward)
+        yield
+        for block in blocks:
+            del block.forward  # the method of its class again
+
+    def _block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor):
+                self.keep(tensor)
+        outside, self._now, before = self._now, {}, self._flops()
+        self._depth += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            self.again += self._flops() - before if self._depth == 0 else 0
+            inside = sum(size for storage, size in self._now.items() if storage not in outside)
+            self.largest, self._now = max(self.largest, inside), outside
+
+
+@contextmanager
+def _faked(network: nn.Module) -> Iterator[None]:
+    """Inside it, the tensors of a network on the meta device, and new ones, say that they are a CPU's, and have no
+    values either: autocast does not know the meta device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        made: dict[int, Tensor] = {}
+        for module in network.modules():
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is not None:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        like = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                        own[name] = made.setdefault(id(tensor), like)  # type: ignore[assignment]
+        yield
 
 
 class _Fused(TorchFunctionMode):
     """Attention as a fused kernel does it, which keeps its inputs and its output; on the meta device PyTorch takes it
-    apart, and would keep every weight of every token for every other one. `flops` counts forward and backward pass."""
+    apart, and would keep every weight of every token for every other one. `forward_flops` counts its forward pass; the
+    backward pass takes twice as many.
 
-    def __init__(self) -> None:
+    norms_in_float32: what autocast does on a GPU, and not on a CPU.
+    """
+
+    def __init__(self, *, norms_in_float32: bool) -> None:
         super().__init__()
-        self.flops = 0
+        self.forward_flops = 0
+        self._norms = (F.group_norm, F.layer_norm) if norms_in_float32 else ()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in self._norms:
+            args = (args[0].float(), *args[1:])
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
         pairs = q.shape[:-1].numel() * k.shape[-2]
-        self.flops += 3 * 2 * pairs * (q.shape[-1] + v.shape[-1])
+        self.forward_flops += 2 * pairs * (q.shape[-1] + v.shape[-1])
         return _Attention.apply(q, k, v)
 
 

@@ -20,7 +20,7 @@ from infra.patience import Patient, patiently
 from infra.store import Store
 from training.averages import Averages
 from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished, identity
-from training.clock import Clock, Monitor
+from training.clock import SUMS, Clock, Monitor, by_quartile
 from training.data import Batch, Data
 from training.ema import Ema
 from training.feed import Feed
@@ -39,10 +39,10 @@ from training.spikes import Spikes
 from training.validate import choose, split
 from unclip.layers import bfloat16_convolutions
 
-EXTRA = 3
-STOP, SAVE, LOSS = range(EXTRA)
-"""What the ranks agree on with each gradient: whether any was asked to stop, whether rank 0 finds a save due, and the
-batch's mean loss."""
+STOP, SAVE, LOSS = range(3)
+EXTRA = 3 + SUMS
+"""What the ranks agree on with each gradient: whether any was asked to stop, whether rank 0 finds a save due, the
+batch's mean loss; and behind these, what the clock tells of the losses."""
 MAX_RETURNS = 3
 """Returns to one and the same state; after that training has diverged."""
 ALONE = Group()
@@ -133,12 +133,15 @@ def train(
                 loss = losses.loss.sum()
                 (loss * (weight / config.batch * state.precision.scale)).backward()
                 state.flat.extra[LOSS] += loss.detach() * (weight / config.batch)
-                clock.note(losses, weight)
+                if weight:
+                    state.flat.extra[LOSS + 1 :] += by_quartile(losses)
+                    clock.placed = losses.place is not None
             clock.lap("forward_backward")
             due = save() or (not saver.writing and clock.checkpoint_due())  # else it would stand still for the store
             state.flat.extra[STOP], state.flat.extra[SAVE] = float(stop()), float(due)
             state.flat.add(group)
             stopping, saving = bool(state.flat.extra[STOP]), bool(state.flat.extra[SAVE])
+            clock.note(state.flat.extra[LOSS + 1 :])
             clock.lap("exchange")
             lr = learning_rate(config, state.step)
             saver.before_update()

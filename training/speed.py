@@ -42,12 +42,22 @@ def recompute(model: nn.Module) -> None:
     batch norms is left as it is, since its statistics would be counted twice.
     """
     switch: Any = getattr(model, "set_grad_checkpointing", None)
-    if switch is not None:  # open_clip's, whose ResNets take no notice of it
+    if switch is not None:  # open_clip's
         switch(True)
         return
-    for module in model.modules():
-        if isinstance(module, BLOCKS):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    for module in recomputed(model):
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def recomputed(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that are computed again; of open_clip's models those that its own switch means, which its ResNets,
+    having batch norms, take no notice of."""
+    kinds: tuple[type, ...] = BLOCKS
+    if hasattr(model, "set_grad_checkpointing"):
+        from open_clip.transformer import ResidualAttentionBlock
+
+        kinds = (ResidualAttentionBlock,)
+    return (module for module in model.modules() if isinstance(module, kinds))
 
 
 def compile_parts(model: nn.Module, backend: str = "inductor") -> None:

@@ -9,6 +9,7 @@ are rows a second and core. Opening the data is in it.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,12 +23,14 @@ import pytest
 import torch
 import webdataset
 
+from infra.store import open_store
 from tests.benchmarks.loading import BASE, LARGE, Files, files
 from tests.benchmarks.measure import MARGIN, compare, one_thread
 from training.data import Data, Reads, picture
 from training.feed import Feed
 from training.order import Order
 
+pytest_plugins = ["tests.fixtures.s3"]
 BATCH, WINDOW, CACHE = 64, 16, 256 << 20
 TENSORS = Reads(embeddings=True, text_embeddings=True)
 BASES = replace(TENSORS, image=partial(picture, size=BASE))
@@ -94,6 +97,25 @@ def test_resuming_late_costs_as_little_as_starting(stored: Files, kind: str) -> 
     late = 9 * stored.rows // 10 // BATCH
     start, resumed = (seconds(lambda step=step: ours(stored, kind, first=step, steps=1)) for step in (0, late))
     print(f"\n{kind}: the first batch is there after {start:.2f} s, at 90 % of an epoch after {resumed:.2f} s")
+    assert abs(start - resumed) < SECONDS
+
+
+@pytest.mark.parametrize("kind", ["prior", "upsampler"])
+def test_resuming_late_from_s3_costs_as_little_as_starting(
+    stored: Files, kind: str, s3_uri: str, tmp_path: Path
+) -> None:
+    far = open_store(s3_uri)
+    for prefix in ("objects/", "records/", "manifests/"):
+        for entry in stored.store.list(prefix):
+            far.put_new(entry.name, stored.store.local(entry.name))
+    caches = (tmp_path / str(number) for number in itertools.count())  # nothing of S3's is on this machine
+
+    def first_batch(step: int) -> None:
+        ours(replace(stored, store=open_store(s3_uri, cache=next(caches))), kind, first=step, steps=1)
+
+    late = 9 * stored.rows // 10 // BATCH
+    start, resumed = (seconds(partial(first_batch, step)) for step in (0, late))
+    print(f"\n{kind}, from S3: the first batch after {start:.2f} s, at 90 % of an epoch after {resumed:.2f} s")
     assert abs(start - resumed) < SECONDS
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
 
 from tests.fixtures.chain import chain  # noqa: F401  fixtures are found by their names here
@@ -10,4 +12,5 @@ from tests.fixtures.faulty_s3 import proxy  # noqa: F401
 from tests.fixtures.s3 import s3_endpoint, s3_uri  # noqa: F401
 from tests.fixtures.stages import data  # noqa: F401
 
-settings.register_profile("proof", max_examples=1000)  # make proof-algebra
+# make proof-algebra; fewer where there is no hour
+settings.register_profile("proof", max_examples=int(os.environ.get("UNCLIP_PROOF_EXAMPLES", "1000")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,24 @@ class Ask:
     how: FitHow
     lease: int = 0
     stop_after: int | None = None
+
+
+class Told(NullMonitor):
+    """Notes the metrics of each fit in a file beside the store's."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        super().__init__()
+        self._path = root / f"told-{key}.jsonl"
+
+    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(values | {"step": step}) + "\n")
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """All that was said of losses, report by report."""
+        told = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return [{name: line[name] for name in sorted(line) if name.startswith("loss")} for line in told]
 
 
 def stopping_after(steps: int | None) -> Any:
@@ -67,7 +86,7 @@ def _rank(rank: int, ranks: int, root: Path, meeting: Path, asks: Sequence[Ask],
                 ask.job,
                 ask.how,
                 LocalStore(root),
-                NullMonitor(),
+                Told(root, ask.job.key),
                 lease=ask.lease,
                 group=Group(rank, ranks),
                 stop=stopping_after(ask.stop_after),

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.training.tiny import CLIP
 from training.cost import cost, parameters
 from training.parallel import STATE_BYTES
+from training.speed import recompute
 from unclip.ar_prior import AutoregressivePrior
 from unclip.decoder import Decoder
 from unclip.errors import Refused
@@ -91,6 +95,70 @@ def test_what_is_kept_for_the_backward_pass_is_what_a_real_pass_keeps():
     assert found.activations == pytest.approx(sum(kept.values()), rel=0.1)
     assert found.memory(4) == found.parameters * STATE_BYTES + 4 * found.activations
     assert found.memory(4, shards=2) == found.parameters * STATE_BYTES // 2 + 4 * found.activations
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all storages that are made inside it and live, and their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._known = set()
+
+    def _gone(self, number, size):
+        self._known.discard(number)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known | before:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_more_samples_take_as_much_more_memory_as_the_cost_says(precision, again):
+    config = TINY.decoder
+    most = []
+    for count in (4, 12):
+        decoder = Decoder(config).train()
+        if again:
+            recompute(decoder)
+        text = torch.zeros(count, config.embedding), torch.zeros(count, config.context, config.text_width)
+        picture = torch.zeros(count, 3, config.size, config.size)
+        with Living() as living:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                context = decoder.context(text[0], *text, torch.ones(count, config.context) > 0)
+                output = decoder(picture, torch.ones(count, dtype=torch.long), context)
+            output.float().sum().backward()
+        most.append(living.most)
+    found = cost("decoder", asdict(config), precision=precision, recompute=again)
+    each = (most[1] - most[0]) / 8
+    # Beside what is kept there are gradients of a few layers, and when the largest block is computed again, what later
+    # blocks were given is gone.
+    assert 0.85 * each < found.activations < 1.2 * each
+
+
+def test_a_second_computation_costs_a_third_more_and_half_precision_a_copy_of_the_weights():
+    plain, low = (cost("decoder", asdict(TINY.decoder), precision=p, recompute=True) for p in ("float32", "bfloat16"))
+    assert 0.25 * plain.flops < plain.again < plain.flops / 3
+    assert (low.flops, low.again) == (plain.flops, plain.again)
+    assert (plain.copies, low.copies) == (0, 2 * low.parameters)
+    assert low.memory(4, shards=2) == low.parameters * STATE_BYTES // 2 + low.copies + 4 * low.activations
+
+
+def test_a_gpu_keeps_norms_in_float32():
+    on_cpu, on_gpu = (cost("decoder", asdict(TINY.decoder), precision="bfloat16", gpu=gpu) for gpu in (False, True))
+    whole = cost("decoder", asdict(TINY.decoder))
+    assert on_cpu.activations < on_gpu.activations < whole.activations
 
 
 def test_a_crop_costs_as_much_less_as_it_is_smaller():

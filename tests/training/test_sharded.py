@@ -12,7 +12,7 @@ import torch
 
 from infra.errors import Refused, Stopped
 from infra.monitor import NullMonitor
-from tests.training.ranks import Ask, stopping_after, together
+from tests.training.ranks import Ask, Told, stopping_after, together
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints, deliver
 from training.job import FitHow, Job
@@ -25,7 +25,10 @@ from unclip.folder import read_tensors
 SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}
 """With Adam's usual ε the last bits of a gradient that is nearly 0 (a key's bias) would decide a step's sign."""
 KINDS = ("prior", "decoder", "upsampler")
-FLAT, FSDP = FitHow(shard="flat", checkpoint_seconds=1000), FitHow(shard="fsdp", checkpoint_seconds=1000)
+FLAT, FSDP = (
+    FitHow(shard="flat", checkpoint_seconds=1000, log_seconds=0),
+    FitHow(shard="fsdp", checkpoint_seconds=1000, log_seconds=0),
+)
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 """Sums are added in another order."""
 
@@ -57,10 +60,14 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
     met = together(Path(world.store.uri), 2, [*asks, Ask(job(world, "decoder", "to"), FSDP, 1)])
     assert met == [""] * 6 + ["decoder stopped at step 3 of 4"] * 2 + [""] * 3
     for kind in KINDS:
-        train_local(job(world, kind, "one"), FLAT, world.store, tmp_path / kind, NullMonitor())
+        told = Told(tmp_path, f"{kind}-one")
+        train_local(job(world, kind, "one"), FLAT, world.store, tmp_path / kind, told)
         alone = read_tensors(tmp_path / kind / "model.safetensors")
+        assert {"loss", "loss_q0"} < set().union(*told.losses)
         for how in ("flat", "fsdp"):
             torch.testing.assert_close(delivered(world, job(world, kind, how), tmp_path), alone, **CLOSE)
+            of_both = Told(Path(world.store.uri), f"{kind}-{how}").losses  # not those of rank 0's samples alone
+            torch.testing.assert_close(of_both, told.losses, **CLOSE)
     alone = read_tensors(tmp_path / "decoder" / "model.safetensors")
     torch.testing.assert_close(delivered(world, job(world, "decoder", "to"), tmp_path), alone, **CLOSE)
     # of several averages each is put into the shards, and all ranks see the loss that a whole model has
