@@ -1,5 +1,5 @@
 """What the training loop costs on top of the bare model: the same prior, decoder and upsampler, of the demo's size and
-of a tile of `base`, whose blocks are as wide as base's and as many as fit into minutes.
+of a tile of `base`: its first two levels, or two of its blocks, as wide as they are there, on small pictures.
 
 Run with `make bench`. The loop reads real shards, decodes pictures, reads captions, averages weights, logs and tells a
 monitor; the bare one multiplies tensors that lie in memory, by the same loss, with the frozen text tower, torch's own
@@ -65,11 +65,13 @@ CASES = {
     "demo prior": Case("prior", replace(DEMO.prior, **DEMOS), 80),
     "demo decoder": Case("decoder", replace(DEMO.decoder, size=16, unshuffle=2, **DEMOS), 40),
     "demo upsampler": Case("upsampler", replace(DEMO.upsamplers[0], low=16, size=32), 60),
-    "base-tile prior": Case("prior", replace(BASE.prior, depth=2, **TILES), 8, 8, 3, WIDE),
+    "base-tile prior": Case("prior", replace(BASE.prior, depth=2, **TILES), 8, 4, 3, WIDE),
     "base-tile decoder": Case(
-        "decoder", replace(BASE.decoder, size=16, depth=1, attention=(8, 4, 2), **TILES), 6, 8, 3, WIDE
+        "decoder", replace(BASE.decoder, size=16, multiples=(1, 2), depth=1, attention=(8,), **TILES), 8, 4, 3, WIDE
     ),
-    "base-tile upsampler": Case("upsampler", replace(BASE.upsamplers[0], low=8, size=32, depth=1), 6, 8, 3),
+    "base-tile upsampler": Case(
+        "upsampler", replace(BASE.upsamplers[0], low=8, size=32, multiples=(1, 2), depth=1), 8, 4, 3
+    ),
 }
 
 
