@@ -85,11 +85,12 @@ class ClusterInfo:
         return max(totals[0][0], totals[1][0]), max(totals[0][1], totals[1][1])
 
 
-def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
+def connect(address: str | None = None, cpus: int | None = None, *, dashboard: bool = True) -> ClusterInfo:
     """Starts Ray on this machine (no address), or joins the cluster at host:port, ray://host:port or "auto".
 
-    cpus: of a local instance, default all that this process may use; its dashboard listens on loopback. Refused, within
-    seconds, if nothing answers at the address. Calling it again while connected changes nothing.
+    cpus: of a local instance, default all that this process may use; dashboard: whether it has one, which listens on
+    loopback and takes jobs. Refused, within seconds, if nothing answers at the address. Calling it again while
+    connected changes nothing.
     """
     global _started_here
     if address is not None:
@@ -105,7 +106,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
                     address="local",
                     num_cpus=cpus or usable_cpus(),
                     object_store_memory=_OBJECT_STORE,
-                    include_dashboard=True,  # without it, Ray Train's cleaner logs an error a second
+                    include_dashboard=dashboard,
                     dashboard_host="127.0.0.1",
                     **quiet,
                 )
@@ -118,10 +119,10 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
         _started_here = True
         _quieten()
     context = ray.get_runtime_context()
-    dashboard = ray._private.worker.get_dashboard_url() or ""
+    url = ray._private.worker.get_dashboard_url() or ""
     return ClusterInfo(
         address=context.gcs_address,
-        dashboard=f"http://{dashboard}" if dashboard else "",
+        dashboard=f"http://{url}" if url else "",
         nodes=_nodes(ray),
         growth=_growth(ray),
         local=address is None,

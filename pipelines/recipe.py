@@ -150,6 +150,8 @@ class Cluster:
 
     cpus: int | None = None
     """CPUs that a local Ray may use; default all."""
+    dashboard: bool = True
+    """Whether a local Ray has its dashboard: a dozen processes, on loopback, some seconds of a core to start."""
 
     def __post_init__(self) -> None:
         if wrong := outside(self, cpus=COUNT):

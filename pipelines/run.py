@@ -127,7 +127,7 @@ def run_recipe(
         console = Console([stage.name for stage in job.stages if stage.name in names])
 
         def link() -> tuple[Any, Any]:
-            info = connect(address, job.recipe.cluster.cpus)
+            info = connect(address, job.recipe.cluster.cpus, dashboard=job.recipe.cluster.dashboard)
             stack.callback(disconnect)
             monitor = Monitor.launch(uri, tracking.experiment, name, job.store.uri)
             stack.callback(monitor.close)

@@ -1,31 +1,62 @@
-"""How the tests are shared out where several processes run them, a file to each (`pytest -n 2 --dist loadfile`)."""
+"""How the tests are shared out where several processes run them, a file to each (`pytest -n 3 --dist loadfile`)."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-LONGEST, ALONE = "test_chain.py", "test_cluster.py"
+CHAINS = ("pipelines/test_chain.py", "pipelines/test_chain_stopped.py")
+LONG = (
+    "training/test_speed.py", "training/test_loop.py", "training/test_sharded.py", "training/test_tracked.py",
+    "training/test_precision.py", "training/test_averages.py", "pipelines/test_algebra.py", "infra/test_s3_faults.py",
+    "training/test_interrupt.py", "pipelines/test_killed.py",
+)  # fmt: skip
+"""Files without Ray that take half a minute or more, the longest first."""
+ALONE = "infra/test_cluster.py"
+PLACES = ("first", "second")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file comes first, and the others that start Ray last, of which the last waits for it."""
+    """The longest files come first, and the others that start Ray last, of which the last waits for them."""
     ray = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: (item.path.name != LONGEST, item.path in ray, item.path.name == ALONE))
+    begin = [*CHAINS, *LONG]
+
+    def place(item: pytest.Item) -> tuple[int, bool, bool]:
+        name = "/".join(item.path.parts[-2:])
+        return begin.index(name) if name in begin else len(begin), item.path in ray, name == ALONE
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def only_ray(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """At most two files at a time start Ray, the longest and one other; one that hands jobs to a local Ray is alone:
-    of two instances on a machine one has the port of the agents that take jobs."""
+    """At most two files at a time start Ray, and one that hands jobs to a local Ray is alone: of two instances on a
+    machine one has the port of the agents that take jobs."""
     if not any(item.get_closest_marker("ray") for item in request.session.items if item.path == request.path):
         yield
         return
-    places = {LONGEST: ("first",), ALONE: ("first", "second")}.get(request.path.name, ("second",))
+    folder = tmp_path_factory.getbasetemp().parent
+    places = [FileLock(folder / f"ray-{place}.lock") for place in PLACES]
     with ExitStack() as held:
-        for place in places:
-            held.enter_context(FileLock(tmp_path_factory.getbasetemp().parent / f"ray-{place}.lock"))
+        if request.path.match(ALONE):
+            for place in places:
+                held.enter_context(place)
+        else:
+            held.enter_context(free(places))
         yield
+
+
+def free(places: list[FileLock]) -> FileLock:
+    """Whichever of the locks is free first, taken; its context gives it back."""
+    while True:
+        for place in places:
+            try:
+                place.acquire(timeout=0)
+            except Timeout:
+                continue
+            return place
+        time.sleep(0.2)

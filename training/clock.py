@@ -18,6 +18,9 @@ from training.stopwatch import Stopwatch
 from training.utilisation import Utilisation
 
 QUARTILES = 4
+WORTHWHILE_S = 20.0
+"""How much longer a fit must go on for its operations to be counted and its worker's peak to be measured: that imports
+torch's compiler and takes some two seconds of a core."""
 SUMS = 2 * QUARTILES
 
 
@@ -109,7 +112,7 @@ class Clock:
         self.told = {name: value for name, value in values.items() if math.isfinite(value)}
         self.monitor.metrics(self.job.stage, step, values)
         self.monitor.progress(self.job.stage, step, self.config.steps, "steps", rate / self.config.batch)
-        if self._used is None and step < self.config.steps:  # a fit that is over at once need not know
+        if self._used is None and (self.config.steps - step) * self.config.batch > WORTHWHILE_S * rate:
             self._used = Utilisation(self.job, self.how, self.device, self.group.ranks)
             self._watch.shares()  # nobody's time
             now = time.monotonic()

@@ -22,6 +22,7 @@ from unclip.decoder import Decoder
 from unclip.folder import config_from
 from unclip.prior import DiffusionPrior
 from unclip.upsampler import Upsampler
+from unclip.weightless import weightless
 
 HALF_BYTES = 2
 TRACED = 2
@@ -54,7 +55,7 @@ class Cost:
 def parameters(kind: str, model: dict[str, Any]) -> int:
     """Trained numbers of a clip, a prior of either kind, a decoder or an upsampler of that (plain) configuration.
 
-    Raises Refused for a configuration that the model refuses. A clip takes open_clip's import, some seconds.
+    Raises Refused for a configuration that the model refuses.
     """
     return _count(_built(kind, model))
 
@@ -89,8 +90,11 @@ def cost(
 def _built(kind: str, model: dict[str, Any]) -> nn.Module:
     if kind != "clip":
         return shapes(kind, config_from(kind, model, kind))
-    with Weightless():
-        return build(model).to("meta")
+    if model["vision_cfg"].get("timm_model_name"):  # timm reads numbers out of tensors while it builds
+        with Weightless():
+            return build(model).to("meta")
+    with weightless():
+        return build(model)
 
 
 def _count(network: nn.Module) -> int:

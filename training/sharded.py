@@ -215,11 +215,10 @@ def spread(learner: Learner, state: Mapping[str, Tensor]) -> None:
 
 def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the host, gathered one after the other; every rank calls it, and those that `keep` get them."""
-    from torch.distributed.tensor import DTensor
-
     found = {}
     for name, tensor in tensors:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        # A DTensor: its class is not asked for by name, since a fit without shards would import it, for a second.
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if keep:
             found[name] = full.detach().cpu()
     return found

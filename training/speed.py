@@ -52,12 +52,10 @@ def recompute(model: nn.Module) -> None:
 def recomputed(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that are computed again; of open_clip's models those that its own switch means, which its ResNets,
     having batch norms, take no notice of."""
-    kinds: tuple[type, ...] = BLOCKS
     if hasattr(model, "set_grad_checkpointing"):
-        from open_clip.transformer import ResidualAttentionBlock
-
-        kinds = (ResidualAttentionBlock,)
-    return (module for module in model.modules() if isinstance(module, kinds))
+        # By name: its file may have been loaded by itself (unclip/open_clip_bare.py).
+        return (module for module in model.modules() if type(module).__name__ == "ResidualAttentionBlock")
+    return (module for module in model.modules() if isinstance(module, BLOCKS))
 
 
 def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
@@ -86,11 +84,13 @@ def seed(number: int, device: torch.device) -> None:
 def determinism(on: bool) -> Iterator[None]:
     """Inside it, operations whose result depends on chance (atomic additions of GPUs) are replaced by ones whose does
     not, or raise where there is none. cuBLAS needs a workspace of a fixed size for it, which is set if nobody did."""
+    if not on:  # nor is the mode as it was set again: that imports the compiler, which takes seconds
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:

@@ -18,7 +18,8 @@ _TRIES = 8
 class Utilisation:
     """The share of the workers' peak that the model's own operations take; what is computed twice counts once.
 
-    Tracing the model and, where `how` does not say the peak, measuring it takes about a second, once a process.
+    Tracing the model and, where `how` does not say the peak, measuring it takes some two seconds, the tracing once a
+    process.
     """
 
     def __init__(self, job: Job, how: FitHow, device: torch.device, ranks: int) -> None:

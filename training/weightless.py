@@ -10,13 +10,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from unclip.folder import KINDS
+from unclip.weightless import weightless
 
 
 class Weightless(TorchFunctionMode):
-    """Weights come into being by `torch.empty`: here on the meta device, where they take no memory.
-
-    `torch.device("meta")` would send every factory there; for some that imports the compiler, which takes seconds.
-    """
+    """What a traced pass makes by `torch.empty` is on the meta device, where it takes no memory."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -29,5 +27,5 @@ class Weightless(TorchFunctionMode):
 
 def shapes(kind: str, config: Any) -> nn.Module:
     """A model of that kind (not open_clip's) and configuration, all of it on the meta device."""
-    with Weightless():
-        return KINDS[kind][1](config).to("meta")
+    with weightless():
+        return KINDS[kind][1](config)

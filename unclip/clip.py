@@ -25,8 +25,10 @@ from unclip.config import SIDE, Range, mistyped, outside
 from unclip.documents import read_text
 from unclip.errors import Refused
 from unclip.folder import CONFIG, WEIGHTS, misfit, read_json, read_tensors, understood, write_json, write_tensors
+from unclip.open_clip_bare import model_module
 from unclip.open_clip_folder import files_of, model_config
 from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
+from unclip.weightless import weightless
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
 
@@ -87,14 +89,13 @@ def build(model: dict[str, Any]) -> nn.Module:
     This is what CLIP training trains. Raises Refused for what the adapter cannot hold or open_clip does not know.
     """
     check(model)
-    from open_clip.model import CLIP, CustomTextCLIP
-
+    classes = model_module(model)
     settings = dict(model)
     custom = settings.pop("custom_text", False)
     # Weights come from the release; a tower must never fetch its own.
     settings["vision_cfg"] = {**settings["vision_cfg"], "timm_model_pretrained": False}
     try:
-        return (CustomTextCLIP if custom else CLIP)(**settings)
+        return (classes.CustomTextCLIP if custom else classes.CLIP)(**settings)
     except (TypeError, AssertionError) as error:
         raise Refused(f"open_clip cannot build a CLIP from this configuration: {error}") from None
 
@@ -307,7 +308,7 @@ class Clip:
         """A tower with these weights, frozen. on_meta: compare shapes before anything as large as they say is built."""
         unfit = "these weights do not fit this CLIP's configuration:"
         if on_meta:
-            with torch.device("meta"):
+            with weightless():
                 needed = {name: tensor.shape for name, tensor in build(self.config).state_dict().items()}
             if wrong := misfit({name: tensor.shape for name, tensor in state.items()}, needed):
                 raise Refused(f"{unfit} {wrong}")

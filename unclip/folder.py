@@ -26,6 +26,7 @@ from unclip.errors import Refused
 from unclip.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.prior import DiffusionPrior, PriorConfig
 from unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.weightless import weightless
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -173,7 +174,7 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     config, _ = read_model_config(folder, *kinds)
     kind, _ = _kind(folder, kinds)
     with understood(folder / CONFIG, f"configuration of a {kind}"):
-        with torch.device("meta"):  # its shapes cost nothing; what does not fit the file is never built
+        with weightless():  # its shapes cost nothing; what does not fit the file is never built
             needed = KINDS[kind][1](config).state_dict()
         check_shapes(folder / WEIGHTS, needed)
         model = KINDS[kind][1](config)

@@ -61,6 +61,7 @@ from unclip.prior import DiffusionPrior
 from unclip.sampling import Sampling
 from unclip.text import NullText
 from unclip.upsampler import Upsampler
+from unclip.weightless import weightless
 
 PIPELINE = "UnCLIPPipeline"
 INDEX = "model_index.json"
@@ -289,7 +290,7 @@ def _read_models(folder: Path, clip: Clip) -> dict[str, nn.Module]:
     )
     widths = {"embedding": clip.embedding_width, "text_width": clip.text_width, "context": clip.context_length}
     check_fit(widths, prior_config, decoder_config, [upsampler_config])
-    with torch.device("meta"):
+    with weightless():
         prior, decoder, upsampler = DiffusionPrior(prior_config), Decoder(decoder_config), Upsampler(upsampler_config)
     null = dict(zip(NULL_TEXT, (part[0] for part in clip.encode_text([""])), strict=True))
     _fill(prior, PRIOR.ours(_shapes(prior), tensors["prior"], "prior") | null)

@@ -17,6 +17,7 @@ from unclip.documents import read_text
 from unclip.errors import Refused
 from unclip.interop_layout import CLIP_TEXT, CLIP_VISION
 from unclip.tokenizer import FIXED, Tokenizer
+from unclip.weightless import weightless
 
 Document = dict[str, Any]
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -294,7 +295,7 @@ def _preprocess(processor: Document, side: int) -> Preprocess:
 
 
 def _on_meta(build: Any, model: Document) -> nn.Module:
-    with torch.device("meta"):
+    with weightless():
         return build(model)
 
 

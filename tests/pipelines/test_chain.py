@@ -3,77 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from infra.ledger import Ledger
-from infra.manifest import Manifest, digest_file
+from infra.manifest import digest_file
 from infra.mlflow_runs import open_client
 from infra.store import open_store
 from infra.tracking_uri import default_uri
 from pipelines import recipe
 from pipelines.opening import open_release
 from tests.fixtures import beside_diffusers
-from tests.fixtures.net import wait_for_port
-from tests.fixtures.s3 import free_port
-from tests.proofs import kill, parallel
+from tests.fixtures.tiny_run import here, newest, objects, todo, unclip
+from tests.proofs import parallel
 from unclip import UnCLIP
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-BIN = Path(sys.executable).parent
-UNCLIP = [sys.executable, "-m", "pipelines.cli"]
-
-
-def unclip(*words: object, cwd: Path | None = None) -> str:
-    """Runs the command line to its end; fails with its output unless it exits with 0."""
-    done = subprocess.run([*UNCLIP, *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def todo(store: Path, *options: object) -> dict[str, int]:
-    """Stage → actions to do, from `unclip plan --json`."""
-    lines = json.loads(unclip("plan", "tiny", "--json", "--store", store, *options))["stages"]
-    return {line["stage"]: line["todo"] for line in lines if line["todo"]}
-
-
-def newest(store: Path, stage: str) -> Manifest:
-    """The newest manifest of a stage."""
-    opened = open_store(str(store), create=False)
-    heads = [entry for entry in opened.list("manifests/") if entry.name.startswith(f"manifests/{stage}-1/")]
-    head = max(heads, key=lambda entry: entry.modified)
-    return Manifest.load(opened, json.loads(opened.get(head.name))["version"])
-
-
-def objects(store: Path) -> set[str]:
-    """Names of everything that is data: records, manifests, objects, ledgers."""
-    opened = open_store(str(store), create=False)
-    return {e.name for e in opened.list("") if e.name.startswith(("records/", "manifests/", "objects/", "ledgers/"))}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A store in which the tiny recipe ran to its end, and what the terminal said."""
-    store = tmp_path_factory.mktemp("chain") / "store"
-    return store, unclip("run", "tiny", "--store", store)
-
-
-@pytest.fixture
-def copy(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """A store of one's own in that state."""
-    return Path(shutil.copytree(finished[0], tmp_path / "store"))
 
 
 def test_a_run_ends_with_a_champion_and_says_how_to_use_it(finished: tuple[Path, str]) -> None:
@@ -86,19 +34,18 @@ def test_a_run_ends_with_a_champion_and_says_how_to_use_it(finished: tuple[Path,
     assert "WARNING" not in said
 
 
-def test_a_second_run_starts_no_ray_and_changes_nothing(finished: tuple[Path, str]) -> None:
-    store, _ = finished
-    before = objects(store)
-    said = unclip("run", "tiny", "--store", store)
+def test_a_second_run_starts_no_ray_and_changes_nothing(copy: Path) -> None:
+    before = objects(copy)
+    said = unclip("run", "tiny", "--store", copy)
     assert "starting Ray" not in said
-    assert objects(store) == before
-    assert todo(store) == {}
+    assert objects(copy) == before
+    assert todo(copy) == {}
 
 
 def test_diffusers_draws_from_the_export_what_the_champion_draws(
     finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unclip("releases", "export", "champion", tmp_path / "diffusers", "--store", finished[0])
+    here("releases", "export", "champion", tmp_path / "diffusers", "--store", finished[0])
     model = UnCLIP.load(open_release(open_store(str(finished[0])), "champion"))
     pipe = beside_diffusers.pipeline(tmp_path / "diffusers")
     beside_diffusers.exact(pipe)
@@ -115,10 +62,10 @@ def test_diffusers_draws_from_the_export_what_the_champion_draws(
 
 def test_gc_leaves_all_that_a_run_and_a_release_need(copy: Path) -> None:
     for keep in ("all", "newest"):
-        unclip("data", "gc", "--keep", keep, "--older-than", 0, "--delete", "--store", copy)
+        here("data", "gc", "--keep", keep, "--older-than", 0, "--delete", "--store", copy)
         assert todo(copy) == {}
-        assert "are whole" in unclip("releases", "verify", "--name", "tiny", "--store", copy)
-        assert "all is whole" in unclip("data", "verify", "--store", copy)
+        assert "are whole" in here("releases", "verify", "--name", "tiny", "--store", copy)
+        assert "all is whole" in here("data", "verify", "--store", copy)
 
 
 def test_every_row_of_the_list_is_in_exactly_one_final_state(finished: tuple[Path, str]) -> None:
@@ -176,7 +123,7 @@ def test_a_run_leaves_a_page_about_its_data(finished: tuple[Path, str], tmp_path
     (line,) = [line for line in said.splitlines() if line.startswith("data  ")]
     page = Path(line.split()[1])
     assert page == store / "view" / newest(store, "curate").version[:12] / "data.html"
-    unclip("data", "report", "--store", store, "--out", tmp_path / "again.html")
+    here("data", "report", "--store", store, "--out", tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
@@ -209,100 +156,18 @@ def test_a_tenth_more_rows_download_and_embed_only_the_new_shards(copy: Path) ->
     assert sum(name.startswith("records/download-") for name in grown) == download
 
 
-def test_killed_drivers_leave_nothing_that_differs(finished: tuple[Path, str], tmp_path: Path) -> None:
-    expected = kill.records(finished[0])
-    assert "byte-identical" in kill.disturb(tmp_path, 2, 1, expected, 60.0, "--until", "prior")
-
-
-def test_two_runs_at_once_both_end_well_and_train_nothing_twice(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    both = [kill.start(store, "--until", "prior"), kill.start(store, "--until", "prior")]
-    assert [process.wait() for process in both] == [0, 0], store.with_suffix(".log").read_text()[-3000:]
-    opened = open_store(str(store), create=False)
-    runs = parallel.runs(store)
-    for stage in ("clip", "prior"):
-        assert len(list(opened.list(f"records/{stage}-1/"))) == 1
-        assert runs.count(stage) == 1, runs
-        assert parallel.last_losses(store, stage) == 1
-
-
-def test_a_terminated_run_saves_its_fits_and_says_so(copy: Path) -> None:
-    change = ("--only", "prior", "--set", "prior.train.steps=100000", "--set", "prior.checkpoint_seconds=1")
-    log = copy.parent / "said.txt"
-    with open(log, "w") as file:
-        run = subprocess.Popen([*UNCLIP, "run", "tiny", "--store", str(copy), *change], stdout=file, stderr=file)
-    until = time.monotonic() + 120
-    while not (before := saved(copy)) and run.poll() is None and time.monotonic() < until:
-        time.sleep(0.2)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 5, log.read_text()
-    assert "the same command goes on from there" in log.read_text()
-    assert "Traceback" not in log.read_text()
-    assert max(saved(copy)) > max(before)
-    assert parallel.killed(copy) == ["prior", "tiny"]
-
-
-def saved(store: Path) -> list[str]:
-    """The valid checkpoints in a store, the oldest first."""
-    names = (entry.name for entry in open_store(str(store)).list("checkpoints/"))
-    return sorted(name for name in names if name.endswith("manifest.json"))
-
-
 def test_generate_draws_with_the_champion(finished: tuple[Path, str], tmp_path: Path) -> None:
     from PIL import Image
 
     out = tmp_path / "grid.png"
-    unclip("generate", "a large red circle on a white background", "-n", 2, "--release", "tiny@champion",
+    here("generate", "a large red circle on a white background", "-n", 2, "--release", "tiny@champion",
            "--out", out, "--store", finished[0])  # fmt: skip
     assert Image.open(out).width >= 2 * 64
 
 
 def test_the_models_and_data_can_be_looked_at(finished: tuple[Path, str]) -> None:
     store, _ = finished
-    assert "embed" in unclip("data", "ls", "--store", store)
-    assert "promote" in unclip("releases", "list", "--name", "tiny", "--store", store)
-    assert json.loads(unclip("releases", "show", "tiny@champion", "--store", store))
-    assert unclip("releases", "verify", "--name", "tiny", "--store", store)
-
-
-def test_a_run_on_an_existing_cluster_and_as_a_job(tmp_path: Path, head: tuple[str, str]) -> None:
-    address, jobs = head
-    store = tmp_path / "store"
-    unclip("run", "tiny", "--store", store, "--address", address, "--until", "filter")
-    said = unclip("submit", "tiny", "--store", store, "--address", jobs, "--until", "filter",
-                  "--set", "world.pictures=440")  # fmt: skip
-    followed = [str(BIN / "ray"), "job", "logs", "--follow", "--address", jobs, said.strip()]
-    shown = {**os.environ, "RAY_AUTH_MODE": "token"}  # Ray's own command line shows a token only if told to
-    logs = subprocess.run(followed, capture_output=True, text=True, check=False, timeout=240, env=shown)
-    assert "succeeded" in logs.stderr + logs.stdout, logs.stdout[-3000:] + logs.stderr[-3000:]
-    assert newest(store, "download").rows == 440
-
-
-@pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A Ray head in processes of its own that asks for a token: (its address, its job server)."""
-    import ray.util
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(BIN), prepend=":")  # as an image's python is unclip's
-    subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], check=True, capture_output=True)
-    assert (tmp_path / ".ray" / "auth_token").is_file()
-    port, dashboard, log = free_port(), free_port(), tmp_path / "head.log"
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
-               f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--disable-usage-stats"]  # fmt: skip
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-    try:
-        # Ray takes loopback for the machine's own address, so a head that listens on loopback alone is not found.
-        ip = ray.util.get_node_ip_address()
-        try:
-            wait_for_port(dashboard, 180)
-        except TimeoutError as error:
-            raise AssertionError(f"the head did not start: {log.read_text()[-3000:]}") from error
-        yield f"{ip}:{port}", f"http://127.0.0.1:{dashboard}"
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # whatever of it would be left
+    assert "embed" in here("data", "ls", "--store", store)
+    assert "promote" in here("releases", "list", "--name", "tiny", "--store", store)
+    assert json.loads(here("releases", "show", "tiny@champion", "--store", store))
+    assert here("releases", "verify", "--name", "tiny", "--store", store)

@@ -86,7 +86,8 @@ import sys
 from pipelines.generate import generate
 from infra.store import open_store
 generate(open_store({store!r}), ["a red circle"], {str(folder)!r}, 1, 0, None, None, {out!r})
-print([name for name in ("open_clip", "torchvision", "ray", "mlflow", "pandas", "pyarrow") if name in sys.modules])
+print([name for name in ("open_clip", "torchvision", "ray", "mlflow", "pandas", "pyarrow", "torch._dynamo")
+       if name in sys.modules])
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

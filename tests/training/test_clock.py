@@ -12,6 +12,7 @@ from infra.errors import Stopped
 from infra.manifest import canonical, digest
 from tests.training.test_loop import SHORT, Seen, stopping_after
 from tests.training.tiny import Tiny, tiny
+from training import clock
 from training.checkpoint import Checkpoints
 from training.job import FitHow
 from training.launch import train_local
@@ -40,7 +41,8 @@ def test_a_stopwatch_gives_each_part_its_share() -> None:
     assert set(watch.shares()) == {"rest"}
 
 
-def test_what_is_told_at_each_report(world: Tiny, tmp_path: Path) -> None:
+def test_what_is_told_at_each_report(world: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "WORTHWHILE_S", 0.0)
     seen = Seen()
     job = world.job("prior", "told", **SHORT)
     train_local(job, FitHow(log_seconds=0, checkpoint_seconds=0), world.store, tmp_path, seen)
@@ -53,6 +55,16 @@ def test_what_is_told_at_each_report(world: Tiny, tmp_path: Path) -> None:
     assert all(0 < values["mfu"] < 2 for values in seen.values[1:])
     assert "mfu" not in seen.values[0]
     assert (seen.tags["unclip.device"], seen.tags["unclip.workers"]) == ("CPU", "1")
+
+
+def test_nothing_is_measured_for_a_fit_that_is_over_soon(
+    world: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "WORTHWHILE_S", 1e9)
+    seen = Seen()
+    train_local(world.job("prior", "short", **SHORT), FitHow(log_seconds=0), world.store, tmp_path, seen)
+    assert seen.values
+    assert not any("mfu" in values for values in seen.values)
 
 
 def test_the_tag_of_a_checkpoint_is_its_digest(world: Tiny, tmp_path: Path) -> None:

@@ -155,6 +155,13 @@ def test_a_second_computation_costs_a_third_more_and_half_precision_a_copy_of_th
     assert low.memory(4, shards=2) == low.parameters * STATE_BYTES // 2 + low.copies + 4 * low.activations
 
 
+def test_clips_towers_are_computed_again_as_well():
+    config = {**CLIP, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}}
+    plain, again = (cost("clip", config, recompute=recompute) for recompute in (False, True))
+    assert again.activations < 0.6 * plain.activations
+    assert 0.25 * plain.flops < again.again < plain.flops / 3
+
+
 def test_a_gpu_keeps_norms_in_float32():
     on_cpu, on_gpu = (cost("decoder", asdict(TINY.decoder), precision="bfloat16", gpu=gpu) for gpu in (False, True))
     whole = cost("decoder", asdict(TINY.decoder))

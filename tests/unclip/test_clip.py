@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from unclip.clip import Clip, Preprocess, build
 from unclip.clip_text import OpenClipText, TextTower
 from unclip.errors import Refused
+from unclip.open_clip_bare import bare_module
 
 MODEL = {
     "embed_dim": 24,
@@ -289,12 +290,46 @@ def test_preprocessing_that_gives_no_numbers_is_refused(wrong: dict[str, Any]):
 
 
 @pytest.mark.slow
-def test_texts_are_encoded_without_importing_open_clip(clip, tmp_path):
+def test_texts_and_pictures_are_encoded_without_importing_open_clip_and_what_it_brings(clip, tmp_path):
     clip.save(tmp_path)
     code = (
-        "import sys; from unclip.clip import Clip; "
-        f"print(Clip.load({str(tmp_path)!r}).encode_text(['a red circle']).embedding.shape, "
-        "'open_clip' in sys.modules or 'torchvision' in sys.modules)"
+        "import sys, torch; from unclip.clip import Clip; "
+        f"clip = Clip.load({str(tmp_path)!r}); "
+        "print(clip.encode_text(['a red circle']).embedding.shape, 'unclip_open_clip' in sys.modules, "
+        "clip.encode_images(torch.zeros(1, 3, 32, 32)).shape, "
+        "[name for name in ('open_clip', 'torchvision', 'timm', 'transformers', 'torch._dynamo') "
+        "if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "torch.Size([1, 24]) False"
+    assert ran.stdout.strip() == "torch.Size([1, 24]) False torch.Size([1, 24]) []"
+
+
+@pytest.mark.parametrize("vision", [{}, {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8}])
+@pytest.mark.parametrize("custom", [False, True])
+def test_open_clips_model_file_by_itself_is_open_clips_model(vision: dict[str, Any], custom: bool):
+    import open_clip.model
+
+    config = {**deepcopy(MODEL), "vision_cfg": {**MODEL["vision_cfg"], **vision}}
+    name = "CustomTextCLIP" if custom else "CLIP"
+    built = []
+    for module in (open_clip.model, bare_module()):
+        torch.manual_seed(0)
+        built.append(getattr(module, name)(**config))
+    theirs, ours = built
+    assert type(ours) is not type(theirs)
+    pictures, ids = torch.randn(3, 3, 32, 32), torch.randint(2000, (3, 16))
+    for model in built:
+        features = model(pictures, ids)
+        (features[0] * features[1]).sum().backward()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+
+
+def test_a_tower_of_timms_is_built_by_the_whole_package():
+    vision = {"timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+    module = build({**deepcopy(MODEL), "vision_cfg": vision})
+    assert type(module).__module__ == "open_clip.model"
+    assert type(module.visual).__name__ == "TimmModel"
