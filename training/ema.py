@@ -21,20 +21,18 @@ class Ema:
     def __init__(self, model: nn.Module, flat: Vectors, decay: float, ramp: float) -> None:
         self._model, self._flat, self._decay, self._ramp = model, flat, decay, ramp
         self._weights = flat.weights.detach().clone()
-        self._buffers = {
-            name: buffer.detach().clone()
-            for name, buffer in model.named_buffers()
-            if name in model.state_dict(keep_vars=True) and buffer.is_floating_point()
-        }
+        kept = model.state_dict(keep_vars=True)
+        self._live = {name: b for name, b in model.named_buffers() if name in kept and b.is_floating_point()}
+        """The model's own, which a forward pass and a checkpoint that is read change in place."""
+        self._buffers = {name: buffer.detach().clone() for name, buffer in self._live.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Takes in the model as it is after that many updates."""
         weight = 1 - self.decay(updates)
         self._weights.lerp_(self._flat.weights, weight)
-        live = dict(self._model.named_buffers())
         for name, buffer in self._buffers.items():
-            buffer.lerp_(live[name], weight)
+            buffer.lerp_(self._live[name], weight)
 
     def decay(self, updates: int) -> float:
         """What the average keeps of itself at the update-th update."""

@@ -34,7 +34,7 @@ from training.precision import Precision
 from training.preview import Previews
 from training.saving import Saver, room_for
 from training.sharded import Learner, built, shard, whole
-from training.speed import determinism, prepare
+from training.speed import determinism, prepare, seed
 from training.spikes import Spikes
 from training.validate import choose, split
 from unclip.layers import bfloat16_convolutions
@@ -127,7 +127,7 @@ def train(
                 micros = [(Batch.joined([batch for batch, weight in micros if weight]), 1.0)]
             clock.lap("data")
             for batch, weight in micros:
-                torch.manual_seed(batch.seed)  # for dropout
+                seed(batch.seed, device)
                 with state.precision.autocast():
                     losses = learner(batch)
                 loss = losses.loss.sum()

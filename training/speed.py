@@ -69,6 +69,17 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
         part.compile(backend=backend, dynamic=False)
 
 
+def seed(number: int, device: torch.device) -> None:
+    """Seeds what a model draws by itself on that device (dropout), as `torch.manual_seed` does.
+
+    That one also keeps the seed, with a traceback, for every kind of accelerator that this process has not started,
+    which takes as long as a twentieth of the demo prior's step.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
 @contextmanager
 def determinism(on: bool) -> Iterator[None]:
     """Inside it, operations whose result depends on chance (atomic additions of GPUs) are replaced by ones whose does

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from functools import cache
 
 import torch
 
@@ -16,11 +18,12 @@ _TRIES = 8
 class Utilisation:
     """The share of the workers' peak that the model's own operations take; what is computed twice counts once.
 
-    Tracing the model and, where `how` does not say the peak, measuring it takes some two seconds, once.
+    Tracing the model and, where `how` does not say the peak, measuring it takes some two seconds, the tracing once a
+    process.
     """
 
     def __init__(self, job: Job, how: FitHow, device: torch.device, ranks: int) -> None:
-        self.flops = cost(job.kind, job.model, getattr(job.config, "crop", None)).flops
+        self.flops = _flops(job.kind, json.dumps(job.model), getattr(job.config, "crop", None))
         """Of one sample's forward and backward pass."""
         self.peak = ranks * (how.peak_tflops * 1e12 or matmul_peak(device, computed_in(job)))
         """Operations a second of all workers."""
@@ -35,6 +38,11 @@ def computed_in(job: Job) -> torch.dtype:
     if getattr(job.config, "bfloat16_convolutions", False):
         return torch.bfloat16
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(job.config.precision, torch.float32)
+
+
+@cache
+def _flops(kind: str, model: str, crop: int | None) -> int:
+    return cost(kind, json.loads(model), crop).flops
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unclip.config import TIMESTEPS, WIDTH, outside
 from unclip.errors import Refused
-from unclip.layers import Conv2d, ResBlock, TimeEmbedding, zeroed
+from unclip.layers import Conv2d, ResBlock, TimeEmbedding, attend, zeroed
 from unclip.schedule import check_process
 from unclip.unet import UNetConfig
 
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
         b, c, height, width = x.shape
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(pixels).view(b, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height * width, c)
+        attended = attend(q, k, v).transpose(1, 2).reshape(b, height * width, c)
         return x + self.out(attended).transpose(1, 2).reshape(b, c, height, width)
 
 
@@ -113,7 +113,7 @@ class AttentionPool(nn.Module):
         tokens = torch.cat([pixels.mean(1, keepdim=True), pixels], 1) + self.positions
         q = self.query(tokens[:, :1]).view(b, 1, self.heads, -1).transpose(1, 2)
         k, v = self.keys_values(tokens).view(b, tokens.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).reshape(b, c))
+        return self.out(attend(q, k, v).reshape(b, c))
 
 
 class Level(nn.Module):

@@ -135,6 +135,20 @@ class Remembered:
         return torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ / √c)·v: q [b, heads, n, c], k and v [b, heads, m, c]; mask, broadcast to [b, heads, n, m], True
+    where a query may look at a key.
+
+    Where a gradient is wanted on a CPU, bfloat16 is multiplied as float32: PyTorch's kernel for bfloat16's backward
+    pass takes 2 to 6 times as long, and the result is nearer so (docs/performance.md).
+    """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):
+            found = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+        return found.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and MLP over [b, n, width]."""
 
@@ -158,7 +172,7 @@ class TransformerBlock(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         if past is not None:
             k, v = past.extend(k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = attend(q, k, v, mask)
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(b, n, width)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))
 
@@ -234,6 +248,6 @@ class ContextAttention(nn.Module):
         q, k, v = self.qkv(pixels).view(b, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([context[:, 0], k], 2), torch.cat([context[:, 1], v], 2)
         seen = F.pad(mask, (0, height * width), value=True)[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        attended = attend(q, k, v, seen)
         attended = self.out(attended.transpose(1, 2).reshape(b, height * width, c))
         return x + attended.transpose(1, 2).reshape(b, c, height, width)

@@ -20,7 +20,7 @@ from training.launch import train_local
 from training.objectives import objective
 from training.order import Order
 from training.parallel import Flat, Group
-from training.speed import compile_parts, determinism, prepare
+from training.speed import compile_parts, determinism, prepare, seed
 from unclip.folder import read_tensors
 
 CPU = torch.device("cpu")
@@ -59,6 +59,14 @@ def gradient(task, model: nn.Module, batch) -> torch.Tensor:
     torch.manual_seed(7)
     task.loss(model, again(batch), Group()).loss.mean().backward()
     return flat.gradient
+
+
+@pytest.mark.parametrize("number", [0, 7, 2**63 - 1, -(2**63)])
+def test_a_models_own_randomness_is_that_of_torchs_seed(number: int) -> None:
+    torch.manual_seed(number)
+    drawn = torch.nn.functional.dropout(torch.ones(100))
+    seed(number, CPU)
+    assert torch.equal(torch.nn.functional.dropout(torch.ones(100)), drawn)
 
 
 @pytest.mark.parametrize("kind", KINDS)

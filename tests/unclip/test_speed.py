@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.fixtures.plain import shaken
 from unclip.guidance import classifier_free, conditional, join
-from unclip.layers import UpConv2d, fold_upsampling
+from unclip.layers import UpConv2d, attend, fold_upsampling
 from unclip.presets import TINY
 from unclip.prior import DiffusionPrior, PriorContext
 from unclip.samplers import ddim
@@ -108,3 +108,37 @@ def test_folding_is_asked_for_and_only_where_it_pays():
     assert len(seen) == len(ups) - 1, "the block from 32 to 64 px no longer doubles first"
     assert not torch.equal(plain, folded)
     assert torch.allclose(plain, folded, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bfloat16_is_nearer_the_exact_one_than_torchs_forward_and_backward(autocast: bool) -> None:
+    torch.manual_seed(9)
+    shapes = (2, 3, 16, 8), (2, 3, 21, 8), (2, 3, 21, 8)
+    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    mask, towards = torch.rand(2, 1, 16, 21) < 0.7, torch.randn(shapes[0])
+    mask[..., 0] = True
+
+    def found(attention, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The result, and the gradients of q, k and v."""
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            made = attention(*leaves, mask)
+        assert made.dtype == dtype
+        made.backward(towards.to(made.dtype))
+        return [tensor.double() for tensor in (made.detach(), *(leaf.grad for leaf in leaves))]
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    towards = towards.bfloat16().double()
+    exact = found(fused, torch.float64)
+    for ours, torchs, true in zip(found(attend, torch.bfloat16), found(fused, torch.bfloat16), exact, strict=True):
+        assert (ours - true).norm() < (torchs - true).norm()
+
+
+@torch.no_grad()
+def test_attention_without_a_gradient_is_torchs_to_the_bit() -> None:
+    torch.manual_seed(9)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(2, 3, 16, 8).to(dtype) for _ in range(3))
+        assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
