@@ -32,8 +32,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, a promoted release
 	$(BIN)/unclip run demo --store $(STORE)
 
-test: $(STAMP)  ## every test (15 to 22 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## every test (about 17 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-fast: $(STAMP)  ## tests without Ray and long training (under 2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "not slow and not ray"
