@@ -97,7 +97,7 @@ def train(
         vectors = shard(learner, device, group.ranks, EXTRA)
     else:
         model.to(device)
-    state = State(config, model, vectors)
+    state = State(config, model, vectors, group)
     if found:
         state.load(found)
     data = Data(
@@ -182,10 +182,12 @@ class State:
     vectors: what this rank has of the model where it is sharded; default the whole.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, vectors: Vectors | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, vectors: Vectors | None = None, group: Group = ALONE
+    ) -> None:
         self.config, self.model = config, model
         self.flat = vectors or Flat(model, extra=EXTRA, inner=is_inner if config.muon else None)
-        self.optimiser = Optimiser(self.flat, config)
+        self.optimiser = Optimiser(self.flat, config, group)
         self.ema = Ema(model, self.flat, config.ema, config.ema_ramp)
         self.averages = Averages(model, self.flat, config)
         self.precision = Precision(config.precision, self.flat.weights.device)

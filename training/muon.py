@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -13,6 +14,7 @@ A, B, C = 3.4445, -4.7750, 2.0315
 """A Newton–Schulz step is y ← (A + B·G + C·G²)·y with G = y·yᵀ; chosen for its slope at 0."""
 MATCH = 0.2
 """Root mean square of AdamW's updates, which Muon's are scaled to (Liu et al. 2025), so that rates compare."""
+ALL = slice(None)
 OUTER = ("position", "embedding", "conv_in", "conv_out", "encoder.pool.out")
 """Parameters with these in their name are tables, or a network's first and last layers: AdamW's."""
 
@@ -58,13 +60,34 @@ def _by_gram(y: Tensor) -> Tensor:
     return factor @ y
 
 
-def muon_(weights: Tensor, gradient: Tensor, momentum: Tensor, lr: float, decay: float) -> None:
-    """One step in place on k matrices of one shape [k, m, n] and their momentum."""
+def direction(gradient: Tensor, momentum: Tensor, mine: slice = ALL) -> Tensor:
+    """Takes the gradient [k, m, n] into its momentum, in place; where `mine` of the k matrices are to move to."""
     momentum.lerp_(gradient, 1 - MOMENTUM)
-    update = orthogonal(gradient.lerp(momentum, MOMENTUM))
+    return orthogonal(gradient[mine].lerp(momentum[mine], MOMENTUM))
+
+
+def move_(weights: Tensor, update: Tensor, lr: float, decay: float) -> None:
+    """One step in place of k matrices of one shape [k, m, n] in their directions."""
     if decay:
         weights.mul_(1 - lr * decay)
     weights.add_(update, alpha=-lr * MATCH * max(weights.shape[1:]) ** 0.5)
+
+
+def dealt(shapes: Sequence[tuple[int, int, int]], ranks: int) -> list[list[slice]]:
+    """[rank][stack] → the matrices of a stack [k, m, n] whose directions that rank computes for all.
+
+    Equal shares, of which the rest goes to those that have the least to do so far.
+    """
+    work, found = [0] * ranks, [list[slice]() for _ in range(ranks)]
+    for count, rows, columns in shapes:
+        more = sorted(range(ranks), key=work.__getitem__)[: count % ranks]
+        start = 0
+        for rank in range(ranks):
+            stop = start + count // ranks + (rank in more)
+            found[rank].append(slice(start, stop))
+            work[rank] += (stop - start) * rows * columns * min(rows, columns)
+            start = stop
+    return found
 
 
 @cache

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from infra.errors import Refused
 from training.job import TrainConfig
-from training.muon import muon_
-from training.parallel import Vectors
+from training.muon import dealt, direction, move_
+from training.parallel import Group, Vectors
 
 MAX_SKIPPED_IN_A_ROW = 50
+ALONE = Group()
 
 
 class Diverged(Refused):
@@ -36,8 +37,9 @@ class Optimiser:
     and counted in `skipped`. `first` is the moving average of the gradient, `second` that of its square (AdamW alone).
     """
 
-    def __init__(self, flat: Vectors, config: TrainConfig) -> None:
-        self.flat, self.config = flat, config
+    def __init__(self, flat: Vectors, config: TrainConfig, group: Group = ALONE) -> None:
+        self.flat, self.config, self._group = flat, config, group
+        self._mine = dealt([shape for _, shape in flat.stacks], group.ranks)[group.rank]
         self.updates = 0
         self.skipped = 0
         self._in_a_row = 0
@@ -81,9 +83,7 @@ class Optimiser:
     @torch.no_grad()
     def _update(self, lr: float) -> None:
         config, flat = self.config, self.flat
-        for place, shape in flat.stacks:
-            weights, gradient, momentum = (v[place].view(shape) for v in (flat.weights, flat.gradient, self.first))
-            muon_(weights, gradient, momentum, lr * config.muon / config.lr, config.weight_decay)
+        self._move_stacks(lr * config.muon / config.lr)
         # The kernel of torch.optim.AdamW(fused=True); torch.optim itself imports the compiler, which takes seconds.
         steps = torch.tensor(float(self.updates), device=self.first.device)
         for part, decay in ((flat.matrices, config.weight_decay), (flat.vectors, 0.0)):
@@ -102,3 +102,19 @@ class Optimiser:
                 amsgrad=False,
                 maximize=False,
             )
+
+    def _move_stacks(self, lr: float) -> None:
+        """Muon's step. Several ranks share its products: each computes the directions of some matrices, and all get
+        them from their sum with the others' zeros, which is exact."""
+        flat, decay, shared = self.flat, self.config.weight_decay, self._group.ranks > 1 and bool(self.flat.stacks)
+        wire = torch.zeros_like(flat.weights[: flat.stacks[-1][0].stop]) if shared else flat.weights
+        for (place, shape), mine in zip(flat.stacks, self._mine, strict=True):
+            update = direction(flat.gradient[place].view(shape), self.first[place].view(shape), mine)
+            if shared:
+                wire[place].view(shape)[mine] = update
+            else:
+                move_(flat.weights[place].view(shape), update, lr, decay)
+        if shared:
+            self._group.add(wire)
+            for place, shape in flat.stacks:
+                move_(flat.weights[place].view(shape), wire[place].view(shape), lr, decay)

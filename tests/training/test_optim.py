@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from infra.errors import Refused
 from training.ema import Ema, ema_decay
 from training.job import TrainConfig
-from training.muon import is_inner, orthogonal
+from training.muon import dealt, is_inner, orthogonal
 from training.optim import MAX_SKIPPED_IN_A_ROW, Optimiser, learning_rate
-from training.parallel import Flat
+from training.parallel import Flat, Group
 from unclip.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.presets import DEMO
 
@@ -177,6 +182,47 @@ def test_muon_takes_matrices_of_one_shape_together_and_leaves_the_rest_to_adamw(
     assert {name for name in optimiser.state() if name.startswith("second.")} == {
         f"second.{name}" for name in flat.shapes if name not in flat.stacked
     }
+
+
+class Meeting(Group):
+    """Ranks that are threads, whose vectors are added up when all are there."""
+
+    def __init__(self, rank: int, vectors: list[torch.Tensor | None], barrier: threading.Barrier) -> None:
+        super().__init__(rank, len(vectors))
+        object.__setattr__(self, "told", (vectors, barrier))
+
+    def add(self, vector: torch.Tensor) -> None:
+        vectors, barrier = self.told
+        vectors[self.rank] = vector.clone()
+        barrier.wait()
+        vector.copy_(sum(vectors))
+        barrier.wait()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_that_share_muons_products_take_the_step_that_one_takes(ranks):
+    models = [larger() for _ in range(ranks + 1)]  # here: threads would draw from one generator
+
+    def weights(group: Group, model: nn.Module) -> torch.Tensor:
+        flat = Flat(model, inner=is_inner)
+        flat.gradient.copy_(torch.randn(len(flat.gradient), generator=torch.Generator().manual_seed(0)))
+        optimiser = Optimiser(flat, TrainConfig(steps=5, lr=0.01, muon=0.02, weight_decay=0.1), group)
+        for _ in range(3):
+            optimiser.step(0.005)
+        return flat.weights
+
+    barrier, vectors = threading.Barrier(ranks), [None] * ranks
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(weights, [Meeting(rank, vectors, barrier) for rank in range(ranks)], models))
+    alone = weights(Group(), models[-1])
+    assert all(torch.equal(one, alone) for one in found)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 64), st.integers(1, 64)), max_size=6), st.integers(1, 8))
+def test_each_matrix_is_dealt_to_one_rank(shapes, ranks):
+    shares = dealt(shapes, ranks)
+    for stack, (count, _, _) in enumerate(shapes):
+        assert [n for share in shares for n in range(count)[share[stack]]] == list(range(count))
 
 
 def test_tables_first_and_last_layers_of_an_encoder_are_adamws():
