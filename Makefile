@@ -35,7 +35,7 @@ demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, 
 test: $(STAMP)  ## every test (about 17 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
-test-fast: $(STAMP)  ## tests without Ray and long training (under 2 minutes)
+test-fast: $(STAMP)  ## tests without Ray and long training (under 4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "not slow and not ray"
 
 lint: $(STAMP)  ## ruff, import floors, types
