@@ -41,7 +41,7 @@ def listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
         for page in pages.paginate(Bucket=bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE):
             keys = page.get("Contents", [])
             found += [one for one in keys if end is None or one["Key"] <= end]
-            if keys and keys[-1] is not found[-1]:
+            if keys and end is not None and keys[-1]["Key"] > end:
                 break
         return found
 
@@ -54,10 +54,10 @@ def listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
 def spans(prefix: str, last: str) -> list[Span]:
     """Spans that hold, in order, all keys behind the last one of a first page, whatever these are; of about a page
     each, where all begin with a digest behind the prefix. A single one, where that last key does not."""
-    begins = re.match(f"[0-9a-f]{{{DIGITS}}}", last[len(prefix) :])
-    if not begins:
+    name = last[len(prefix) :]
+    if not re.match("[0-9a-f]{64}", name):  # such as numbers in a row, which would be taken for the first of a billion
         return [(last, None)]
-    whole, seen = 16**DIGITS, int(begins[0], 16) + 1
+    whole, seen = 16**DIGITS, int(name[:DIGITS], 16) + 1
     width = max(int(seen * SHARE), whole // MOST)
     bounds = [f"{prefix}{place:0{DIGITS}x}" for place in range(seen + width, whole, width)]
     return list(zip([last, *bounds], [*bounds, None], strict=True))

@@ -16,7 +16,8 @@ from infra.manifest import digest
 from infra.store import open_store
 from tests.fixtures.faulty_s3 import Request, failing
 
-KEYS = st.one_of(st.integers(0, 2**32 - 1).map("records/{:08x}".format), st.text(max_size=9).map("records/{}".format))
+DIGESTS = st.integers(0, 2**32 - 1).map(lambda begins: f"records/{begins:08x}{0:056x}")
+KEYS = st.one_of(DIGESTS, st.text(max_size=9).map("records/{}".format))
 
 
 @settings(deadline=None, max_examples=60)
@@ -42,11 +43,19 @@ def test_spans_of_digests_are_of_about_a_page() -> None:
     assert sum(count > listing.PAGE for count in counts) <= 2
 
 
-@pytest.mark.parametrize("others", [(), ("~", "Z", "0", "g/1")], ids=["digests", "others among them"])
+def test_numbers_in_a_row_are_not_taken_for_digests() -> None:
+    assert spans("leases/work/", "leases/work/00001000.json") == [("leases/work/00001000.json", None)]
+
+
+CASES = [("g", ()), ("g", ("~", "Z", "0", "g/1")), ("8", ("~",))]
+
+
+@pytest.mark.parametrize(("below", "others"), CASES, ids=["digests", "others among them", "none in the upper half"])
 def test_a_long_listing_is_sorted_and_whole_and_asks_for_many_pages_at_once(
-    s3_endpoint: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch, others: tuple[str, ...]
+    s3_endpoint: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch, below: str, others: tuple[str, ...]
 ) -> None:
-    names = sorted([digest(str(number).encode()) for number in range(160)] + list(others))
+    digests = [digest(str(number).encode()) for number in range(160)]
+    names = sorted([name for name in digests if name < below] + list(others))
     store = open_store(s3_uri)
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda name: store.put_new(f"records/{name}", b""), names))
