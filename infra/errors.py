@@ -25,7 +25,7 @@ class Stopped(Refused):
 
 
 class Unavailable(Refused):
-    """A store does not answer, or its disk has no room, just now: it may succeed later (`infra.patience`)."""
+    """A store does not answer, or its disk has no room, just now: it may succeed later (`infra.store.retry`)."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code=5)

@@ -23,9 +23,9 @@ from datetime import datetime, timedelta
 from time import monotonic
 
 from infra.errors import Refused
-from infra.manifest import SCHEMA_VERSION, canonical, document
 from infra.process import Process
-from infra.store import Store
+from infra.records.manifest import SCHEMA_VERSION, canonical, document
+from infra.store.base import Store
 
 TTL_S = 60.0
 

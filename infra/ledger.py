@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from infra.damage import reading
 from infra.errors import Refused
-from infra.manifest import SCHEMA_VERSION, canonical, check_schema, digest
-from infra.store import Store
+from infra.records.damage import reading
+from infra.records.manifest import SCHEMA_VERSION, canonical, check_schema, digest
+from infra.store.base import Store
 
 KINDS = ("promote", "rollback")
 

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.columns import ahead, columns
-from infra.manifest import File, Manifest
-from infra.store import Store
+from infra.records.manifest import File, Manifest
+from infra.records.parquet import ahead, columns
+from infra.store.base import Store
 from pipelines.census import THREADS, Row
 from pipelines.select import LOOK
 

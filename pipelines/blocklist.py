@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from infra.errors import Refused
-from infra.manifest import canonical, digest
+from infra.records.manifest import canonical, digest
 from pipelines.places import Unreadable, place
 
 _COMMENT = re.compile(r"(^|\s)#.*")

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.columns import ahead, columns
 from infra.errors import Refused
-from infra.manifest import File, Manifest, Record
-from infra.rows import KEPT, SELECTION
-from infra.store import Store
+from infra.records.manifest import File, Manifest, Record
+from infra.records.parquet import ahead, columns
+from infra.records.schemas import KEPT, SELECTION
+from infra.store.base import Store
 from pipelines.pack import TABLE
 
 ROWS = "rows.parquet"

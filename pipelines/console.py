@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from infra.board import success_rate
+from infra.tracking.board import success_rate
 
 QUIET_SECONDS = 60.0
 """Where nobody watches a terminal, a running stage says so at most this often."""
@@ -110,7 +110,7 @@ class Console:
                 self._say(name, row)
 
     def board(self, board: dict[str, dict[str, Any]]) -> None:
-        """Progress as the workers told it to the monitor, in the words of `infra.board.Board.shown`."""
+        """Progress as the workers told it to the monitor, in the words of `infra.tracking.board.Board.shown`."""
         with self._lock:
             for name, told in board.items():
                 row = self.rows.get(name)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.columns import ahead, columns
-from infra.manifest import Manifest, object_name
-from infra.store import Store
+from infra.records.manifest import Manifest, object_name
+from infra.records.parquet import ahead, columns
+from infra.store.base import Store
 from pipelines.census import THREADS, Row, Shard, shards
 from pipelines.pack import TABLE, TAR
 from pipelines.page import thumbnail

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.columns import sized
-from infra.manifest import Action, Manifest, Record
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.parquet import sized
+from infra.store.base import Store
 from pipelines.census import counted, shards, write
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from infra.damage import reading
 from infra.errors import Refused
-from infra.manifest import Manifest, document
-from infra.rows import KEPT
-from infra.store import Store
+from infra.records.damage import reading
+from infra.records.manifest import Manifest, document
+from infra.records.schemas import KEPT
+from infra.store.base import Store
 from pipelines.source import LISTED
 
 if TYPE_CHECKING:

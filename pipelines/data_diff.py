@@ -23,12 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from infra.damage import reading
 from infra.errors import Refused
-from infra.forgotten import buried
-from infra.manifest import Manifest, Record, canonical, digest, document, object_name
-from infra.rows import KEPT, UID
-from infra.store import Store
+from infra.records.damage import reading
+from infra.records.forgotten import buried
+from infra.records.manifest import Manifest, Record, canonical, digest, document, object_name
+from infra.records.schemas import KEPT, UID
+from infra.store.base import Store
 from pipelines.data import find
 from pipelines.graph import differences
 

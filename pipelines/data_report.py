@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, digest_file, document, read_object
-from infra.rows import KEPT
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, digest_file, document, read_object
+from infra.records.schemas import KEPT
+from infra.store.base import Store
 from pipelines.alike import COMPARED, groups
 from pipelines.census import ASPECT, SCORES, WIDEST, Census, Row, census
 from pipelines.charts import Chart, binned, histogram, linear, logarithmic, median_bin

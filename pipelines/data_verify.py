@@ -1,7 +1,7 @@
 """Is what a store holds what was put there? Every digest is computed again; what is wrong is named, and can be mended.
 
 Objects are read in pieces by some threads, so memory is bounded by them; what several versions share is read once.
-Mending removes what is damaged and notes that the records which name it no longer hold (infra/generations.py): the next
+Mending removes what is damaged and notes that the records which name it no longer hold: the next
 run does those actions again, and commits them as the next generation of their keys. Nothing that is whole is touched.
 """
 
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from infra.errors import Refused
-from infra.forgotten import buried
-from infra.generations import lost_name, newest, split
-from infra.manifest import SCHEMA_VERSION, Manifest, Record, canonical, digest, document, object_name
-from infra.store import NotFound, Store
+from infra.records.forgotten import buried
+from infra.records.generations import lost_name, newest, split
+from infra.records.manifest import SCHEMA_VERSION, Manifest, Record, canonical, digest, document, object_name
+from infra.store.base import NotFound, Store
 from pipelines.inflight import completed
 
 THREADS = 8

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.forgotten import FORGOTTEN
-from infra.manifest import Action, Record, object_name, standing
-from infra.rows import KEPT, SOURCE
-from infra.store import Store
+from infra.records.forgotten import FORGOTTEN
+from infra.records.manifest import Action, Record, object_name, standing
+from infra.records.schemas import KEPT, SOURCE
+from infra.store.base import Store
 from pipelines.apart import preparing
 from pipelines.blocklist import Blocklist, blocklist, entries_digest, read_file
 from pipelines.guard import PATIENCE, Fault, Guard, networks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.store import Store
+from infra.store.base import Store
 from pipelines.drawing import check_order, check_share, check_way
 from pipelines.pictures import FORMATS
 
@@ -179,7 +179,7 @@ def _is_file(path: Path) -> bool:
 
 def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
     """(principal directions [d, d] by falling variance, mean [d]) of the image embeddings behind a release."""
-    from infra.manifest import Manifest, object_name
+    from infra.records.manifest import Manifest, object_name
     from pipelines.opening import open_release
     from pipelines.statistics import TENSORS
     from unclip.folder import read_tensors

@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Block, Manifest, Record, object_name
-from infra.rows import KEPT, embedded
-from infra.store import Store
+from infra.records.manifest import Action, Block, Manifest, Record, object_name
+from infra.records.schemas import KEPT, embedded
+from infra.store.base import Store
 from pipelines.captions import Captions
 from pipelines.pictures import decoded
 from pipelines.prefetch import Lane, ahead

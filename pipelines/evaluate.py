@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, canonical, digest_file, object_name
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, canonical, digest_file, object_name
+from infra.store.base import Store
 from pipelines.prompts import Chunk, Prompt, alternatives, chunks
 from pipelines.stage import PoolHow, plain
 from unclip.config import AMOUNT, COUNT, SEED, outside

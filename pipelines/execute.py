@@ -18,13 +18,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from infra.board import Extent
 from infra.cluster import Node
-from infra.damage import damaged
 from infra.errors import Refused, Stopped
 from infra.lease import TTL_S
-from infra.manifest import Manifest, Record
-from infra.store import EXPECTED, NotFound, Store, advice
+from infra.records.damage import damaged
+from infra.records.manifest import Manifest, Record
+from infra.store.base import EXPECTED, NotFound, Store, advice
+from infra.tracking.board import Extent
 from pipelines.admission import Admission, check_room
 from pipelines.console import Console
 from pipelines.fitting import Fits, settle

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, canonical, digest, digest_file
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, canonical, digest, digest_file
+from infra.store.base import Store
 from pipelines.explain import blaming
 from pipelines.stage import plain
 from training.job import START

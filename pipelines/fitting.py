@@ -9,8 +9,8 @@ from typing import Any
 
 from infra.errors import Refused, Stopped
 from infra.lease import Lease
-from infra.manifest import Action, Record, commit, standing
-from infra.store import Store
+from infra.records.manifest import Action, Record, commit, standing
+from infra.store.base import Store
 from pipelines.admission import Admission, needs_of
 from pipelines.console import Console
 from pipelines.graph import Resolved

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.manifest import canonical, digest, digest_file
+from infra.records.manifest import canonical, digest, digest_file
 from pipelines.layouts import Columns
 from pipelines.list_trouble import trouble
 from pipelines.lists import FORMATS, open_list, stream

@@ -1,7 +1,7 @@
 """Takes samples out of the data for good: opt-outs and legal requests, named by URL, uid or SHA-256 of the picture.
 
 In this order, so that a process that is killed anywhere leaves nothing that the same command does not finish:
-1. The names join the store's list (infra/forgotten.py). From here on no download fetches or keeps them.
+1. The names join the store's list (infra/records/forgotten.py). From here on no download fetches or keeps them.
 2. Each downloaded shard that holds one is written anew without it, as the next generation of its key; the row stays in
    the index, as `forgotten`, so that every account of rows adds up. Objects that held it are noted as buried first.
 3. Records made from buried objects that hold the sample too (embeddings, looks, reports that show it) are removed with
@@ -30,12 +30,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.damage import reading
 from infra.errors import Refused
-from infra.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury, requests, salt_of
-from infra.generations import newest
-from infra.manifest import Action, Manifest, Record, commit, document, object_name, read_object
-from infra.store import NotFound, Store
+from infra.records.damage import reading
+from infra.records.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury, requests, salt_of
+from infra.records.generations import newest
+from infra.records.manifest import Action, Manifest, Record, commit, document, object_name, read_object
+from infra.store.base import NotFound, Store
 from pipelines.inflight import completed
 from pipelines.opening import bundles
 from pipelines.pack import TABLE, TAR, shard

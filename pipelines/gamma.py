@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import Store
 from pipelines.stage import PoolHow, plain
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Record, object_name
-from infra.rows import KEPT, MEMBER, SOURCE, sample_uid
-from infra.store import Store
+from infra.records.manifest import Action, Record, object_name
+from infra.records.schemas import KEPT, MEMBER, SOURCE, sample_uid
+from infra.store.base import Store
 from pipelines.apart import preparing
 from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.inflight import completed

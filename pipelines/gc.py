@@ -31,13 +31,13 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from infra.damage import reading
 from infra.errors import Refused
-from infra.generations import newest, split
 from infra.lease import Lease, alive, clock, stands
 from infra.ledger import Ledger
-from infra.manifest import Manifest, document, object_name
-from infra.store import Entry, Store
+from infra.records.damage import reading
+from infra.records.generations import newest, split
+from infra.records.manifest import Manifest, document, object_name
+from infra.store.base import Entry, Store
 from pipelines.inflight import completed
 
 DAY_S = 86_400

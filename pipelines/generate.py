@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.store import Store
+from infra.store.base import Store
 from pipelines.drawing import check_guidance, check_order
 
 

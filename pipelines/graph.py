@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.damage import reading
 from infra.errors import Refused
-from infra.generations import newest
-from infra.manifest import Action, Manifest, Record, document, object_name
-from infra.store import Store
+from infra.records.damage import reading
+from infra.records.generations import newest
+from infra.records.manifest import Action, Manifest, Record, document, object_name
+from infra.store.base import Store
 from pipelines.stage import Stage, plain
 
 

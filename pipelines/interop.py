@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit, digest_file
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, commit, digest_file
+from infra.store.base import Store
 from pipelines.opening import open_release
 
 FORMATS = ("diffusers",)

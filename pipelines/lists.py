@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import digest_file
-from infra.rows import SOURCE, uid
+from infra.records.manifest import digest_file
+from infra.records.schemas import SOURCE, uid
 from pipelines.layouts import Columns
 from pipelines.list_trouble import never_closed, trouble
 from pipelines.places import Unreadable, find, place, where

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.manifest import Manifest, Record, digest, digest_file, object_name
-from infra.store import Store
+from infra.records.manifest import Manifest, Record, digest, digest_file, object_name
+from infra.store.base import Store
 
 CHAMPION = "champion"
 

@@ -1,7 +1,7 @@
 """Rows and what became of them → a shard: a webdataset tar and an index in which every row has its state.
 
 Tars are in list order with times and owners of zero: the same rows give the same bytes, in whatever order they came.
-What was forgotten (infra/forgotten.py) is neither asked for nor kept.
+What was forgotten (infra/records/forgotten.py) is neither asked for nor kept.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.forgotten import FORGOTTEN, Forgotten
-from infra.manifest import Action, Block, Manifest, Record, canonical, object_name
-from infra.rows import INDEX, KEPT, SOURCE
-from infra.store import Store
+from infra.records.forgotten import FORGOTTEN, Forgotten
+from infra.records.manifest import Action, Block, Manifest, Record, canonical, object_name
+from infra.records.schemas import INDEX, KEPT, SOURCE
+from infra.store.base import Store
 from pipelines.pictures import Picture, PictureSpec, resizer
 from pipelines.progress import became, expect
 from pipelines.redact import redact

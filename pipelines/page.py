@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.manifest import Manifest
+from infra.records.manifest import Manifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol, cast
 
 from infra.errors import Refused
-from infra.store import NotFound, Store, open_store
+from infra.store.base import NotFound, Store, open_store
 
 CHUNK = 4 << 20
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from infra.manifest import Action, Manifest
-from infra.store import Store
+from infra.records.manifest import Action, Manifest
+from infra.store.base import Store
 from pipelines.graph import order, resolve, why
 from pipelines.source import Source
 from pipelines.stage import Stage, plain

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import canonical, digest
+from infra.records.manifest import canonical, digest
 
 
 @dataclass(frozen=True)

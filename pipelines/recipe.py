@@ -19,7 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_type_hints
 import pydantic
 
 from infra.errors import Refused
-from infra.manifest import SCHEMA_VERSION
+from infra.records.manifest import SCHEMA_VERSION
 from pipelines import document
 from pipelines.download import DownloadHow, DownloadSpec
 from pipelines.embed import EmbedHow, EmbedSpec

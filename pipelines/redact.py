@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.forgotten import blanked
+from infra.records.forgotten import blanked
 
 
 def redact(tar: Path, index: pa.Table, gone: np.ndarray, target: Path) -> pa.Table:

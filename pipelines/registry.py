@@ -1,7 +1,7 @@
 """MLflow's model registry as a mirror of the ledger: a registered model a line, a version a release, alias `champion`.
 
 The ledger is the truth. The alias follows it and carries the head's digest: the chain's anchor outside of the store.
-Beside infra/mlflow_runs.py the only file that imports mlflow.
+Beside infra/tracking/mlflow.py the only file that imports mlflow.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import SCHEMA_VERSION, canonical, digest, document, object_name
-from infra.mlflow_runs import open_client
-from infra.store import Store
-from infra.tracking_uri import check_server, database_folder, default_uri
+from infra.records.manifest import SCHEMA_VERSION, canonical, digest, document, object_name
+from infra.store.base import Store
+from infra.tracking.mlflow import open_client
+from infra.tracking.uri import check_server, database_folder, default_uri
 
 ALIAS = "champion"
 _HEAD, _NUMBER, _RELEASE = "unclip.ledger.head", "unclip.ledger.number", "unclip.release"

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.manifest import Manifest, Record, object_name
-from infra.rows import KEPT
-from infra.store import Store
+from infra.records.manifest import Manifest, Record, object_name
+from infra.records.schemas import KEPT
+from infra.store.base import Store
 from pipelines.pictures import picture
 from pipelines.rules.base import kind_of
 from pipelines.select import OVER

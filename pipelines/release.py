@@ -16,8 +16,8 @@ from typing import Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, canonical, object_name, read_object
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, canonical, object_name, read_object
+from infra.store.base import Store
 from pipelines import scores
 from pipelines.opening import unfold
 from pipelines.stage import plain

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Manifest, Record, digest_file, document, object_name, read_object
-from infra.store import NotFound, Store
+from infra.records.manifest import Manifest, Record, digest_file, document, object_name, read_object
+from infra.store.base import NotFound, Store
 from pipelines.opening import CHAMPION, cache, find
 from pipelines.release import after, judged_against
 from pipelines.stage import plain

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.manifest import Action, Manifest, Record, digest_file, object_name, read_object
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, digest_file, object_name, read_object
+from infra.store.base import Store
 from pipelines import scores
 from pipelines.data import reconcile
 from pipelines.opening import CHAMPION

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
-from infra.manifest import Manifest
-from infra.provenance import SENT, git_tags
-from infra.store import Store, open_store
+from infra.records.manifest import Manifest
+from infra.store.base import Store, open_store
+from infra.tracking.provenance import SENT, git_tags
 from pipelines import plan, workflow
 from pipelines import recipe as recipes
 from pipelines.console import Console
@@ -113,8 +113,8 @@ def run_recipe(
 ) -> dict[str, Manifest]:
     """Runs what is to do and tells the person at the terminal where it stands and what came of it."""
     from infra.cluster import Node, connect, disconnect, usable_cpus
-    from infra.monitor import Monitor
-    from infra.tracking_uri import check_server, default_uri
+    from infra.tracking.monitor import Monitor
+    from infra.tracking.uri import check_server, default_uri
 
     with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
         names = chosen(job.stages, until, only)

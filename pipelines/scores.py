@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import SCHEMA_VERSION, check_schema
+from infra.records.manifest import SCHEMA_VERSION, check_schema
 from unclip.metrics import cmmd, coverage, frechet, mcnemar, paired_difference, wilson
 
 ALL = "all"

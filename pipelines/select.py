@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, object_name
-from infra.rows import INDEX, KEPT, SELECTION, embedded
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.schemas import INDEX, KEPT, SELECTION, embedded
+from infra.store.base import Store
 from pipelines.rules import Rule
 from pipelines.rules.picture import MEASURES, measured
 from pipelines.stage import plain

@@ -9,8 +9,8 @@ from typing import Any
 
 from infra.cluster import ClusterInfo
 from infra.errors import Refused
-from infra.manifest import Action, Record, canonical, check_inputs, commit
-from infra.store import EXPECTED, Store, advice
+from infra.records.manifest import Action, Record, canonical, check_inputs, commit
+from infra.store.base import EXPECTED, Store, advice
 from pipelines.admission import most_actors
 from pipelines.graph import Resolved
 from pipelines.progress import telling

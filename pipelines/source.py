@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, digest_file
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, digest_file
+from infra.store.base import Store
 from pipelines import folders, lists, tars
 from pipelines.layouts import Columns
 from pipelines.lists import check_columns, list_digests

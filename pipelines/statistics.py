@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, object_name
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.store.base import Store
 from pipelines.select import selected
 
 TENSORS = "statistics.safetensors"

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.manifest import canonical, digest
+from infra.records.manifest import canonical, digest
 from pipelines.layouts import Columns
 from pipelines.places import CHUNK, Found, Place, Unreadable, find, is_text, parts, place, where
 from pipelines.remembered import digest_of, remembered

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from infra.manifest import Action, Manifest, object_name
-from infra.provenance import git_tags, machine_tags, packages, user
-from infra.store import Store
-from infra.tracking import DataSet
+from infra.records.manifest import Action, Manifest, object_name
+from infra.store.base import Store
+from infra.tracking.provenance import git_tags, machine_tags, packages, user
+from infra.tracking.tracker import DataSet
 from pipelines.fit import ROLES
 from pipelines.recipe import Recipe
 from pipelines.stage import plain

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record
-from infra.store import Store
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import Store
 from pipelines.opening import CHAMPION, find, unfold
 from pipelines.recipe import Recipe
 from pipelines.stage import plain

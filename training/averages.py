@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.manifest import digest_file
-from infra.store import NotFound, Store
+from infra.records.manifest import digest_file
+from infra.store.base import NotFound, Store
 from training.ema import PowerEma
 from training.job import TrainConfig
 from training.parallel import Group, Vectors

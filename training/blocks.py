@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.columns import ahead, columns
 from infra.errors import Refused
-from infra.manifest import File, Manifest, Record, digest, object_name
-from infra.rows import UID
-from infra.store import Store
+from infra.records.manifest import File, Manifest, Record, digest, object_name
+from infra.records.parquet import ahead, columns
+from infra.records.schemas import UID
+from infra.store.base import Store
 from training.labels import Labels, labelled
 
 Wanted = Callable[[pa.Array], np.ndarray]

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.manifest import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
-from infra.store import NotFound, Store
+from infra.records.manifest import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
+from infra.store.base import NotFound, Store
 from training.job import Job
 
 MANIFEST = "manifest.json"

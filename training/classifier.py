@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infra.columns import columns
-from infra.store import Store
+from infra.records.parquet import columns
+from infra.store.base import Store
 from training.blocks import Place, places
 from training.data import Batch, Reads, picture
 from training.job import Job

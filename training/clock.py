@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infra.vitals import Vitals
+from infra.tracking.system import Vitals
 from training.job import FitHow, Job, TrainConfig
 from training.objectives import Losses
 from training.parallel import Group

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.manifest import Manifest, object_name
-from infra.store import Store
+from infra.records.manifest import Manifest, object_name
+from infra.store.base import Store
 from training.data import Batch, Reads, decode, picture
 from training.job import START, ClipTrain, Job
 from training.objectives import Losses, Noised

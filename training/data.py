@@ -20,9 +20,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from infra.columns import RowGroups
 from infra.errors import Refused
-from infra.store import Store
+from infra.records.parquet import RowGroups
+from infra.store.base import Store
 from training.blocks import Index, Place, Spans, Wanted, matrix, places
 from training.labels import Labels, Reader
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from infra.store import Store
+from infra.store.base import Store
 from training.data import Batch, Reads, picture
 from training.job import DecoderTrain, InpainterTrain, Job
 from training.masks import random_masks

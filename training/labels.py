@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from infra.manifest import object_name
-from infra.rows import UID
-from infra.store import Store
+from infra.records.manifest import object_name
+from infra.records.schemas import UID
+from infra.store.base import Store
 
 MOST = 1 << 14
 """Classes of a label, at most: a column with more of them (a title, an id) is hardly meant as one."""

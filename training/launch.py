@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused, Stopped
-from infra.store import Store, open_store
+from infra.store.base import Store, open_store
 from training.checkpoint import Checkpoints, deliver
 from training.job import FitHow, Job
 from training.leaving import Draining, StopFlag, heed_sigterm

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused, Stopped
-from infra.patience import Patient, patiently
-from infra.store import Store
+from infra.store.base import Store
+from infra.store.retry import Patient, patiently
 from training.averages import Averages
 from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished, identity
 from training.clock import SUMS, Clock, Monitor, by_quartile

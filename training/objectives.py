@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infra.columns import RowGroups
 from infra.errors import Refused
-from infra.manifest import Manifest, object_name
-from infra.store import Store
+from infra.records.manifest import Manifest, object_name
+from infra.records.parquet import RowGroups
+from infra.store.base import Store
 from training.blocks import matrix, places
 from training.data import Batch, Reads, ReadText, picture
 from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.manifest import Manifest, object_name
-from infra.store import Store
+from infra.records.manifest import Manifest, object_name
+from infra.store.base import Store
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import Unavailable
-from infra.patience import patiently
-from infra.store import EXPECTED, advice
+from infra.store.base import EXPECTED, advice
+from infra.store.retry import patiently
 from training.checkpoint import Checkpoints, Part, Stored, Written
 from training.parallel import Group
 

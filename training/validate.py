@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from infra.store import Store
+from infra.store.base import Store
 from training.averages import Averages
 from training.data import Batch, Data
 from training.job import Job, TrainConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from infra.store import Store
+from infra.store.base import Store
 from training.job import START, Job
 from training.reading import unpacked
 from unclip.errors import Refused

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.manifest import digest, digest_file
+from infra.records.manifest import digest, digest_file
 from unclip.config import LATER, Range, outside
 
 NOT_IN_KEY = {"how": True}

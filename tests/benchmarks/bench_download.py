@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.manifest import Action, Manifest, Record, object_name
-from infra.rows import SOURCE, uid
-from infra.store import open_store
+from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.schemas import SOURCE, uid
+from infra.store.base import open_store
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from tests.benchmarks.bare import Took, bare
 from tests.benchmarks.web import address, serving

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.benchmarks.measure import one_core
 from tests.training.tiny import CLIP, Tiny, tiny
 from training.data import Batch, Data

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from rich.console import Console as Terminal
 
 from infra.cluster import connect, disconnect
-from infra.manifest import Action, Manifest, Record
-from infra.monitor import NullMonitor
-from infra.rows import KEPT
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.schemas import KEPT
+from infra.store.base import Store, open_store
+from infra.tracking.monitor import NullMonitor
 from pipelines.console import Console
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.execute import Execution

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from infra.manifest import Action, Block, File, Manifest, Record, digest
-from infra.rows import KEPT
-from infra.s3 import S3Store
-from infra.store import LocalStore, Store, open_store
+from infra.records.manifest import Action, Block, File, Manifest, Record, digest
+from infra.records.schemas import KEPT
+from infra.store.base import LocalStore, Store, open_store
+from infra.store.s3 import S3Store
 from pipelines import recipe as recipes
 from pipelines.console import Console
 from pipelines.execute import Execution

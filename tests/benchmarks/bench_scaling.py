@@ -29,8 +29,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infra.monitor import NullMonitor
-from infra.store import LocalStore
+from infra.store.base import LocalStore
+from infra.tracking.monitor import NullMonitor
 from pipelines import recipe
 from tests.training.ranks import PRELOADED
 from tests.training.tiny import CLIP, Tiny, tiny

@@ -26,9 +26,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.rows import KEPT, SOURCE, uid
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.schemas import KEPT, SOURCE, uid
+from infra.store.base import Store, open_store
 from pipelines.embed import Embed, base, chosen_rows, load_clip, pixels
 from pipelines.pack import Outcome, pack
 from pipelines.pictures import Picture, decoded

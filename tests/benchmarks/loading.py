@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from infra import rows
-from infra.store import LocalStore, Store
+from infra.records import schemas as rows
+from infra.store.base import LocalStore, Store
 from tests.training.tiny import committed, listed, parquet, selection
 
 WIDTH, BASE, LARGE = 768, 64, 256

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.gpu.bench_models import TINY, peak
 from tests.training.tiny import SIDE, Tiny, tiny
 from training.cost import cost

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from infra.store import LocalStore
+from infra.store.base import LocalStore
 from training.checkpoint import Checkpoints
 from training.parallel import Group
 from training.saving import Saver

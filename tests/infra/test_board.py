@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.board import WINDOW_S, Account, Board, Extent, success_rate
+from infra.tracking.board import WINDOW_S, Account, Board, Extent, success_rate
 
 
 @dataclass

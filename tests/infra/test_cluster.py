@@ -15,9 +15,9 @@ import yaml
 
 from infra.cluster import connect, submit
 from infra.errors import Refused
-from infra.mlflow_runs import open_client
-from infra.monitor import NullMonitor
-from infra.tracking_uri import default_uri
+from infra.tracking.mlflow import open_client
+from infra.tracking.monitor import NullMonitor
+from infra.tracking.uri import default_uri
 from pipelines import recipe, workflow
 from pipelines.admission import needs_of
 from tests.fixtures.s3 import free_port
@@ -26,7 +26,7 @@ RUN = """
 import json, os, signal, sys, time
 from infra.cluster import connect, disconnect, submit
 from concurrent.futures import ThreadPoolExecutor
-from infra.monitor import Monitor
+from infra.tracking.monitor import Monitor
 with ThreadPoolExecutor(1) as pool:  # whose thread ends, and Ray stays
     info = pool.submit(connect, None, 2).result()
 import ray

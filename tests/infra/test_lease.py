@@ -14,7 +14,7 @@ import pytest
 
 from infra.lease import Lease
 from infra.process import Process
-from infra.store import Store, open_store
+from infra.store.base import Store, open_store
 
 
 def test_a_lease_has_one_holder_until_it_is_released(store_uri: str) -> None:
@@ -51,7 +51,7 @@ def test_of_processes_that_race_for_a_lease_one_has_it(store_uri: str) -> None:
 def test_the_lease_of_a_killed_holder_is_free_at_once(store_uri: str) -> None:
     store = open_store(store_uri)
     script = (
-        "import sys, time; from infra.lease import Lease; from infra.store import open_store\n"
+        "import sys, time; from infra.lease import Lease; from infra.store.base import open_store\n"
         "assert Lease.acquire(open_store(sys.argv[1]), 'work', ttl_s=3600)\n"
         "print('held', flush=True); time.sleep(600)\n"
     )

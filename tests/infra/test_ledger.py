@@ -10,7 +10,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.store import LocalStore, open_store
+from infra.store.base import LocalStore, open_store
 
 
 def three_entries(store_uri: str) -> Ledger:

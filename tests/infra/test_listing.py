@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra import listing
-from infra.listing import spans
-from infra.manifest import digest
-from infra.store import open_store
+from infra.records.manifest import digest
+from infra.store import s3_listing as listing
+from infra.store.base import open_store
+from infra.store.s3_listing import spans
 from tests.fixtures.faulty_s3 import Request, failing
 
 DIGESTS = st.integers(0, 2**32 - 1).map(lambda begins: f"records/{begins:08x}{0:056x}")

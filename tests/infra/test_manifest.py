@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.store import open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.store.base import open_store
 
 ACTION = Action("stage/1", {"side": 3}, ())
 

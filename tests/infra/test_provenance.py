@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.provenance import SENT, git_tags, machine_tags, packages
+from infra.tracking.provenance import SENT, git_tags, machine_tags, packages
 
 
 def git(folder: Path, *command: str) -> str:

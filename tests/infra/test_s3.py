@@ -25,9 +25,9 @@ from botocore.utils import parse_timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-import infra.s3
+import infra.store.s3
 from infra.errors import Refused
-from infra.store import open_store
+from infra.store.base import open_store
 
 
 class LosesFirstAnswer:
@@ -73,8 +73,8 @@ def test_a_put_whose_answer_was_lost_meets_its_own_object_and_has_won(s3_endpoin
 def test_a_file_larger_than_one_put_takes_goes_in_parts(
     s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(infra.s3, "_SINGLE", 6 << 20)
-    monkeypatch.setattr(infra.s3, "_PART", 5 << 20)
+    monkeypatch.setattr(infra.store.s3, "_SINGLE", 6 << 20)
+    monkeypatch.setattr(infra.store.s3, "_PART", 5 << 20)
     (tmp_path / "large").write_bytes(os.urandom((11 << 20) + 7))
     store = open_store(s3_uri)
     assert store.put_new("objects/large", tmp_path / "large")
@@ -86,7 +86,11 @@ def test_a_file_larger_than_one_put_takes_goes_in_parts(
 
 @contextmanager
 def conflicts(
-    store: infra.s3.S3Store, operation: str, times: int, status: int = 409, code: str = "ConditionalRequestConflict"
+    store: infra.store.s3.S3Store,
+    operation: str,
+    times: int,
+    status: int = 409,
+    code: str = "ConditionalRequestConflict",
 ) -> Iterator[list[str]]:
     """The first `times` requests of an operation are answered with S3's 409 on the wire, and do not reach the server.
 
@@ -115,12 +119,12 @@ def conflicts(
 
 def test_two_puts_that_meet_are_settled_after_a_wait(s3_uri: str, tmp_path: Path, monkeypatch) -> None:
     store = open_store(s3_uri)
-    assert isinstance(store, infra.s3.S3Store)
+    assert isinstance(store, infra.store.s3.S3Store)
     with conflicts(store, "PutObject", 2) as answered:
         assert store.put_new("objects/small", b"bytes")
     assert answered == ["PUT", "PUT"]
     waits: list[float] = []
-    monkeypatch.setattr(infra.s3.S3Store._put.retry, "sleep", waits.append)  # type: ignore[attr-defined]
+    monkeypatch.setattr(infra.store.s3.S3Store._put.retry, "sleep", waits.append)  # type: ignore[attr-defined]
     with conflicts(store, "PutObject", 100) as answered, pytest.raises(Refused, match="others kept writing") as refused:
         store.put_new("objects/other", b"bytes")
     assert refused.value.code == 5
@@ -132,11 +136,11 @@ def test_two_puts_that_meet_are_settled_after_a_wait(s3_uri: str, tmp_path: Path
 def test_an_upload_in_parts_that_meets_another_begins_again(
     s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(infra.s3, "_SINGLE", 6 << 20)
-    monkeypatch.setattr(infra.s3, "_PART", 5 << 20)
+    monkeypatch.setattr(infra.store.s3, "_SINGLE", 6 << 20)
+    monkeypatch.setattr(infra.store.s3, "_PART", 5 << 20)
     (tmp_path / "large").write_bytes(os.urandom((6 << 20) + 7))
     store = open_store(s3_uri)
-    assert isinstance(store, infra.s3.S3Store)
+    assert isinstance(store, infra.store.s3.S3Store)
     with conflicts(store, "CompleteMultipartUpload", 1) as answered:
         assert store.put_new("checkpoints/large", tmp_path / "large")
     assert answered == ["POST"]
@@ -150,15 +154,15 @@ def test_an_upload_in_parts_that_is_gone_is_settled_by_what_lies_there(
     s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     """Amazon's answer to joining the parts once more, where the answer to the first joining was lost."""
-    monkeypatch.setattr(infra.s3, "_SINGLE", 6 << 20)
+    monkeypatch.setattr(infra.store.s3, "_SINGLE", 6 << 20)
     (tmp_path / "mine").write_bytes(os.urandom((6 << 20) + 7))
     (tmp_path / "another's").write_bytes(os.urandom(100))
     store, other = open_store(s3_uri), open_store(s3_uri)
-    assert isinstance(store, infra.s3.S3Store)
+    assert isinstance(store, infra.store.s3.S3Store)
 
     def joined(**_: Any) -> None:
         if first != "nobody's":
-            monkeypatch.setattr(infra.s3, "_SINGLE", 1 << 30)
+            monkeypatch.setattr(infra.store.s3, "_SINGLE", 1 << 30)
             other.put_new("objects/large", tmp_path / first)
 
     store._client.meta.events.register_first("before-send.s3.CompleteMultipartUpload", joined)
@@ -184,7 +188,7 @@ def test_a_copy_is_fetched_once(s3_uri: str) -> None:
 def test_a_copy_whose_process_was_killed_half_way_is_swept(s3_uri: str, tmp_path: Path) -> None:
     open_store(s3_uri).put_new("objects/aa/some", b"bytes")
     script = (
-        "import os, sys; from infra.store import open_store\n"
+        "import os, sys; from infra.store.base import open_store\n"
         "store = open_store(sys.argv[1])\n"
         "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
         "store.local('objects/aa/some')\n"
@@ -215,12 +219,12 @@ def test_a_bucket_that_does_not_exist_is_refused(s3_endpoint: str) -> None:
 
 def test_wrong_credentials_are_refused(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    infra.s3._client.cache_clear()
+    infra.store.s3._client.cache_clear()
     try:
         with pytest.raises(Refused, match="access denied"):
             open_store(s3_uri)
     finally:
-        infra.s3._client.cache_clear()
+        infra.store.s3._client.cache_clear()
 
 
 def test_a_bucket_that_may_only_be_read_can_be_looked_at_and_not_run_on(s3_endpoint: str, s3_uri: str) -> None:
@@ -293,4 +297,4 @@ def test_a_time_in_an_answer_is_what_botocore_reads(time: datetime) -> None:
     listed = f"{time.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
     headed = format_datetime(time.replace(microsecond=0), usegmt=True)
     for said in (listed, headed):
-        assert infra.s3._time(said) == parse_timestamp(said)
+        assert infra.store.s3._time(said) == parse_timestamp(said)

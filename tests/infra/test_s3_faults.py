@@ -12,10 +12,10 @@ from typing import Any
 import boto3
 import pytest
 
-import infra.s3
+import infra.store.s3
 from infra.errors import Refused
-from infra.s3 import S3Store
-from infra.store import NotFound, Store, open_store
+from infra.store.base import NotFound, Store, open_store
+from infra.store.s3 import S3Store
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, at_first, at_random, unharmed
 
 SMALL = bytes(range(256)) * 40
@@ -25,18 +25,18 @@ ALWAYS = 10_000
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits less long for an answer than the proxy stalls, and tries three times."""
-    monkeypatch.setattr(infra.s3, "PATIENCE_S", 0.25)
-    monkeypatch.setattr(infra.s3, "ATTEMPTS", 3)
-    infra.s3._client.cache_clear()
+    monkeypatch.setattr(infra.store.s3, "PATIENCE_S", 0.25)
+    monkeypatch.setattr(infra.store.s3, "ATTEMPTS", 3)
+    infra.store.s3._client.cache_clear()
     yield
-    infra.s3._client.cache_clear()
+    infra.store.s3._client.cache_clear()
 
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file that goes in three parts, the smallest that S3 takes."""
-    monkeypatch.setattr(infra.s3, "_SINGLE", 5 << 20)
-    monkeypatch.setattr(infra.s3, "_PART", 5 << 20)
+    monkeypatch.setattr(infra.store.s3, "_SINGLE", 5 << 20)
+    monkeypatch.setattr(infra.store.s3, "_PART", 5 << 20)
     path = tmp_path / "large"
     path.write_bytes(os.urandom((10 << 20) + 7))
     return path
@@ -159,9 +159,9 @@ def test_a_part_that_never_succeeds_gives_the_upload_up(
 KILLED = """
 import sys
 from pathlib import Path
-import infra.s3
-from infra.store import open_store
-infra.s3._SINGLE = infra.s3._PART = 5 << 20
+import infra.store.s3
+from infra.store.base import open_store
+infra.store.s3._SINGLE = infra.store.s3._PART = 5 << 20
 open_store(sys.argv[1], endpoint=sys.argv[2]).put_new("objects/large", Path(sys.argv[3]))
 """
 
@@ -184,7 +184,7 @@ def test_an_upload_whose_process_was_killed_is_no_data_and_is_given_up_a_day_lat
         store.get("objects/large")
     assert len(uploads(s3_endpoint, store)) == 1  # it might be another run's, which goes on
     elsewhere = f"s3://{s3_uri.split('/')[2]}/some/prefix-of-another"
-    monkeypatch.setattr(infra.s3, "ABANDONED_S", -60)
+    monkeypatch.setattr(infra.store.s3, "ABANDONED_S", -60)
     open_store(elsewhere)
     open_store(s3_uri, create=False)
     assert len(uploads(s3_endpoint, store)) == 1

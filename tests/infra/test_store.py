@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.store import LocalStore, NotFound, open_store
+from infra.store.base import LocalStore, NotFound, open_store
 from pipelines import cli
 
 
@@ -162,7 +162,7 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path: Path) -
     store = open_store(str(tmp_path))
     assert isinstance(store, LocalStore)
     script = (
-        "import os, signal; from infra.store import open_store\n"
+        "import os, signal; from infra.store.base import open_store\n"
         f"with open_store({str(tmp_path)!r}).scratch() as folder:\n"
         "    (folder / 'half').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -181,7 +181,7 @@ def test_every_command_that_a_message_advises_exists() -> None:
     sources = "".join(
         path.read_text()
         for floor in ("infra", "pipelines", "training")
-        for path in (Path(__file__).parents[2] / floor).glob("*.py")
+        for path in (Path(__file__).parents[2] / floor).rglob("*.py")
     )
     advised = set(re.findall(r"unclip ((?:data|releases) [a-z]+)", sources))
     assert advised
@@ -189,9 +189,9 @@ def test_every_command_that_a_message_advises_exists() -> None:
 
 
 def test_what_is_put_again_is_young_again(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import infra.s3
+    import infra.store.s3
 
-    monkeypatch.setattr(infra.s3, "RENEW_S", 0)
+    monkeypatch.setattr(infra.store.s3, "RENEW_S", 0)
     store = open_store(store_uri)
     store.put_new("a/name", b"bytes")
     (before,) = store.list("a/name")

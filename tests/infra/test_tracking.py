@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.mlflow_runs import open_client
-from infra.tracking import DataSet, Tracker
-from infra.tracking_uri import check_server, default_uri, spool_folder
+from infra.tracking.mlflow import open_client
+from infra.tracking.tracker import DataSet, Tracker
+from infra.tracking.uri import check_server, default_uri, spool_folder
 from tests.fixtures.disk import Disk
 
 
@@ -81,7 +81,7 @@ def test_a_fit_that_goes_on_goes_on_in_the_same_run(database: str, tmp_path: Pat
 @pytest.mark.slow
 def test_the_run_of_a_killed_driver_goes_on_and_its_last_words_arrive(database: str, tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys, time; from pathlib import Path; from infra.tracking import Tracker\n"
+        "import os, signal, sys, time; from pathlib import Path; from infra.tracking.tracker import Tracker\n"
         "tracker = Tracker(sys.argv[1], 'unclip', Path(sys.argv[2]), 'third')\n"
         "tracker.start('prior', {}, {'unclip.key': 'killed'})\n"
         "tracker.metrics('prior', 1, {'loss': 1.0}); assert tracker.flush(60)\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.vitals import Counters, Vitals, gpus, machine, read_gpus
+from infra.tracking.system import Counters, Vitals, gpus, machine, read_gpus
 
 
 def test_a_busy_process_is_told_as_busy() -> None:

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
-from infra.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.manifest import Manifest, Record, commit, standing
-from infra.rows import KEPT
-from infra.store import Store, open_store
+from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.records.manifest import Manifest, Record, commit, standing
+from infra.records.schemas import KEPT
+from infra.store.base import Store, open_store
 from pipelines.download import PASSING, Download
 from pipelines.graph import resolve, why
 from pipelines.select import Look

@@ -26,8 +26,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from infra.manifest import Action, Manifest, Record, object_name
-from infra.store import open_store
+from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.store.base import open_store
 from pipelines.data_verify import lose, mend, verify
 from pipelines.embed import Embed
 from pipelines.graph import resolve

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.rows import KEPT
-from infra.store import open_store
+from infra.records.schemas import KEPT
+from infra.store.base import open_store
 from pipelines.apart import DIED, HUNG, Apart
 from pipelines.pictures import PictureSpec, prepare
 from tests.fixtures.stages import PICTURES, download, make

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from infra.errors import Refused
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines import cli
 from pipelines.opening import open_release
 from tests.fixtures.release import write_release

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from infra.errors import Refused
-from infra.manifest import object_name
-from infra.store import open_store
+from infra.records.manifest import object_name
+from infra.store.base import open_store
 from pipelines import recipe, workflow
 from pipelines.rejected import examples
 from pipelines.rules import RULES, Aesthetic, BlockedTerms, Contamination, Nsfw, Rule, Size

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines.blocklist import entries_digest, read_file
 from pipelines.download import Download, DownloadHow, DownloadSpec
 from pipelines.guard import Fault

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.columns import SMALL, ahead, columns
-from infra.manifest import Action, Record, commit, object_name
-from infra.rows import KEPT
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Record, commit, object_name
+from infra.records.parquet import SMALL, ahead, columns
+from infra.records.schemas import KEPT
+from infra.store.base import Store, open_store
 from pipelines.census import ARRAYS, Census, Hosts, Row, _chosen, census, counted, shards, stored
 from pipelines.charts import histogram, linear
 from pipelines.forget import forget, names_of

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from infra.ledger import Ledger
-from infra.manifest import digest_file
-from infra.mlflow_runs import open_client
-from infra.store import open_store
-from infra.tracking_uri import default_uri
+from infra.records.manifest import digest_file
+from infra.store.base import open_store
+from infra.tracking.mlflow import open_client
+from infra.tracking.uri import default_uri
 from pipelines import recipe
 from pipelines.opening import open_release
 from tests.fixtures import beside_diffusers

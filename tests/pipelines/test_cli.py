@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from infra.ledger import Entry, Ledger
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines import cli
 from pipelines.console import Console as StageConsole
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from infra.manifest import object_name
-from infra.store import LocalStore, open_store
+from infra.records.manifest import object_name
+from infra.store.base import LocalStore, open_store
 from tests.fixtures.chain import Chain
 from tests.pipelines.test_cli import Run, refused, unclip  # noqa: F401  a fixture
 from tests.pipelines.test_data_verify import done

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.damage import damaged
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, commit, object_name, read_object
-from infra.store import LocalStore, open_store
+from infra.records.damage import damaged
+from infra.records.manifest import Action, Manifest, Record, commit, object_name, read_object
+from infra.store.base import LocalStore, open_store
 from pipelines import data, releases
 from pipelines.graph import resolve
 from pipelines.opening import open_release

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record
-from infra.store import open_store
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import open_store
 from pipelines import data as versions
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.rules import ClipScore

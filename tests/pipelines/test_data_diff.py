@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from infra.forgotten import Forgotten, add, salt_of
-from infra.manifest import Action, Manifest, Record, commit
-from infra.rows import UID
-from infra.store import Store, open_store
+from infra.records.forgotten import Forgotten, add, salt_of
+from infra.records.manifest import Action, Manifest, Record, commit
+from infra.records.schemas import UID
+from infra.store.base import Store, open_store
 from pipelines import data_diff
 from pipelines.data_diff import Difference, as_json, as_text, diff
 from pipelines.data_verify import lose

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.rows import INDEX, KEPT, uid
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.schemas import INDEX, KEPT, uid
+from infra.store.base import Store, open_store
 from pipelines import contact, data_report
 from pipelines.census import Row, census
 from pipelines.data import find

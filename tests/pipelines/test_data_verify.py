@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import Manifest, object_name
-from infra.store import LocalStore, Store, open_store
+from infra.records.manifest import Manifest, object_name
+from infra.store.base import LocalStore, Store, open_store
 from pipelines import data_verify
 from pipelines.data_verify import Trouble, mend, verify
 from pipelines.forget import Names, forget
@@ -106,7 +106,7 @@ def test_what_is_made_anew_as_other_bytes_is_the_next_generation(store: LocalSto
     (action,) = resolved.todo
     assert action.key == record.key
     with store.scratch() as out:
-        from infra.manifest import Record, commit
+        from infra.records.manifest import Record, commit
 
         (out / "n.json").write_text("other bytes")
         new = commit(store, action, Record.of(action, out, states={"kept": 1}), out)

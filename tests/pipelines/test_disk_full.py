@@ -14,8 +14,8 @@ from typing import NoReturn
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import Manifest, digest_file
-from infra.store import LocalStore, Store, open_store
+from infra.records.manifest import Manifest, digest_file
+from infra.store.base import LocalStore, Store, open_store
 from pipelines.console import Console
 from pipelines.execute import Execution
 from pipelines.graph import resolve

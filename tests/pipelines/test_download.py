@@ -18,9 +18,9 @@ import webdataset
 from PIL import Image
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, object_name
-from infra.rows import INDEX, KEPT, uid
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.schemas import INDEX, KEPT, uid
+from infra.store.base import Store, open_store
 from pipelines.download import DownloadHow, DownloadSpec, opted_out, user_agent
 from pipelines.inflight import completed
 from pipelines.shapes.links import parse_path

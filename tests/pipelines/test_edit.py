@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit
-from infra.store import LocalStore
+from infra.records.manifest import Action, Manifest, Record, commit
+from infra.store.base import LocalStore
 from pipelines.cli import app
 from pipelines.edit import read_picture
 from pipelines.pictures import FORMATS

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.manifest import Action, Block, Manifest, Record, commit, object_name
-from infra.rows import INDEX, KEPT, embedded
-from infra.store import Store
+from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
+from infra.records.schemas import INDEX, KEPT, embedded
+from infra.store.base import Store
 from pipelines.embed import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels
 from pipelines.select import Look, Select
 from pipelines.stage import plain

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.manifest import Manifest, object_name
-from infra.store import Store, open_store
+from infra.records.manifest import Manifest, object_name
+from infra.store.base import Store, open_store
 from pipelines import grids, scores
 from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
 from pipelines.opening import open_release

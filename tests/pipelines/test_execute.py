@@ -17,11 +17,11 @@ import pytest
 
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
-from infra.manifest import Action, Manifest, Record, digest
-from infra.mlflow_runs import open_client
-from infra.monitor import Monitor, NullMonitor
-from infra.store import Store, open_store
-from infra.tracking_uri import default_uri
+from infra.records.manifest import Action, Manifest, Record, digest
+from infra.store.base import Store, open_store
+from infra.tracking.mlflow import open_client
+from infra.tracking.monitor import Monitor, NullMonitor
+from infra.tracking.uri import default_uri
 from pipelines.console import Console
 from pipelines.execute import Execution
 from tests.pipelines.test_graph import Double, Numbers
@@ -34,7 +34,7 @@ class Fragile(Double):
     """Doubles, but the first process that meets 7 dies as a preempted node would."""
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.manifest import object_name
+        from infra.records.manifest import object_name
 
         if store.get(object_name(action.inputs[0])) == b"7" and not store.exists("died"):
             store.put_new("died", b"yes")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.manifest import digest_file
-from infra.store import open_store
+from infra.records.manifest import digest_file
+from infra.store.base import open_store
 from pipelines import recipe, workflow
 from pipelines.embed import load_clip
 from pipelines.fit import LoadClip, LoadHow, LoadSpec

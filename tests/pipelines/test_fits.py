@@ -16,10 +16,10 @@ import pytest
 
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.monitor import NullMonitor
 from infra.process import Process
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.store.base import Store, open_store
+from infra.tracking.monitor import NullMonitor
 from pipelines.console import Console
 from pipelines.execute import Execution
 from pipelines.fit import FitSpec

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.manifest import object_name
-from infra.rows import INDEX
-from infra.store import open_store
+from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.records.manifest import object_name
+from infra.records.schemas import INDEX
+from infra.store.base import open_store
 from pipelines.data import reconcile
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.layouts import columns_of

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.store import open_store
+from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.store.base import open_store
 from pipelines.data import reconcile
 from pipelines.forget import forget, names_of
 from pipelines.graph import resolve

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra.forgotten import FORGOTTEN
-from infra.manifest import Manifest
-from infra.rows import KEPT, sample_uid
-from infra.store import LocalStore, Store, open_store
+from infra.records.forgotten import FORGOTTEN
+from infra.records.manifest import Manifest
+from infra.records.schemas import KEPT, sample_uid
+from infra.store.base import LocalStore, Store, open_store
 from pipelines import gc
 from pipelines.cli import app
 from pipelines.data_verify import verify

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from infra.errors import Refused as ImpossibleHere
-from infra.manifest import Action, Block, Manifest, Record, commit, object_name
-from infra.rows import embedded
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
+from infra.records.schemas import embedded
+from infra.store.base import Store, open_store
 from pipelines import recipe, workflow
 from pipelines.embed import load_clip
 from pipelines.gamma import Gamma, GammaSpec

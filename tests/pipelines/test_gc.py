@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.forgotten import Names
 from infra.lease import Lease
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, commit, digest, object_name
-from infra.store import LocalStore, Store, open_store
+from infra.records.forgotten import Names
+from infra.records.manifest import Action, Manifest, Record, commit, digest, object_name
+from infra.store.base import LocalStore, Store, open_store
 from pipelines import gc
 from pipelines.data import versions
 from pipelines.data_verify import verify
@@ -285,13 +285,13 @@ def test_where_a_manifest_is_damaged_nothing_goes(store: Store) -> None:
 
 
 def test_in_s3_what_is_put_again_is_young_again(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import infra.s3
+    import infra.store.s3
 
     store = open_store(s3_uri)
     kept = do(store, [1])
     left, used = orphan(store), orphan(store, b"used again")
     time.sleep(2.1)
-    monkeypatch.setattr(infra.s3, "RENEW_S", 0)
+    monkeypatch.setattr(infra.store.s3, "RENEW_S", 0)
     assert store.put_new(used, b"used again")
     garbage = collect(store, older_s=1.5, delete=True)
     assert garbage.count["objects"] == 1

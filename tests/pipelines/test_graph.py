@@ -14,8 +14,8 @@ import pytest
 
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit
+from infra.store.base import Store, open_store
 from pipelines.admission import check_room, most_actors
 from pipelines.console import Console
 from pipelines.execute import Execution
@@ -66,7 +66,7 @@ class Double:
     def setup(self) -> None: ...
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.manifest import object_name
+        from infra.records.manifest import object_name
 
         number = json.loads(store.get(object_name(action.inputs[0])))
         if number == 13:
@@ -93,7 +93,7 @@ class Sum:
     def setup(self) -> None: ...
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.manifest import object_name
+        from infra.records.manifest import object_name
 
         records = Manifest.load(store, action.inputs[0]).records
         total = sum(json.loads(store.get(object_name(record.sha("n.json")))) for record in records)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit
-from infra.monitor import NullMonitor
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit
+from infra.store.base import Store, open_store
+from infra.tracking.monitor import NullMonitor
 from pipelines import recipe, workflow
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.opening import open_release
@@ -146,7 +146,7 @@ def test_labels_reach_the_trainer_by_uid_through_every_filter(world: Labelled):
     in which the oracle, which shares nothing with any of this, sees the same."""
     import pyarrow.parquet as pq
 
-    from infra.manifest import object_name
+    from infra.records.manifest import object_name
 
     urls = {}
     for record in world.rows.records:

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from infra.manifest import object_name
-from infra.rows import KEPT
-from infra.store import open_store
+from infra.records.manifest import object_name
+from infra.records.schemas import KEPT
+from infra.store.base import open_store
 from pipelines.download import DownloadSpec
 from pipelines.pictures import prepare
 from tests.fixtures.stages import download, make

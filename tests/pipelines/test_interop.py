@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from infra.errors import Refused as InfraRefused
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines.cli import app
 from pipelines.opening import bundles, open_release
 from tests.fixtures.plain import ours, saved

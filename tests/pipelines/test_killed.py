@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.store import Entry, open_store
+from infra.store.base import Entry, open_store
 from tests.fixtures.holding import ROOT, Holding, drawn
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines import recipe as recipes
 from pipelines.layouts import LAYOUTS, columns_of
 from pipelines.source import SourceHow, SourceSpec

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.rows import KEPT
-from infra.store import open_store
+from infra.records.schemas import KEPT
+from infra.store.base import open_store
 from pipelines.layouts import Columns
 from pipelines.lists import rows
 from pipelines.shapes.server import serve

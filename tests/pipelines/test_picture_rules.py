@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from infra.errors import Refused
-from infra.manifest import Manifest, object_name
-from infra.rows import KEPT
+from infra.records.manifest import Manifest, object_name
+from infra.records.schemas import KEPT
 from pipelines import recipe, workflow
 from pipelines.embed import Embed, EmbedSpec
 from pipelines.rejected import examples

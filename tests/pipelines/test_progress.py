@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Terminal
 
-from infra.board import Account, Board, Extent
-from infra.manifest import object_name
-from infra.store import open_store
+from infra.records.manifest import object_name
+from infra.store.base import open_store
+from infra.tracking.board import Account, Board, Extent
 from pipelines import console, progress
 from pipelines.console import Console
 from pipelines.graph import resolve

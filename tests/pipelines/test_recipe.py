@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest
+from infra.records.manifest import Action, Manifest
 from pipelines import recipe, workflow
 from pipelines.stage import plain
 from pipelines.tracked import written

@@ -8,10 +8,10 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.manifest import Action, Manifest, Record, commit
-from infra.mlflow_runs import open_client
-from infra.store import Store, open_store
-from infra.tracking_uri import default_uri
+from infra.records.manifest import Action, Manifest, Record, commit
+from infra.store.base import Store, open_store
+from infra.tracking.mlflow import open_client
+from infra.tracking.uri import default_uri
 from pipelines import cli, registry, releases
 from tests.fixtures.mlflow import mlflow_server
 from tests.fixtures.s3 import free_port

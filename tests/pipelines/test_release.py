@@ -12,8 +12,8 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.store import LocalStore, open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.store.base import LocalStore, open_store
 from pipelines import releases
 from pipelines.opening import find, open_release, unfold
 from pipelines.release import Bundle, BundleSpec, Gate, GateSpec, Promote

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines import folders, lists, remembered, tars
 from pipelines import plan as planning
 from pipelines.layouts import Columns

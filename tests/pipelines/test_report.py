@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.manifest import object_name
-from infra.store import open_store
+from infra.records.manifest import object_name
+from infra.store.base import open_store
 from pipelines import releases, scores
 from pipelines.release import GateSpec
 from pipelines.report import parameters

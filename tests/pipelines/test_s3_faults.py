@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import Manifest
-from infra.store import open_store
+from infra.records.manifest import Manifest
+from infra.store.base import open_store
 from pipelines.graph import resolve
 from pipelines.select import Look, Select
 from pipelines.shards import perform

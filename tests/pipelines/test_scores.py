@@ -9,7 +9,7 @@ import math
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import canonical
+from infra.records.manifest import canonical
 from pipelines.scores import check_name, compare, flat, read, score
 from unclip.metrics import cmmd, coverage, frechet, mcnemar, wilson
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.rows import INDEX, KEPT, SELECTION
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.schemas import INDEX, KEPT, SELECTION
+from infra.store.base import Store, open_store
 from pipelines.rules import Caption, ClipScore, ExactDuplicates, Size
 from pipelines.select import Look, Select, selected
 from pipelines.shapes.links import parse_path

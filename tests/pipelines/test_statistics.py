@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from infra.errors import Refused
-from infra.manifest import Action, Manifest, Record, commit, object_name
-from infra.rows import KEPT, embedded
-from infra.store import Store, open_store
+from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.schemas import KEPT, embedded
+from infra.store.base import Store, open_store
 from pipelines.rules import ClipScore
 from pipelines.select import Look, Select
 from pipelines.statistics import Statistics

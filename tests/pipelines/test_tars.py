@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines.layouts import Columns
 from pipelines.source import SourceHow
 from pipelines.tars import read, tar_digests

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infra.monitor import NullMonitor
-from infra.store import LocalStore
+from infra.store.base import LocalStore
+from infra.tracking.monitor import NullMonitor
 from tests.proofs.interrupt_ranks import Watched
 from training.job import Job
 

@@ -126,7 +126,7 @@ def _open(store: Path, release: str, out: Path) -> None:
     global _bench
     import torch
 
-    from infra.store import LocalStore
+    from infra.store.base import LocalStore
 
     torch.set_num_threads(1)
     local = LocalStore(store)

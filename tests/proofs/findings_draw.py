@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from infra.manifest import Manifest, object_name
-from infra.store import LocalStore
+from infra.records.manifest import Manifest, object_name
+from infra.store.base import LocalStore
 from pipelines.embed import base
 from pipelines.grids import pixels
 from pipelines.opening import open_release, unfold

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.manifest import Action, Block, Manifest, Record, commit, object_name
-from infra.monitor import NullMonitor
-from infra.store import LocalStore, Store
+from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
+from infra.store.base import LocalStore, Store
+from infra.tracking.monitor import NullMonitor
 from pipelines.fit import ROLES, Fit, FitSpec
 from pipelines.stage import plain
 from pipelines.statistics import Statistics

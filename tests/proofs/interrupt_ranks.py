@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Stopped
-from infra.monitor import NullMonitor
-from infra.store import LocalStore
+from infra.store.base import LocalStore
+from infra.tracking.monitor import NullMonitor
 from tests.training.ranks import PRELOADED
 from training.job import FitHow, Job
 

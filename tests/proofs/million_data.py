@@ -133,9 +133,9 @@ def packed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     """Shards of download, written by pipelines/pack.py."""
     import pyarrow.parquet as pq
 
-    from infra.manifest import commit, object_name
-    from infra.rows import KEPT
-    from infra.store import open_store
+    from infra.records.manifest import commit, object_name
+    from infra.records.schemas import KEPT
+    from infra.store.base import open_store
     from pipelines.pack import Outcome, pack
     from pipelines.pictures import Picture
 
@@ -162,9 +162,9 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra import rows
-    from infra.manifest import Record, commit
-    from infra.store import open_store
+    from infra.records import schemas as rows
+    from infra.records.manifest import Record, commit
+    from infra.store.base import open_store
     from pipelines.embed import BLOCK_ROWS, TABLE, chosen_rows
 
     records = []
@@ -184,8 +184,8 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
 
 def clip(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     """A record in the place of CLIP's: nothing here reads it."""
-    from infra.manifest import Record, commit
-    from infra.store import open_store
+    from infra.records.manifest import Record, commit
+    from infra.store.base import open_store
 
     records = []
     for uri, action in todo:
@@ -201,9 +201,9 @@ def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.manifest import commit, object_name
-    from infra.rows import INDEX, KEPT
-    from infra.store import open_store
+    from infra.records.manifest import commit, object_name
+    from infra.records.schemas import INDEX, KEPT
+    from infra.store.base import open_store
     from pipelines.pack import TAR, shard
 
     records = []
@@ -226,8 +226,8 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.manifest import Record, commit, object_name
-    from infra.store import open_store
+    from infra.records.manifest import Record, commit, object_name
+    from infra.store.base import open_store
     from pipelines.rules.base import PHASH
     from pipelines.select import LOOK
 
@@ -251,7 +251,7 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
 
 def ran(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     """A stage's own work, without Ray."""
-    from infra.store import open_store
+    from infra.store.base import open_store
     from pipelines.shards import perform
 
     return [perform(stage, action, open_store(uri)) for uri, action in todo]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from infra.store import open_store
+from infra.store.base import open_store
 from pipelines.embed import base
 from pipelines.grids import pixels
 from pipelines.opening import open_release

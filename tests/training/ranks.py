@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused, Stopped
-from infra.monitor import NullMonitor
-from infra.store import LocalStore
+from infra.store.base import LocalStore
+from infra.tracking.monitor import NullMonitor
 from training.job import FitHow, Job
 
 PRELOADED = ["training.loop", "training.dcp", "torch.distributed.fsdp", "torch.distributed.tensor", "pyarrow.parquet"]

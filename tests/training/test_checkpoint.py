@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from infra.store import LocalStore
+from infra.store.base import LocalStore
 from training.checkpoint import Checkpoints
 
 

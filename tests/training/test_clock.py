@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infra.errors import Stopped
-from infra.manifest import canonical, digest
+from infra.records.manifest import canonical, digest
 from tests.training.test_loop import SHORT, Seen, stopping_after
 from tests.training.tiny import Tiny, tiny
 from training import clock

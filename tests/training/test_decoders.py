@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused, Stopped
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, stored, tiny
 from training.data import Batch, Data
 from training.job import FitHow, InpainterTrain, Job, TrainConfig

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.manifest import digest_file, object_name
-from infra.monitor import NullMonitor
-from infra.store import Store
+from infra.records.manifest import digest_file, object_name
+from infra.store.base import Store
+from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.data import Data, Reads, picture
 from training.job import FitHow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused, Stopped
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints
 from training.job import FitHow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.store import LocalStore
+from infra.store.base import LocalStore
 from training import leaving
 from training.leaving import Draining, StopFlag
 

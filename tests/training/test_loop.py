@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from infra.errors import Refused, Stopped
-from infra.manifest import canonical, digest_file
-from infra.monitor import NullMonitor
+from infra.records.manifest import canonical, digest_file
+from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import EARLIER, Checkpoints
 from training.job import FitHow, Job
@@ -221,7 +221,7 @@ KILLED = """
 import json, sys
 from pathlib import Path
 from tests.training.test_loop import FitHow, Seen, train_local
-from infra.store import LocalStore
+from infra.store.base import LocalStore
 from training.job import Job
 root, out, job, lease = sys.argv[1:]
 how = FitHow(checkpoint_seconds=0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infra.manifest import Manifest, object_name
-from infra.monitor import NullMonitor
+from infra.records.manifest import Manifest, object_name
+from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.data import Batch, Data
 from training.job import FitHow, TrainConfig

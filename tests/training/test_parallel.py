@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra.store import LocalStore
+from infra.store.base import LocalStore
 from tests.training.test_checkpoint import damage, put
 from training.checkpoint import Checkpoints
 

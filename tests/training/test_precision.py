@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infra.errors import Refused, Stopped
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import HOW, Seen, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints

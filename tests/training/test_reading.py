@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from infra.copies import bound
 from infra.errors import Refused
-from infra.manifest import Manifest, object_name
-from infra.s3 import S3Store
-from infra.store import LocalStore, Store, open_store
+from infra.records.manifest import Manifest, object_name
+from infra.store.base import LocalStore, Store, open_store
+from infra.store.cache import bound
+from infra.store.s3 import S3Store
 from tests.fixtures.s3 import requests
 from tests.training.tiny import SIDE, Tiny, tiny
 from training.data import Data, Reads, picture

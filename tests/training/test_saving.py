@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.store import LocalStore
+from infra.store.base import LocalStore
 from training.checkpoint import Checkpoints
 from training.parallel import Group
 from training.saving import Saver

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infra.errors import Refused, Stopped
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.ranks import Ask, Told, stopping_after, together
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints, deliver

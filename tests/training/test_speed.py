@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import contents
 from tests.training.test_objectives import again
 from tests.training.tiny import CLIP, Tiny, tiny
@@ -182,7 +182,7 @@ def test_the_loop_fits_whole_models_where_torch_and_pyarrow_are_all_there_is():
 PLAIN = """
 import sys
 from pathlib import Path
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import tiny
 from training import clock
 from training.job import FitHow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from infra.errors import Stopped
-from infra.monitor import NullMonitor
+from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import Seen, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint import Checkpoints

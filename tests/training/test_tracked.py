@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from infra.mlflow_runs import open_client
-from infra.tracking import DataSet, Tracker
-from infra.tracking_uri import check_server, default_uri
+from infra.tracking.mlflow import open_client
+from infra.tracking.tracker import DataSet, Tracker
+from infra.tracking.uri import check_server, default_uri
 from tests.fixtures.mlflow import Tracked, mlflow_server
 from tests.fixtures.s3 import free_port
 from tests.training.test_loop import SHORT, Seen

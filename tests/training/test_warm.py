@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from infra.errors import Stopped
-from infra.monitor import NullMonitor
-from infra.store import Store
+from infra.store.base import Store
+from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import HOW, contents
 from tests.training.tiny import Tiny, stored_tree, tiny
 from training.job import KINDS, Job

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from infra import rows
-from infra.manifest import Action, Block, Manifest, Record, commit
-from infra.store import LocalStore, Store
+from infra.records import schemas as rows
+from infra.records.manifest import Action, Block, Manifest, Record, commit
+from infra.store.base import LocalStore, Store
 from training.job import Job
 from training.objectives import read_clip
 from unclip.classifier import ClassifierConfig

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.mlflow_runs import Writer
 from infra.process import Process
+from infra.tracking.mlflow import Writer
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.manifest import SCHEMA_VERSION, canonical, digest, document
-from infra.store import Store
+from infra.records.manifest import SCHEMA_VERSION, canonical, digest, document
+from infra.store.base import Store
 
 FORGOTTEN = "forgotten"
 """The state of a row that is in the list below: nothing is left of it but its uid."""

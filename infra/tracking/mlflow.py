@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.process import Process
-from infra.tracking_uri import database_folder, short
+from infra.tracking.uri import database_folder, short
 
 log = logging.getLogger(__name__)
 

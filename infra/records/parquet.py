@@ -13,9 +13,9 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.damage import reading
-from infra.manifest import File, object_name
-from infra.store import NotFound, Store
+from infra.records.damage import reading
+from infra.records.manifest import File, object_name
+from infra.store.base import NotFound, Store
 
 SMALL = 4 << 20
 """Bytes of a file that is fetched whole, with one request."""

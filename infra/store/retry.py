@@ -12,7 +12,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from infra.errors import Unavailable
-from infra.store import Entry, Store
+from infra.store.base import Entry, Store
 
 T = TypeVar("T")
 MOST_S = 15.0

@@ -21,13 +21,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.damage import damaged, reading
 from infra.errors import Refused
-from infra.generations import lost_name, newest
-from infra.store import NotFound
+from infra.records.damage import damaged, reading
+from infra.records.generations import lost_name, newest
+from infra.store.base import NotFound
 
 if TYPE_CHECKING:
-    from infra.store import Store
+    from infra.store.base import Store
 
 SCHEMA_VERSION = 1
 

@@ -114,7 +114,7 @@ def open_store(uri: str, *, create: bool = True, cache: Path | None = None, endp
     server other than Amazon's, default `$AWS_ENDPOINT_URL`. Refused if it cannot be read, or (create) not be written.
     """
     if uri.startswith("s3://"):
-        from infra.s3 import S3Store
+        from infra.store.s3 import S3Store
 
         return S3Store.open(uri, create=create, cache=cache, endpoint=endpoint)
     scheme, separator, path = uri.partition("://")

@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-CODE = Path(__file__).parents[1]
+CODE = Path(__file__).parents[2]
 """Where this code lies: a checkout, or site-packages."""
 SENT = "UNCLIP_GIT"
 """The environment variable that brings git's state to where a job's copy of the code has none."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from infra.errors import Refused
-from infra.store import NotFound
+from infra.store.base import NotFound
 
 MEND = {
     "records": "Delete it and run again: what it stood for is made anew.",

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.board import Board, Extent
-from infra.tracking import DataSet, Tracker
-from infra.tracking_uri import spool_folder
+from infra.tracking.board import Board, Extent
+from infra.tracking.tracker import DataSet, Tracker
+from infra.tracking.uri import spool_folder
 
 _OFTEN_S = 0.2
 _METRICS_S = 1.0

@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from infra.errors import Refused, Unavailable
-from infra.store import EXPECTED, advice
+from infra.store.base import EXPECTED, advice
 
 _IN_USE_S = 3600
 _PART = "@"
