@@ -13,7 +13,7 @@ from pipelines.prefetch import Lane
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unclip.clip import Clip
+    from unclip.clip.model import Clip
 
 
 class Captions:

@@ -182,8 +182,8 @@ def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
     from infra.records.manifest import Manifest, object_name
     from pipelines.opening import open_release
     from pipelines.statistics import TENSORS
-    from unclip.folder import read_tensors
-    from unclip.release import read
+    from unclip.release.model import read_tensors
+    from unclip.release.release import read
 
     version = read(open_release(store, release)).data.get("statistics")
     if version is None or not store.exists(object_name(version)):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from unclip.clip import Clip
+    from unclip.clip.model import Clip
 
 TABLE = "rows.parquet"
 BLOCK_ROWS = 256
@@ -293,7 +293,7 @@ def base(image: Image, side: int) -> bytes:
 
 def load_clip(store: Store, version: str, device: str, precision: str = "float32") -> Clip:
     """The CLIP of a manifest version, loaded once a process."""
-    from unclip.clip import Clip
+    from unclip.clip.model import Clip
 
     wanted = version, device, precision
     if wanted in _loaded:

@@ -14,8 +14,8 @@ from pipelines.explain import blaming
 from pipelines.stage import plain
 from training.job import START
 from training.launch import FitHow, Job, discard, fit
+from unclip.clip.open_clip_folder import PREFIX, files_of
 from unclip.config import LATER
-from unclip.open_clip_folder import PREFIX, files_of
 
 ROLES = {
     "download": "rows",
@@ -140,7 +140,7 @@ class LoadClip:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Loads and saves it; raises Refused where hub or file do not give it, or the file is not the key's."""
-        from unclip.clip import Clip
+        from unclip.clip.model import Clip
 
         if self.spec.sha256 and _digest(self.how.file) != self.spec.sha256:
             raise Refused(f"{self.how.file} was changed while this run went on: run it again", code=5)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from training.data import Data
-    from unclip.prior import DiffusionPrior
-    from unclip.sampling import Sampling
-    from unclip.schedule import Denoiser
+    from unclip.diffusion.schedule import Denoiser
+    from unclip.diffusion.settings import Sampling
+    from unclip.models.prior import DiffusionPrior
 
 WINDOW = 4
 """Blocks among whose rows the samples are drawn; as many are held in memory."""
@@ -79,8 +79,8 @@ class Gamma:
         from pipelines.opening import unfold
         from training.data import Data, Reads
         from training.objectives import read_text
-        from unclip.analytic import estimate_gamma
-        from unclip.folder import load_model, save_gamma
+        from unclip.diffusion.analytic import estimate_gamma
+        from unclip.release.model import load_model, save_gamma
 
         prior_version, clip, rows, selection = action.inputs
         device = "cuda" if self.how.gpus else "cpu"
@@ -97,7 +97,7 @@ class Gamma:
 def batches(prior: DiffusionPrior, data: Data, spec: GammaSpec) -> Iterator[tuple[Denoiser, Tensor]]:
     """(denoiser under a batch's captions, standardised z_i [batch, d]): the prior as it is sampled, but unguided."""
     from training.order import Order
-    from unclip.guidance import conditional
+    from unclip.diffusion.guidance import conditional
 
     device: torch.device = prior.mean.device
     order = Order(data.counts, 1, spec.batch, WINDOW, spec.seed)

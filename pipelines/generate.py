@@ -29,7 +29,7 @@ def generate(
     """Draws n pictures a prompt and writes them as one PNG, a row a prompt; returns where.
 
     release: a reference that `open_release` knows. Pictures of a prompt have the seeds seed, seed + 1, …; guidance None
-    means the release's own, as it does of the guides, for whose labels and scales see `unclip.sampling.Sampling`.
+    means the release's own, as it does of the guides, for whose labels and scales see `unclip.Sampling`.
     Raises Refused for impossible settings, and where there is no such release or guide.
     """
     check_guidance(guidance=guidance, prior_guidance=prior_guidance)
@@ -44,7 +44,7 @@ def generate(
     guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
     from pipelines import grids
     from unclip.cascade import UnCLIP
-    from unclip.release import asked
+    from unclip.release.release import asked
 
     if not asked(folder, **guides).labels and label_guidance is not None:
         raise Refused("--label-guidance is how strongly to guide towards labels, and there are none: add --label")

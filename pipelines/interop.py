@@ -17,7 +17,7 @@ def export(store: Store, ref: str, folder: Path, form: str) -> str:
     if form not in FORMATS:
         raise Refused(f"--format {form!r} is unknown; use one of {', '.join(FORMATS)}")
     release = open_release(store, ref)
-    from unclip.interop import export_diffusers
+    from unclip.interop.diffusers import export_diffusers
 
     done = export_diffusers(release, folder)
     said = f"wrote {folder} for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline, pictures of {done.size} px"
@@ -31,7 +31,7 @@ def bring(store: Store, folder: Path, name: str, images: Path | None) -> str:
 
     It enters no ledger: nobody has judged it. Whoever wants it as champion promotes it by hand.
     """
-    from unclip.interop import import_diffusers
+    from unclip.interop.diffusers import import_diffusers
 
     with store.scratch() as scratch:
         import_diffusers(folder, scratch / "release", name=name, images=images)

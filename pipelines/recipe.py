@@ -34,15 +34,15 @@ from pipelines.sections import changes, optional, said, section
 from pipelines.source import SourceHow, SourceSpec
 from pipelines.stage import PoolHow
 from training.job import CONFIGS, FitHow
-from unclip.ar_prior import AutoregressivePriorConfig
-from unclip.clip_config import ClipConfig
+from unclip.clip.config import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
-from unclip.decoder import DecoderConfig
-from unclip.half_unet import HalfUNetConfig
+from unclip.diffusion.settings import Sampling
+from unclip.models.ar_prior import AutoregressivePriorConfig
+from unclip.models.decoder import DecoderConfig
+from unclip.models.prior import PriorConfig
+from unclip.models.unet_encoder import HalfUNetConfig
+from unclip.models.upsampler import UpsamplerConfig
 from unclip.presets import PRESETS
-from unclip.prior import PriorConfig
-from unclip.sampling import Sampling
-from unclip.upsampler import UpsamplerConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 

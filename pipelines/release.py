@@ -41,7 +41,7 @@ class BundleSpec:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Stage: all models → one release folder (unclip/release.py), checked to fit together."""
+    """Stage: all models → one release folder (unclip/release/release.py), checked to fit together."""
 
     spec: BundleSpec
     models: tuple[str, ...]
@@ -68,8 +68,8 @@ class Bundle:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Joins the models; raises Refused where they do not fit together."""
-        from unclip import release
-        from unclip.sampling import Sampling
+        from unclip.diffusion.settings import Sampling
+        from unclip.release import release
 
         versions = dict(zip(self.needs, action.inputs, strict=True))
         components = ("clip", *self.models)

@@ -69,7 +69,7 @@ class TakeClip:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Copies it; raises Refused where the recipe describes another one."""
-        from unclip.clip import Clip
+        from unclip.clip.model import Clip
 
         bundle = Manifest.load(store, self.spec.release, "bundle").only
         files = {name.removeprefix(CLIP): file for name, file in bundle.files.items() if name.startswith(CLIP)}

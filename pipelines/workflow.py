@@ -36,7 +36,7 @@ from pipelines.stage import PoolHow, Stage, plain
 from pipelines.statistics import Statistics
 from pipelines.warm import TakeClip, TakeSpec
 from training.job import CONFIGS, FitHow
-from unclip.sampling import check_sampling
+from unclip.diffusion.settings import check_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,14 @@ def clip_widths(recipe: Recipe) -> dict[str, int]:
             f"clip.pretrained.name: open_clip's {recipe.clip.pretrained.name} has a text tower of another kind; take a "
             "CLIP with CLIP's own, such as ViT-L-14"
         )
-    from unclip.clip import clip_widths
+    from unclip.clip.model import clip_widths
 
     return clip_widths(config)
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
     """The model configuration of that name, open_clip's or a folder's, read without importing open_clip (7 s)."""
-    from unclip.open_clip_folder import files_of, model_config
+    from unclip.clip.open_clip_folder import files_of, model_config
 
     with blaming("clip.pretrained.name"):
         files = files_of(name)
@@ -137,8 +137,8 @@ def models(recipe: Recipe) -> dict[str, Any]:
 
 def _guides(recipe: Recipe, row: Any, decoder: Any) -> dict[str, Any]:
     """Stage name → configuration of the classifier and the noised CLIP that the recipe asks for."""
-    from unclip.classifier import ClassifierConfig
-    from unclip.noised_clip import NoisedClipConfig
+    from unclip.models.classifier import ClassifierConfig
+    from unclip.models.noised_clip import NoisedClipConfig
 
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
     if recipe.classifier is not None:

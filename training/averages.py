@@ -23,7 +23,7 @@ from training.job import TrainConfig
 from training.parallel import Group, Vectors
 from training.posthoc import Average, combination, combined
 from training.sharded import whole
-from unclip.folder import read_tensors, write_tensors
+from unclip.release.model import read_tensors, write_tensors
 
 TRACKED = (0.05, 0.10)
 """Relative lengths that are tracked, as in the paper (section 3.2)."""

@@ -21,7 +21,7 @@ from training.labels import MISSING, Labels, class_table
 from training.objectives import Losses, Noised
 from training.parallel import Group
 from training.warm import configured
-from unclip.classifier import Classifier, ClassifierConfig
+from unclip.models.classifier import Classifier, ClassifierConfig
 from unclip.pictures import to_unit
 
 

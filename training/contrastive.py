@@ -24,12 +24,12 @@ from training.objectives import Losses, Noised
 from training.parallel import Group
 from training.precision import in_float32
 from training.warm import finished
-from unclip.clip import Clip, Preprocess, build, check, clip_widths
-from unclip.folder import CONFIG, read_json
-from unclip.noised_clip import MAX_SCALE, NoisedClip
+from unclip.clip.model import Clip, Preprocess, build, check, clip_widths
+from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
+from unclip.diffusion.schedule import Schedule
+from unclip.models.noised_clip import MAX_SCALE, NoisedClip
 from unclip.pictures import to_unit
-from unclip.schedule import Schedule
-from unclip.tokenizer import CLIP_VOCABULARY, Tokenizer
+from unclip.release.model import CONFIG, read_json
 
 SCHEDULE = Schedule.named("cosine")
 """Of `clip.train.noised`: CLIP comes before the decoder, whose schedule it cannot know."""

@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 from training.parallel import STATE_BYTES
 from training.speed import recomputed
 from training.weightless import Weightless, shapes
-from unclip.ar_prior import AutoregressivePrior
-from unclip.clip import build
-from unclip.decoder import Decoder
-from unclip.folder import config_from
-from unclip.prior import DiffusionPrior
-from unclip.upsampler import Upsampler
-from unclip.weightless import weightless
+from unclip.clip.model import build
+from unclip.meta import weightless
+from unclip.models.ar_prior import AutoregressivePrior
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
+from unclip.release.model import config_from
 
 HALF_BYTES = 2
 TRACED = 2

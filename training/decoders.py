@@ -14,7 +14,7 @@ from training.job import DecoderTrain, InpainterTrain, Job
 from training.masks import random_masks
 from training.objectives import Conditioned, Diffusion, Losses
 from training.parallel import Group
-from unclip.decoder import Context, Decoder
+from unclip.models.decoder import Context, Decoder
 from unclip.pictures import to_unit
 
 

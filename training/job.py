@@ -131,7 +131,7 @@ class DiffusionTrain(NoisedTrain):
     """What the three diffusion models share."""
 
     weighting: str = "uniform"
-    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/losses.py)."""
+    """Weight of the squared error over t: uniform, min_snr or min_snr_plus_one (unclip/diffusion/losses.py)."""
     snr_cap: float = 5.0
     """The cap of the last two."""
 
@@ -204,7 +204,7 @@ class UpsamplerTrain(DiffusionTrain):
     """What spoils the condition: `blur` (the paper's choice for 64→256), `bsr` (BSRGAN's degradation, the paper's for
     256→1024), `bsr_light` (latent diffusion's weaker ranges of it) or `none`."""
     strength: float = field(default=1.0, metadata=LATER)
-    """Factor of the deviations that `bsr` and `bsr_light` draw; 0 spoils nothing (unclip/corrupt.py)."""
+    """Factor of the deviations that `bsr` and `bsr_light` draw; 0 spoils nothing (unclip/degrade/bsr.py)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,7 @@ from training.sharded import Learner, built, shard, whole
 from training.speed import determinism, prepare, seed
 from training.spikes import Spikes
 from training.validate import choose, split
-from unclip.layers import bfloat16_convolutions
+from unclip.models.layers import bfloat16_convolutions
 
 STOP, SAVE, LOSS = range(3)
 EXTRA = 3 + SUMS

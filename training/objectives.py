@@ -28,19 +28,19 @@ from training.parallel import Group
 from training.precision import in_float32
 from training.reading import unpacked
 from training.warm import configured, started
-from unclip import folder as model_folder
-from unclip.ar_prior import AutoregressivePrior
-from unclip.clip import clip_widths
-from unclip.corrupt import FULL, LIGHT, bsr, gaussian_blur
-from unclip.decoder import Decoder
-from unclip.losses import hybrid_loss, simple_loss, weights
+from unclip.clip.model import clip_widths
+from unclip.degrade.bsr import FULL, LIGHT, bsr, gaussian_blur
+from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
+from unclip.diffusion.schedule import Schedule
+from unclip.models.ar_prior import AutoregressivePrior
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
 from unclip.pictures import to_unit
-from unclip.prior import DiffusionPrior
-from unclip.schedule import Schedule
-from unclip.upsampler import Upsampler
+from unclip.release import model as model_folder
 
 if TYPE_CHECKING:
-    from unclip.clip import Clip
+    from unclip.clip.model import Clip
 
 
 DOTS = 1 << 14
@@ -317,7 +317,7 @@ def read_tokens(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:
 
 def read_clip(store: Store, version: str) -> Clip:
     """The CLIP of a manifest."""
-    from unclip.clip import Clip
+    from unclip.clip.model import Clip
 
     with unpacked(store, version) as folder:
         return Clip.load(folder)

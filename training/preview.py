@@ -1,7 +1,7 @@
 """What a model draws while it trains: of the same rows, from the same noise, with its averaged weights.
 
 Nothing that is trained is touched: the averages stand in for the weights in calls of their own (`functional_call`), the
-model is in evaluation mode for as long, and all noise comes from seeds of its own (`unclip.samplers.noise_for`).
+model is in evaluation mode for as long, and all noise comes from seeds of its own (`noise_for`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from training.job import FitHow, Job
 from training.objectives import Objective
 from training.parallel import Group
 from training.precision import Precision
-from unclip.clip_text import Text
-from unclip.decoder import Decoder
-from unclip.draw import Prior, draw, draw_embeddings
-from unclip.guidance import conditional
+from unclip.clip.text import Text
+from unclip.diffusion.guidance import conditional
+from unclip.diffusion.settings import Sampling, guided, in_range
+from unclip.models.decoder import Decoder
+from unclip.models.upsampler import Upsampler
 from unclip.pictures import to_uint8, to_unit
-from unclip.sampling import Sampling, guided, in_range
-from unclip.upsampler import Upsampler
+from unclip.sample import Prior, draw, draw_embeddings
 
 if TYPE_CHECKING:
     from training.clock import Monitor

@@ -23,7 +23,7 @@ from training.job import FitHow, Job, TrainConfig
 from training.objectives import Losses, Objective
 from training.parallel import STATE_BYTES, Group
 from training.weightless import shapes
-from unclip.layers import ContextAttention, ResBlock, TransformerBlock
+from unclip.models.layers import ContextAttention, ResBlock, TransformerBlock
 
 SHARE = 0.6
 """Part of a device's memory that a flat model's state may take, before `auto` shards; the rest is for activations."""

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from training.job import FitHow
-from unclip.half_unet import SelfAttention
-from unclip.layers import ContextAttention, ResBlock, TransformerBlock
+from unclip.models.layers import ContextAttention, ResBlock, TransformerBlock
+from unclip.models.unet_encoder import SelfAttention
 
 BLOCKS = (ResBlock, ContextAttention, SelfAttention, TransformerBlock)
 """What is computed a second time under `recompute`: blocks of U-Nets and transformers."""
@@ -53,7 +53,7 @@ def recomputed(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that are computed again; of open_clip's models those that its own switch means, which its ResNets,
     having batch norms, take no notice of."""
     if hasattr(model, "set_grad_checkpointing"):
-        # By name: its file may have been loaded by itself (unclip/open_clip_bare.py).
+        # By name: its file may have been loaded by itself (unclip/clip/open_clip.py).
         return (module for module in model.modules() if type(module).__name__ == "ResidualAttentionBlock")
     return (module for module in model.modules() if isinstance(module, BLOCKS))
 

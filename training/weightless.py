@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from unclip.folder import KINDS
-from unclip.weightless import weightless
+from unclip.meta import weightless
+from unclip.release.model import KINDS
 
 
 class Weightless(TorchFunctionMode):

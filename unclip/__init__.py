@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unclip.cascade import UnCLIP
-    from unclip.sampling import Sampling
+    from unclip.diffusion.settings import Sampling
 
 __all__ = ["Sampling", "UnCLIP", "__version__"]
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return UnCLIP
     if name == "Sampling":
-        from unclip.sampling import Sampling
+        from unclip.diffusion.settings import Sampling
 
         return Sampling
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

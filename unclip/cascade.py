@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.ar_prior import AutoregressivePrior
-from unclip.clip import Clip, clip_widths
-from unclip.clip_text import Text
-from unclip.decoder import Decoder
-from unclip.draw import Bind, Extra, Prior, draw, draw_embeddings, in_tiles
+from unclip.clip.model import Clip, clip_widths
+from unclip.clip.text import Text
+from unclip.diffusion.guidance import Network, conditional
+from unclip.diffusion.settings import Sampling, check_sampling, guided, in_range
 from unclip.errors import Refused
-from unclip.fit import check_fit, check_gamma, check_guides
-from unclip.guidance import Network, conditional
-from unclip.guides import Guides
-from unclip.layers import fold_upsampling
+from unclip.models.ar_prior import AutoregressivePrior
+from unclip.models.decoder import Decoder
+from unclip.models.layers import fold_upsampling
+from unclip.models.text import Caption
+from unclip.models.upsampler import WORKSPACE, Upsampler, filled_up
 from unclip.pictures import to_uint8
 from unclip.progress import Callback, Report, Reporter
-from unclip.sampling import Sampling, check_sampling, guided, in_range
-from unclip.text import Caption
-from unclip.upsampler import WORKSPACE, Upsampler, filled_up
+from unclip.release.compatibility import check_fit, check_gamma, check_guides
+from unclip.release.guides import Guides
+from unclip.sample import Bind, Extra, Prior, draw, draw_embeddings, in_tiles
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -118,7 +118,7 @@ class UnCLIP:
     @classmethod
     def load(cls, folder: Path | str) -> UnCLIP:
         """Reads a release folder; raises Refused where it is damaged, incomplete or does not fit together."""
-        from unclip import release
+        from unclip.release import release
 
         return release.load(Path(folder))
 
@@ -293,7 +293,7 @@ class UnCLIP:
 
         Sides that the U-Net cannot halve are mirrored beyond their edge, and cut again. Where the widest layer of the
         batch takes more than `workspace` bytes, it runs picture by picture and in strips: the same pictures up to
-        rounding, in less memory. hold: where whole layers lie then (see `unclip.strips.in_strips`).
+        rounding, in less memory. hold: where whole layers lie then (see `unclip.models.strips.in_strips`).
         """
         config = upsampler.config
         height, width = (side * config.factor for side in low.shape[2:])

@@ -15,7 +15,7 @@ UNSAID = LATER | {"unsaid": True}
 """The same, and at its default it does not stand in a model's config.json: a model made again has the bytes it had."""
 
 WEIGHTINGS = ("uniform", "min_snr", "min_snr_plus_one")
-"""Weights of the squared error over t (unclip/losses.py)."""
+"""Weights of the squared error over t (unclip/diffusion/losses.py)."""
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.cascade import UnCLIP
-from unclip.decoder import Decoder
-from unclip.draw import last_steps
+from unclip.diffusion.guidance import clipped, conditional, known
+from unclip.diffusion.samplers import ddim_invert, noise_for
+from unclip.diffusion.schedule import Denoiser
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.guidance import clipped, conditional, known
+from unclip.models.decoder import Decoder
+from unclip.models.upsampler import Upsampler
 from unclip.pictures import check_pictures, resized, square, to_unit
-from unclip.samplers import ddim_invert, noise_for
-from unclip.sampling import Sampling
-from unclip.schedule import Denoiser
-from unclip.upsampler import Upsampler
+from unclip.sample import last_steps
 
 
 class Latents(NamedTuple):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from unclip.ar_prior import AutoregressivePriorConfig
-from unclip.decoder import DecoderConfig
+from unclip.clip.tokenizer import CLIP_VOCABULARY
 from unclip.errors import Refused
-from unclip.half_unet import HalfUNetConfig
-from unclip.prior import PriorConfig
-from unclip.tokenizer import CLIP_VOCABULARY
-from unclip.upsampler import UpsamplerConfig
+from unclip.models.ar_prior import AutoregressivePriorConfig
+from unclip.models.decoder import DecoderConfig
+from unclip.models.prior import PriorConfig
+from unclip.models.unet_encoder import HalfUNetConfig
+from unclip.models.upsampler import UpsamplerConfig
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ from training.job import FitHow, Job
 from training.launch import train_local
 from training.objectives import objective
 from training.parallel import Group
-from unclip.decoder import DecoderConfig
-from unclip.prior import PriorConfig
+from unclip.models.decoder import DecoderConfig
+from unclip.models.prior import PriorConfig
 
 PEER = Path(__file__).parents[2] / ".venv-peers" / "dalle2-pytorch" / "bin" / "python"
 SCRIPT = Path(__file__).parent / "peers" / "dalle2_pytorch_trainers.py"

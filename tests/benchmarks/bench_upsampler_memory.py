@@ -18,7 +18,7 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 import torch
-from unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 side, workspace = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)

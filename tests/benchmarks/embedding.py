@@ -36,7 +36,7 @@ from pipelines.select import Look, Select
 from pipelines.shapes.world import picture_of, scene_of
 from tests.benchmarks.measure import one_thread, status
 from tests.fixtures.stages import make
-from unclip.clip import Clip, build
+from unclip.clip.model import Clip, build
 
 PEER = Path(__file__).parents[2] / ".venv-peers" / "clip-retrieval" / "bin" / "python"
 SCRIPT = Path(__file__).parent / "peers" / "clip_retrieval_inference.py"

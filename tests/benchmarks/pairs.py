@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from tests.benchmarks.measure import Call, one_thread, peak_bytes
 from tests.fixtures.plain import shaken
 from unclip.cascade import UnCLIP
-from unclip.clip import Clip, Preprocess, build
-from unclip.decoder import Decoder, DecoderConfig
-from unclip.interop import export_diffusers
-from unclip.interop_config import decoder_document, prior_document
-from unclip.interop_layout import PRIOR, UNET
-from unclip.layers import fold_upsampling
-from unclip.prior import DiffusionPrior, PriorConfig
-from unclip.samplers import noise_for
-from unclip.sampling import Sampling
-from unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.clip.model import Clip, Preprocess, build
+from unclip.diffusion.samplers import noise_for
+from unclip.diffusion.settings import Sampling
+from unclip.interop.config import decoder_document, prior_document
+from unclip.interop.diffusers import export_diffusers
+from unclip.interop.layout import PRIOR, UNET
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.layers import fold_upsampling
+from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 SEEN = 24
 """Tokens of a caption that are no padding."""

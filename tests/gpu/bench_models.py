@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.decoder import IMAGE_TOKENS, Decoder, DecoderConfig
+from unclip.models.decoder import IMAGE_TOKENS, Decoder, DecoderConfig
+from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.presets import preset
-from unclip.prior import DiffusionPrior, PriorConfig
 
 TINY = {
     "decoder": DecoderConfig(
@@ -128,7 +128,7 @@ def cases(
 def _theirs_unet(config: DecoderConfig) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    from unclip.interop_config import decoder_document
+    from unclip.interop.config import decoder_document
 
     return UNet2DConditionModel.from_config(decoder_document(config))
 
@@ -136,7 +136,7 @@ def _theirs_unet(config: DecoderConfig) -> nn.Module:
 def _theirs_prior(config: PriorConfig) -> nn.Module:
     from diffusers import PriorTransformer
 
-    from unclip.interop_config import prior_document
+    from unclip.interop.config import prior_document
 
     return PriorTransformer.from_config(prior_document(config))
 

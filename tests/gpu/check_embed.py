@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines.prefetch import Lane
-from unclip.clip_text import TextTower
+from unclip.clip.text import TextTower
 
 LEAST = 0.999
 LENGTH = 16

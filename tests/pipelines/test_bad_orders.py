@@ -18,7 +18,7 @@ from infra.store.base import open_store
 from pipelines import cli
 from pipelines.opening import open_release
 from tests.fixtures.release import write_release
-from unclip.folder import write_json
+from unclip.release.model import write_json
 
 Run = Callable[..., tuple[int, str, str]]
 

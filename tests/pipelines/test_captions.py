@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from infra.errors import Refused
 from pipelines.captions import Captions
 from pipelines.prefetch import Lane
-from unclip.clip import Clip, build
+from unclip.clip.model import Clip, build
 
 MODEL = {
     "embed_dim": 16,

@@ -23,10 +23,11 @@ from pipelines.edit import read_picture
 from pipelines.pictures import FORMATS
 from tests.fixtures.plain import ours, saved
 from tests.fixtures.release import SAMPLING, write_inpainter, write_parts, write_release
-from unclip import UnCLIP, manipulate, release
+from unclip import UnCLIP, manipulate
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused as Impossible
-from unclip.folder import read_json, write_json
-from unclip.sampling import Sampling
+from unclip.release import release
+from unclip.release.model import read_json, write_json
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipelines.embed import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_
 from pipelines.select import Look, Select
 from pipelines.stage import plain
 from tests.fixtures.stages import Data, clip, make
-from unclip.clip import Clip
+from unclip.clip.model import Clip
 
 
 @pytest.fixture(scope="module")

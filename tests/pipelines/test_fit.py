@@ -15,7 +15,7 @@ from pipelines import recipe, workflow
 from pipelines.embed import load_clip
 from pipelines.fit import LoadClip, LoadHow, LoadSpec
 from tests.fixtures.stages import CLIP, make, todo
-from unclip.clip import build
+from unclip.clip.model import build
 
 
 @pytest.mark.slow

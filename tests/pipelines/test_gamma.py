@@ -30,12 +30,12 @@ from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line, put
 from tests.fixtures.release import MODEL, shaken
 from tests.fixtures.stages import make
 from unclip import UnCLIP
-from unclip.analytic import estimate_gamma
-from unclip.folder import GAMMA, load_model, read_tensors, save_model
-from unclip.guidance import conditional
+from unclip.diffusion.analytic import estimate_gamma
+from unclip.diffusion.guidance import conditional
+from unclip.diffusion.settings import Sampling
+from unclip.models.prior import DiffusionPrior
 from unclip.presets import TINY
-from unclip.prior import DiffusionPrior
-from unclip.sampling import Sampling
+from unclip.release.model import GAMMA, load_model, read_tensors, save_model
 
 WIDTH, STEPS, SPEC = MODEL["embed_dim"], 20, GammaSpec(samples=128, batch=64)
 ANALYTIC = dataclasses.asdict(Sampling("analytic_dpm", 4, candidates=2))

@@ -35,7 +35,7 @@ from training.job import FitHow
 from training.labels import Labels, class_table
 from training.launch import train_local
 from unclip import UnCLIP
-from unclip.folder import load_model
+from unclip.release.model import load_model
 
 KEEP = "source.columns.keep=[background, shape]"
 CLASSIFIER = "classifier={labels: [background], train: {steps: 60, batch: 32}}"

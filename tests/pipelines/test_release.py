@@ -42,7 +42,7 @@ def line(trained: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line
 
 
 def test_the_first_release_becomes_champion_and_loads(line: Line) -> None:
-    from unclip import release
+    from unclip.release import release
 
     made = line.judge(line.release(GOOD))
     assert line.head is not None
@@ -247,7 +247,7 @@ def test_an_impossible_tolerance_is_refused() -> None:
 
 
 def test_a_line_in_s3_ends_in_a_folder_that_loads(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unclip import release
+    from unclip.release import release
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     line = Line(open_store(s3_uri), tmp_path)

@@ -32,16 +32,16 @@ from tests.proofs.findings_cells import DEMO, AnyCell, Bits, Cell, Cost, Enlarge
 from tests.proofs.findings_fits import VARIANTS, Variant, counted, fitted, planned, step_flops
 from tests.proofs.findings_scenes import Asked, asked, caption_swapped
 from unclip.cascade import UnCLIP, to_uint8
-from unclip.clip_text import Text
-from unclip.corrupt import gaussian_blur
-from unclip.decoder import Context, Decoder
-from unclip.folder import load_model, read_json, read_tensors
-from unclip.guidance import conditional
-from unclip.losses import bits_per_dim
+from unclip.clip.text import Text
+from unclip.degrade.bsr import gaussian_blur
+from unclip.diffusion.guidance import conditional
+from unclip.diffusion.losses import bits_per_dim
+from unclip.diffusion.samplers import SAMPLERS, noise_for
+from unclip.diffusion.settings import Sampling, guided, in_range
 from unclip.metrics import cosine
-from unclip.samplers import SAMPLERS, noise_for
-from unclip.sampling import Sampling, guided, in_range
-from unclip.upsampler import Upsampler
+from unclip.models.decoder import Context, Decoder
+from unclip.models.upsampler import Upsampler
+from unclip.release.model import load_model, read_json, read_tensors
 
 TILE = 64
 REFERENCE, SOURCE, SECOND = 0, 1, 2

@@ -33,7 +33,7 @@ from training.checkpoint import Checkpoint, Checkpoints
 from training.data import Data, Reads
 from training.job import Job
 from training.order import derived
-from unclip.folder import read_tensors
+from unclip.release.model import read_tensors
 
 STEPS = 18
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}

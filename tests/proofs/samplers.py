@@ -33,13 +33,13 @@ from pipelines.grids import pixels
 from pipelines.opening import open_release
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import picture_of, prompts, scene_of, true_pictures
-from unclip.analytic import estimate_gamma
 from unclip.cascade import UnCLIP
-from unclip.guidance import conditional
+from unclip.diffusion.analytic import estimate_gamma
+from unclip.diffusion.guidance import conditional
+from unclip.diffusion.settings import Sampling
 from unclip.metrics import cosine
+from unclip.models.prior import DiffusionPrior
 from unclip.pictures import to_uint8
-from unclip.prior import DiffusionPrior
-from unclip.sampling import Sampling
 
 TILE = 64
 AGAIN = 10_000

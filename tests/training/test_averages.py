@@ -26,7 +26,7 @@ from training.posthoc import Average, combination, decay, exponent, shares
 from training.precision import Precision
 from training.sharded import Learner
 from training.validate import batches, mean_loss, split
-from unclip.folder import load_model
+from unclip.release.model import load_model
 
 CPU = torch.device("cpu")
 OTHERS = (0.06, 0.14, 0.2)

@@ -15,7 +15,7 @@ from training.data import Batch
 from training.job import UpsamplerTrain
 from training.objectives import UpsamplerObjective
 from training.parallel import Group
-from unclip.corrupt import gaussian_blur
+from unclip.degrade.bsr import gaussian_blur
 from unclip.pictures import to_unit
 
 

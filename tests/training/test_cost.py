@@ -13,12 +13,12 @@ from tests.training.tiny import CLIP
 from training.cost import cost, parameters
 from training.parallel import STATE_BYTES
 from training.speed import recompute
-from unclip.ar_prior import AutoregressivePrior
-from unclip.decoder import Decoder
 from unclip.errors import Refused
+from unclip.models.ar_prior import AutoregressivePrior
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
 from unclip.presets import PAPER, TINY
-from unclip.prior import DiffusionPrior
-from unclip.upsampler import Upsampler
 
 
 def test_the_count_is_that_of_the_real_model():

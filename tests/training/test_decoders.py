@@ -20,11 +20,11 @@ from training.objectives import objective, read_clip
 from training.optim import Optimiser
 from training.order import Order
 from training.parallel import Flat, Group
-from unclip.decoder import Decoder
 from unclip.errors import Refused as Impossible
-from unclip.folder import load_model, save_model
+from unclip.models.decoder import Decoder
 from unclip.pictures import to_unit
 from unclip.presets import TINY
+from unclip.release.model import load_model, save_model
 
 CPU = torch.device("cpu")
 SHORT = {"steps": 3, "batch": 6, "micro": 3, "warmup": 1}

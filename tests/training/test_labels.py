@@ -23,8 +23,8 @@ from training.launch import train_local
 from training.objectives import objective
 from training.order import Order
 from training.parallel import Group
-from unclip.classifier import Classifier
-from unclip.folder import load_model, read_json
+from unclip.models.classifier import Classifier
+from unclip.release.model import load_model, read_json
 
 BOTH = Labels(("shade", "number"), (("dark", "light"), ("0", "5", "10")))
 

@@ -20,8 +20,8 @@ from training.objectives import objective
 from training.optim import Optimiser
 from training.order import Order
 from training.parallel import Flat, Group
+from unclip.diffusion.schedule import Schedule
 from unclip.pictures import to_unit
-from unclip.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def test_a_crop_is_the_same_place_in_both_resolutions(world):
 
 @pytest.mark.slow
 def test_clip_learns_which_caption_belongs_to_which_picture(world, tmp_path: Path):
-    from unclip.clip import Clip
+    from unclip.clip.model import Clip
 
     class Losses(NullMonitor):
         first, last = None, None

@@ -15,7 +15,7 @@ from training.job import TrainConfig
 from training.muon import dealt, is_inner, orthogonal
 from training.optim import MAX_SKIPPED_IN_A_ROW, Optimiser, learning_rate
 from training.parallel import Flat, Group
-from unclip.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.presets import DEMO
 
 

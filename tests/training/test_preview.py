@@ -24,13 +24,13 @@ from training.objectives import Objective, objective
 from training.precision import Precision
 from training.preview import GUIDANCE, NAME, STEPS, Previews
 from training.speed import compile_parts, recompute
-from unclip.clip_text import Text
-from unclip.draw import draw_embeddings
-from unclip.folder import load_model
-from unclip.guidance import classifier_free, clipped
+from unclip.clip.text import Text
+from unclip.diffusion.guidance import classifier_free, clipped
+from unclip.diffusion.samplers import ddim, noise_for
+from unclip.diffusion.settings import Sampling
 from unclip.pictures import to_uint8
-from unclip.samplers import ddim, noise_for
-from unclip.sampling import Sampling
+from unclip.release.model import load_model
+from unclip.sample import draw_embeddings
 
 CPU = torch.device("cpu")
 ALWAYS = FitHow(checkpoint_seconds=1000, log_seconds=0, preview_share=1)

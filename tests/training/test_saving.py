@@ -11,7 +11,7 @@ from infra.store.base import LocalStore
 from training.checkpoint import Checkpoints
 from training.parallel import Group
 from training.saving import Saver
-from unclip.folder import read_tensors
+from unclip.release.model import read_tensors
 
 
 class Slow(LocalStore):

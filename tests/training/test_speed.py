@@ -21,7 +21,7 @@ from training.objectives import objective
 from training.order import Order
 from training.parallel import Flat, Group
 from training.speed import compile_parts, determinism, prepare, seed
-from unclip.folder import read_tensors
+from unclip.release.model import read_tensors
 
 CPU = torch.device("cpu")
 SHORT = {"steps": 2, "batch": 4, "micro": 2, "warmup": 0, "window": 3}
@@ -117,7 +117,7 @@ def test_a_fit_in_another_layout_with_muon_ends_near_the_plain_one_and_goes_on(w
 
 
 def _decoder(job: Job):
-    from unclip.folder import config_from
+    from unclip.release.model import config_from
 
     return config_from("decoder", job.model, "test")
 

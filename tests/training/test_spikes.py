@@ -18,7 +18,7 @@ from training.launch import train_local
 from training.optim import Diverged
 from training.order import shuffled
 from training.spikes import LEAST, Spikes
-from unclip.folder import read_tensors
+from unclip.release.model import read_tensors
 
 HOW = FitHow(checkpoint_seconds=1000)
 

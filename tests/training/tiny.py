@@ -21,13 +21,13 @@ from infra.records.manifest import Action, Block, Manifest, Record, commit
 from infra.store.base import LocalStore, Store
 from training.job import Job
 from training.objectives import read_clip
-from unclip.classifier import ClassifierConfig
-from unclip.clip import Clip
-from unclip.clip_text import TextTower
-from unclip.decoder import Decoder
-from unclip.folder import save_model
-from unclip.noised_clip import NoisedClipConfig
+from unclip.clip.model import Clip
+from unclip.clip.text import TextTower
+from unclip.models.classifier import ClassifierConfig
+from unclip.models.decoder import Decoder
+from unclip.models.noised_clip import NoisedClipConfig
 from unclip.presets import TINY
+from unclip.release.model import save_model
 
 SIDE = 64
 CLIP = {

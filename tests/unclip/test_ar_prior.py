@@ -17,11 +17,11 @@ from tests.fixtures.release import shaken
 from training.job import TrainConfig
 from training.optim import Optimiser
 from training.parallel import Flat
-from unclip.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, Reading, gumbel, write_tokens
-from unclip.guidance import join
+from unclip.diffusion.guidance import join
+from unclip.diffusion.samplers import noise_for
+from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, Reading, gumbel, write_tokens
+from unclip.models.prior import PriorContext
 from unclip.presets import TINY
-from unclip.prior import PriorContext
-from unclip.samplers import noise_for
 
 assert TINY.ar_prior is not None
 CONFIG = TINY.ar_prior

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests.fixtures.release import SAMPLING, shaken, write_parts
-from unclip import UnCLIP, release
-from unclip.ar_prior import AutoregressivePrior
+from unclip import UnCLIP
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.folder import load_model, read_tensors, save_gamma, save_model
+from unclip.models.ar_prior import AutoregressivePrior
 from unclip.presets import PAPER, TINY
 from unclip.progress import Progress
-from unclip.sampling import Sampling
+from unclip.release import release
+from unclip.release.model import load_model, read_tensors, save_gamma, save_model
 
 assert TINY.ar_prior is not None
 CONFIG = TINY.ar_prior

@@ -9,11 +9,11 @@ import torch
 
 from tests.fixtures.release import SAMPLING, write_release
 from unclip import UnCLIP, manipulate
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.layers import ContextAttention
+from unclip.models.layers import ContextAttention
 from unclip.pictures import to_uint8
 from unclip.progress import Progress
-from unclip.sampling import Sampling
 
 PROMPTS = ["a red circle", "a small blue square on a white background", "two green stars", "", "a purple ring"]
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unclip.clip import Clip, Preprocess, build
-from unclip.clip_text import OpenClipText, TextTower
+from unclip.clip.model import Clip, Preprocess, build
+from unclip.clip.open_clip import bare_module
+from unclip.clip.text import OpenClipText, TextTower
 from unclip.errors import Refused
-from unclip.open_clip_bare import bare_module
 
 MODEL = {
     "embed_dim": 24,
@@ -293,7 +293,7 @@ def test_preprocessing_that_gives_no_numbers_is_refused(wrong: dict[str, Any]):
 def test_texts_and_pictures_are_encoded_without_importing_open_clip_and_what_it_brings(clip, tmp_path):
     clip.save(tmp_path)
     code = (
-        "import sys, torch; from unclip.clip import Clip; "
+        "import sys, torch; from unclip.clip.model import Clip; "
         f"clip = Clip.load({str(tmp_path)!r}); "
         "print(clip.encode_text(['a red circle']).embedding.shape, 'unclip_open_clip' in sys.modules, "
         "clip.encode_images(torch.zeros(1, 3, 32, 32)).shape, "

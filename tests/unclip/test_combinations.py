@@ -17,15 +17,15 @@ from torch import Tensor
 
 from tests.fixtures.plain import models, shaken
 from unclip import UnCLIP, manipulate
-from unclip.ar_prior import AutoregressivePrior
-from unclip.classifier import Classifier, ClassifierConfig
-from unclip.decoder import Decoder
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.guides import Guides
-from unclip.interop import export_diffusers
-from unclip.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.interop.diffusers import export_diffusers
+from unclip.models.ar_prior import AutoregressivePrior
+from unclip.models.classifier import Classifier, ClassifierConfig
+from unclip.models.decoder import Decoder
+from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.presets import TINY
-from unclip.sampling import Sampling
+from unclip.release.guides import Guides
 
 OWN = {"text": "own", "vocabulary": 2000, "text_depth": 1, "text_heads": 4}
 DECODERS: dict[str, dict[str, Any]] = {"clip": {}, "own": OWN, "prompts": OWN | {"image": False}}

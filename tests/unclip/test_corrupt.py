@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from unclip.corrupt import FULL, LIGHT, OPERATIONS, Bsr, Plan, bsr, gaussian_blur, gaussian_noise
+from unclip.degrade.bsr import FULL, LIGHT, OPERATIONS, Bsr, Plan, bsr, gaussian_blur, gaussian_noise
+from unclip.degrade.filters import filtered, gaussian_kernel, mirrored, resampled
+from unclip.degrade.jpeg import CHROMINANCE, LUMINANCE, jpeg, quantisation
 from unclip.errors import Refused
-from unclip.filters import filtered, gaussian_kernel, mirrored, resampled
-from unclip.jpeg import CHROMINANCE, LUMINANCE, jpeg, quantisation
 
 NOTHING = Bsr(isotropic=0, anisotropic=0, shrink=1, noise=(0, 0), quality=(100, 100))
 """Ranges that change nothing; the tests below turn single operations on."""

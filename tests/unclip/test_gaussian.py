@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.fixtures.gaussian import CORRELATED, Gaussian
-from unclip.analytic import estimate_gamma, optimal_variance
+from unclip.diffusion.analytic import estimate_gamma, optimal_variance
+from unclip.diffusion.guidance import classifier, clip_guided, log_gradient
+from unclip.diffusion.samplers import analytic_dpm, ddim, ddim_invert, ddpm, dpm_solver_pp
+from unclip.diffusion.schedule import Prediction, Schedule
 from unclip.errors import Refused
-from unclip.guidance import classifier, clip_guided, log_gradient
-from unclip.samplers import analytic_dpm, ddim, ddim_invert, ddpm, dpm_solver_pp
-from unclip.schedule import Prediction, Schedule
 
 SCHEDULE = Schedule.named("cosine")
 COUNT = 20_000

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unclip.diffusion.guidance import classifier_free, conditional, dynamically_clipped
+from unclip.diffusion.schedule import PREDICTIONS, Prediction, Schedule
 from unclip.errors import Refused
-from unclip.guidance import classifier_free, conditional, dynamically_clipped
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
 
 SCHEDULE = Schedule.named("cosine")
 

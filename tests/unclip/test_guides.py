@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fixtures.release import SAMPLING, shaken, write_parts
-from unclip import manipulate, release
+from unclip import manipulate
 from unclip.cascade import UnCLIP
-from unclip.classifier import Classifier, ClassifierConfig
+from unclip.diffusion.guidance import classifier, clip_guided, clipped
+from unclip.diffusion.samplers import ddim
+from unclip.diffusion.schedule import Denoiser, Prediction, Schedule
 from unclip.errors import Refused
-from unclip.folder import save_model
-from unclip.guidance import classifier, clip_guided, clipped
-from unclip.half_unet import AttentionPool, HalfUNet, HalfUNetConfig, SelfAttention
-from unclip.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.models.classifier import Classifier, ClassifierConfig
+from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.models.unet_encoder import AttentionPool, HalfUNet, HalfUNetConfig, SelfAttention
 from unclip.presets import ADM_CLASSIFIER, TINY
-from unclip.samplers import ddim
-from unclip.schedule import Denoiser, Prediction, Schedule
+from unclip.release import release
+from unclip.release.model import save_model
 
 CLASSES = (("circle", "square"), ("red", "green", "blue"))
 

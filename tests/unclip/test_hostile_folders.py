@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures.hostile import rewrite, signed
-from unclip import UnCLIP, documents
+from unclip import UnCLIP
+from unclip import files as documents
 from unclip.errors import Refused
-from unclip.interop_clip import read_clip
+from unclip.interop.clip import read_clip
 
 DEEP = b"[" * 100_000
 SECONDS = 10.0

@@ -18,15 +18,15 @@ from tests.fixtures.beside_diffusers import PROMPTS, SCALES, SEEDS, STEPS, Fed, 
 from tests.fixtures.plain import VIT, ours, saved, shaken
 from tests.fixtures.release import MODEL
 from unclip.cascade import UnCLIP
-from unclip.clip import Clip, build
-from unclip.decoder import Decoder
+from unclip.clip.model import Clip, build
+from unclip.diffusion.guidance import clipped
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.guidance import clipped
-from unclip.interop import INDEX, export_diffusers, import_diffusers
+from unclip.interop.diffusers import INDEX, export_diffusers, import_diffusers
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
 from unclip.presets import TINY
-from unclip.prior import DiffusionPrior
-from unclip.sampling import Sampling
-from unclip.upsampler import Upsampler
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import torch
 from scipy.special import ndtr
 
 from tests.fixtures.gaussian import Gaussian
-from unclip.analytic import optimal_variance
+from unclip.diffusion.analytic import optimal_variance
+from unclip.diffusion.losses import WEIGHTINGS, bits_per_dim, hybrid_loss, simple_loss, weights
+from unclip.diffusion.schedule import PREDICTIONS, Schedule
 from unclip.errors import Refused
-from unclip.losses import WEIGHTINGS, bits_per_dim, hybrid_loss, simple_loss, weights
-from unclip.schedule import PREDICTIONS, Schedule
 
 SCHEDULE = Schedule.named("cosine")
 T = torch.tensor([5, 200, 500, 800])

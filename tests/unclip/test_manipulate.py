@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tests.fixtures.release import shaken, write_release
 from unclip import UnCLIP, manipulate
-from unclip.decoder import Decoder
+from unclip.diffusion.guidance import clipped, conditional
+from unclip.diffusion.samplers import ddim
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.guidance import clipped, conditional
 from unclip.manipulate import slerp
+from unclip.models.decoder import Decoder
 from unclip.pictures import resized, to_unit
-from unclip.samplers import ddim
-from unclip.sampling import Sampling
 
 STEPS = {"decoder": Sampling("ddim", 10)}
 

@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unclip.corrupt import gaussian_blur
-from unclip.decoder import Decoder
+from unclip.degrade.bsr import gaussian_blur
+from unclip.diffusion.guidance import classifier_free, clipped
 from unclip.errors import Refused
-from unclip.guidance import classifier_free, clipped
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
 from unclip.presets import PRESETS, TINY
-from unclip.prior import DiffusionPrior
-from unclip.upsampler import Upsampler
 
 B, L = 3, TINY.prior.context
 MASK = torch.arange(L)[None] < torch.tensor([4, 9, L])[:, None]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tests.fixtures.release import shaken
 from unclip.config import UNSAID
-from unclip.decoder import Decoder, DecoderConfig
+from unclip.diffusion.guidance import classifier_free
+from unclip.diffusion.samplers import ddim, noise_for
 from unclip.errors import Refused
-from unclip.folder import load_model, save_model
-from unclip.guidance import classifier_free
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.text import TokenEncoder
 from unclip.presets import TINY
-from unclip.samplers import ddim, noise_for
-from unclip.text import TokenEncoder
+from unclip.release.model import load_model, save_model
 
 B, L, END = 3, TINY.decoder.context, 599
 LENGTHS = (4, 9, L)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from tests.fixtures.plain import ours
 from tests.fixtures.release import SAMPLING, shaken, write_inpainter, write_parts
-from unclip import UnCLIP, manipulate, release
-from unclip.decoder import Decoder
+from unclip import UnCLIP, manipulate
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.folder import load_model, save_model, warm_start
-from unclip.interop import export_diffusers
+from unclip.interop.diffusers import export_diffusers
+from unclip.models.decoder import Decoder
 from unclip.presets import TINY
-from unclip.sampling import Sampling
+from unclip.release import release
+from unclip.release.model import load_model, save_model, warm_start
 
 GLIDE = replace(TINY.decoder, text="own", vocabulary=2000, text_depth=1, text_heads=4, image=False)
 WITHOUT_PRIOR = {name: settings for name, settings in SAMPLING.items() if name != "prior"}

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unclip.ar_prior import AutoregressivePriorConfig
 from unclip.errors import Refused
-from unclip.pca import Pca, components_for, dequantise, quantise
+from unclip.models.ar_prior import AutoregressivePriorConfig
+from unclip.models.pca import Pca, components_for, dequantise, quantise
 
 
 @settings(deadline=None)

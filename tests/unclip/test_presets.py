@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from unclip.decoder import Decoder
 from unclip.errors import Refused
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
 from unclip.presets import BASE, GLIDE, KARLO, PAPER, Preset, preset
-from unclip.prior import DiffusionPrior
-from unclip.upsampler import Upsampler
 
 
 def millions(model: nn.Module) -> float:

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.fixtures.release import SAMPLING, write_parts, write_release
-from unclip import UnCLIP, release
+from unclip import UnCLIP
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.folder import load_model, read_tensors, save_model
 from unclip.presets import TINY
-from unclip.sampling import Sampling
+from unclip.release import release
+from unclip.release.model import load_model, read_tensors, save_model
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.fixtures.hostile import rewrite, signed
 from tests.fixtures.release import MODEL, SAMPLING
-from unclip import UnCLIP, release
-from unclip.clip import Clip, build
-from unclip.decoder import Decoder
+from unclip import UnCLIP
+from unclip.clip.model import Clip, build
 from unclip.errors import Refused
-from unclip.folder import load_model, save_model
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
 from unclip.presets import TINY
-from unclip.prior import DiffusionPrior
+from unclip.release import release
+from unclip.release.model import load_model, save_model
 
 
 def test_every_file_of_a_release_is_missed_and_every_changed_byte_seen(folder: Path):

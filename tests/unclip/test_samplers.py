@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 
+from unclip.diffusion.guidance import clipped, dynamically_clipped
+from unclip.diffusion.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpm_solver_pp, noise_for
+from unclip.diffusion.schedule import PREDICTIONS, Prediction, Schedule
 from unclip.errors import Refused
-from unclip.guidance import clipped, dynamically_clipped
-from unclip.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpm_solver_pp, noise_for
-from unclip.schedule import PREDICTIONS, Prediction, Schedule
 
 diffusers = pytest.importorskip("diffusers")
 SCHEDULE = Schedule.named("cosine")

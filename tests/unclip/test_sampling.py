@@ -10,8 +10,8 @@ import torch
 
 from tests.fixtures.release import write_release
 from unclip import UnCLIP
+from unclip.diffusion.settings import Sampling, check_sampling
 from unclip.errors import Refused
-from unclip.sampling import Sampling, check_sampling
 
 GAMMA = tuple(torch.linspace(0.05, 0.99, 1000).tolist())
 

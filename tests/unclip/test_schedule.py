@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from unclip.diffusion.schedule import PREDICTIONS, SPACINGS, Schedule
 from unclip.errors import Refused
-from unclip.schedule import PREDICTIONS, SPACINGS, Schedule
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from tests.fixtures.plain import shaken
-from unclip.guidance import classifier_free, conditional, join
-from unclip.layers import UpConv2d, attend, fold_upsampling
+from unclip.diffusion.guidance import classifier_free, conditional, join
+from unclip.diffusion.samplers import ddim
+from unclip.models.layers import UpConv2d, attend, fold_upsampling
+from unclip.models.prior import DiffusionPrior, PriorContext
+from unclip.models.unet import UNet
 from unclip.presets import TINY
-from unclip.prior import DiffusionPrior, PriorContext
-from unclip.samplers import ddim
-from unclip.unet import UNet
 
 B, L = 3, TINY.prior.context
 LENGTHS = (1, 7, L)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unclip.clip.tokenizer import CLIP_VOCABULARY, FIXED, Tokenizer
 from unclip.errors import Refused
-from unclip.tokenizer import CLIP_VOCABULARY, FIXED, Tokenizer
 
 TEXTS = [
     "",

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from tests.fixtures.release import write_release
 from unclip import UnCLIP
+from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.layers import bfloat16_convolutions
+from unclip.models.layers import bfloat16_convolutions
+from unclip.models.strips import in_strips
+from unclip.models.unet import UNet
+from unclip.models.upsampler import Upsampler, UpsamplerConfig, filled_up
 from unclip.presets import PAPER, TINY
-from unclip.sampling import Sampling
-from unclip.strips import in_strips
-from unclip.unet import UNet
-from unclip.upsampler import Upsampler, UpsamplerConfig, filled_up
 
 DEEP = replace(TINY.upsamplers[0], multiples=(1, 2, 3), depth=2, learned_range=True)
 CONFIGS = {

@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from unclip.classifier import ClassifierConfig
-from unclip.clip import build
-from unclip.clip_text import TextTower
-from unclip.folder import KINDS
-from unclip.noised_clip import NoisedClipConfig
+from unclip.clip.model import build
+from unclip.clip.text import TextTower
+from unclip.meta import weightless
+from unclip.models.classifier import ClassifierConfig
+from unclip.models.noised_clip import NoisedClipConfig
 from unclip.presets import TINY
-from unclip.weightless import weightless
+from unclip.release.model import KINDS
 
 assert TINY.encoder is not None
 CONFIGS = {
@@ -69,7 +69,7 @@ def test_names_shapes_and_types_are_those_of_the_real_model(name: str) -> None:
 ALONE = """
 import json, sys
 from tests.unclip.test_weightless import MODELS
-from unclip.weightless import weightless
+from unclip.meta import weightless
 slow = []
 for name, make in MODELS.items():
     with weightless():

@@ -1,0 +1,272 @@
+"""A model on disk: a folder with `config.json` and `model.safetensors`. Nothing in it is ever executed.
+
+Every model of a release has this layout; `config.json` carries the schema version and the kind, so that a folder of
+another kind, or one written by another unclip, is refused before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip.config import mistyped
+from unclip.errors import Refused
+from unclip.files import read_document
+from unclip.meta import weightless
+from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
+from unclip.models.classifier import Classifier, ClassifierConfig
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
+from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
+
+SCHEMA_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+GAMMA = "gamma.safetensors"
+"""Beside a model that Analytic-DPM samples: its table of γ (unclip/diffusion/analytic.py)."""
+
+KINDS: dict[str, tuple[type, type[nn.Module]]] = {
+    "prior": (PriorConfig, DiffusionPrior),
+    "ar_prior": (AutoregressivePriorConfig, AutoregressivePrior),
+    "decoder": (DecoderConfig, Decoder),
+    "inpainter": (DecoderConfig, Decoder),
+    "upsampler": (UpsamplerConfig, Upsampler),
+    "classifier": (ClassifierConfig, Classifier),
+    "noised_clip": (NoisedClipConfig, NoisedClip),
+}
+PRIORS = ("prior", "ar_prior")
+"""Kinds that can be the prior of a release."""
+FREE = {"dropout", "size", "inpaint"}
+"""Settings that weights do not depend on: those in which a warm start may differ from its model."""
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Writes a document with this schema's version, the same bytes for the same document."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads `write_json`'s document; raises Refused where it is missing, unreadable or of another schema version."""
+    try:
+        document = read_document(path)
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist, so {path.parent} holds no {what}") from None
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read as the JSON of a {what}: {error}") from None
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if found != SCHEMA_VERSION:
+        raise Refused(
+            f"{path} has schema version {found!r}, and this unclip reads version {SCHEMA_VERSION}. "
+            "Use the unclip that wrote it, or make it anew."
+        )
+    return document
+
+
+@contextmanager
+def understood(path: Path, what: str) -> Iterator[None]:
+    """Turns what a document of the right version and the wrong content leads to into Refused."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        # RuntimeError is what torch says of layers that no memory holds.
+        raise Refused(
+            f"{path} is no {what} that this unclip understands ({type(error).__name__}: {shorten(str(error), 300)})"
+        ) from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a state dict as safetensors, in the order of names, from the host."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
+    from safetensors.torch import load_file
+
+    with _readable(path):
+        tensors = load_file(path)
+    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
+        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
+    return tensors
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a missing or damaged safetensors file leads to into Refused."""
+    from safetensors import SafetensorError
+
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path} is no regular file")
+    try:
+        yield
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
+    except (SafetensorError, OSError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # The last five are torch's, for a header of impossible shapes.
+        raise Refused(f"{path} is no readable safetensors file: {shorten(str(error), 300)}") from None
+
+
+def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
+    """Writes a model of one of the `KINDS`.
+
+    config: its PriorConfig, DecoderConfig, …. state: the weights to keep (the averaged ones). clip: the fingerprint of
+    the CLIP whose embeddings it was trained on; None for an upsampler or a classifier, which see none.
+    """
+    if kind not in KINDS:
+        raise Refused(f"model kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {"kind": kind, "config": _document(config), "clip": clip})
+    write_tensors(folder / WEIGHTS, state)
+
+
+def _document(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON, without what `UNSAID` leaves out."""
+    unsaid = {item.name: item.default for item in fields(config) if item.metadata.get("unsaid")}
+    return {name: value for name, value in asdict(config).items() if name not in unsaid or value != unsaid[name]}
+
+
+def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
+    """(configuration, CLIP fingerprint) of a model's folder, without its tensors; raises Refused for another kind."""
+    kind, document = _kind(folder, kinds)
+    with understood(folder / CONFIG, f"configuration of a {kind}"):
+        return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
+
+
+def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
+    """The configuration of that kind from plain JSON; raises Refused for fields that it does not know."""
+    config_type = KINDS[kind][0]
+    known = {field.name for field in fields(config_type)}
+    if unknown := sorted(set(values) - known):
+        raise Refused(f"{where} has settings that this unclip's {kind} does not know: {', '.join(unknown)}")
+    values = {name: _tuples(value) for name, value in values.items()}
+    if wrong := mistyped(config_type, values):
+        raise Refused(f"{where}: {wrong}")
+    try:
+        return config_type(**values)
+    except TypeError as error:
+        raise Refused(f"{where} is no configuration of a {kind}: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a configuration has, also inside of one another."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def load_model(folder: Path, *kinds: str) -> nn.Module:
+    """The model of a folder, one of those kinds, frozen and in evaluation mode.
+
+    Raises Refused for another kind, or where its tensors do not fit its config.
+    """
+    config, _ = read_model_config(folder, *kinds)
+    kind, _ = _kind(folder, kinds)
+    with understood(folder / CONFIG, f"configuration of a {kind}"):
+        with weightless():  # its shapes cost nothing; what does not fit the file is never built
+            needed = KINDS[kind][1](config).state_dict()
+        check_shapes(folder / WEIGHTS, needed)
+        model = KINDS[kind][1](config)
+    tensors = read_tensors(folder / WEIGHTS)
+    check_numbers(folder / WEIGHTS, tensors, needed)
+    model.load_state_dict(tensors)
+    return model.requires_grad_(False).eval()
+
+
+def check_shapes(path: Path, needed: Mapping[str, Tensor]) -> None:
+    """Raises Refused unless a file's header names just these tensors, in these shapes; reads nothing else of it."""
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if wrong := misfit(found, {name: tuple(tensor.shape) for name, tensor in needed.items()}):
+        raise Refused(f"{path} does not fit its {CONFIG}: {wrong}")
+
+
+def misfit(found: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str:
+    """What of these shapes, by a tensor's name, is not as needed; "" where all is."""
+    wrong = [f"{name} is missing" for name in sorted(needed.keys() - found.keys())]
+    wrong += [f"there is no {name} in it" for name in sorted(found.keys() - needed.keys())]
+    wrong += [
+        f"{name} is {list(found[name])}, and {list(shape)} is needed"
+        for name, shape in sorted(needed.items())
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    return "; ".join(wrong[:3]) + " …" * (len(wrong) > 3)
+
+
+def check_numbers(path: Path, tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Raises Refused where a file holds another kind of number than is needed: copying would round, cut off an
+    imaginary part, or take any number for True, without a word."""
+    for name, tensor in tensors.items():
+        if name in needed and _number_kind(tensor) != _number_kind(needed[name]):
+            raise Refused(f"{path} holds {tensor.dtype} in {name}, and {needed[name].dtype} is needed")
+
+
+def _number_kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Tells floating-point, complex and boolean tensors from each other and from integers, whatever their width."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+
+
+def warm_start(model: nn.Module, folder: Path, *kinds: str, clip: str | None = None) -> None:
+    """Gives a new model the weights of a finished one in a folder, of one of those kinds: a record's, or a release's
+    component. Its buffers too: statistics of embeddings and the empty text, which the weights were trained with.
+
+    What the finished model lacks must be zero at the new one's start, so that both give the same outputs: parts that
+    are added start silent. clip: the fingerprint that the finished model must have been trained on. Raises Refused for
+    another CLIP or kind, for settings or shapes in which the two differ, and for weights that the new model lacks.
+    """
+    config, trained_on = read_model_config(folder, *kinds)
+    if clip is not None and trained_on != clip:
+        raise Refused(
+            f"the model in {folder} was trained on the CLIP {str(trained_on)[:12]}…, and this one is for the CLIP "
+            f"{clip[:12]}…: their embeddings mean different things"
+        )
+    finished, new = read_tensors(folder / WEIGHTS), model.state_dict()
+    both = {name: (value, getattr(model.config, name, value)) for name, value in asdict(config).items()}
+    wrong = [f"its {name} is {a}, and {b} is asked for" for name, (a, b) in both.items() if a != b and name not in FREE]
+    wrong += [f"the new model has no {name}" for name in sorted(set(finished) - set(new))]
+    for name, tensor in new.items():
+        if name not in finished and bool(tensor.any()):
+            wrong.append(f"{name} is missing")
+        elif name in finished and finished[name].shape != tensor.shape:
+            wrong.append(f"{name} is {list(finished[name].shape)}, and {list(tensor.shape)} is needed")
+    if wrong:
+        raise Refused(f"a warm start from {folder} is impossible: {'; '.join(wrong[:3])}{' …' * (len(wrong) > 3)}")
+    model.load_state_dict(finished, strict=False)
+
+
+def save_gamma(folder: Path, gamma: Tensor) -> None:
+    """Writes a model's table of γ [timesteps], from `unclip.diffusion.analytic.estimate_gamma`, into its folder."""
+    write_tensors(folder / GAMMA, {"gamma": gamma.double()})
+
+
+def load_gamma(folder: Path, steps: int) -> Tensor:
+    """The table of γ in a model's folder, float64 [steps]; raises Refused where it is of another process."""
+    found = read_tensors(folder / GAMMA)
+    if set(found) != {"gamma"} or found["gamma"].shape != (steps,):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        raise Refused(
+            f"{folder / GAMMA} holds {shapes}, and this model's process has {steps} timesteps: gamma [{steps}]"
+        )
+    return found["gamma"].double()
+
+
+def _kind(folder: Path, kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(kind, document) of a model's folder."""
+    document = read_json(folder / CONFIG, kinds[0])
+    for kind in kinds:
+        if document.get("kind") == kind:
+            return kind, document
+    raise Refused(f"{folder} holds a {document.get('kind')!r}, and a {' or '.join(map(repr, kinds))} was asked for")
