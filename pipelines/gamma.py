@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from training.data import Data
+    from training.data.batches import Data
     from unclip.diffusion.schedule import Denoiser
     from unclip.diffusion.settings import Sampling
     from unclip.models.prior import DiffusionPrior
@@ -77,8 +77,8 @@ class Gamma:
     def run(self, action: Action, store: Store, out: Path) -> Record:
         from pipelines.embed import load_clip
         from pipelines.opening import unfold
-        from training.data import Data, Reads
-        from training.objectives import read_text
+        from training.data.batches import Data, Reads
+        from training.objectives.base import read_text
         from unclip.diffusion.analytic import estimate_gamma
         from unclip.release.model import load_model, save_gamma
 
@@ -96,7 +96,7 @@ class Gamma:
 
 def batches(prior: DiffusionPrior, data: Data, spec: GammaSpec) -> Iterator[tuple[Denoiser, Tensor]]:
     """(denoiser under a batch's captions, standardised z_i [batch, d]): the prior as it is sampled, but unguided."""
-    from training.order import Order
+    from training.data.order import Order
     from unclip.diffusion.guidance import conditional
 
     device: torch.device = prior.mean.device

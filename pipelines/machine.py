@@ -74,7 +74,7 @@ def needs(stages: Sequence[Stage], hardware: Mapping[str, Accelerator]) -> list[
 
 def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
     from training.cost import cost
-    from training.sharded import is_sharded
+    from training.parallel.fsdp import is_sharded
 
     config: TrainConfig = CONFIGS[stage.model](**stage.spec.train)
     one = cost(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from training.parallel import STATE_BYTES
-from training.speed import recomputed
-from training.weightless import Weightless, shapes
+from training.meta import Weightless, shapes
+from training.parallel.flat import STATE_BYTES
+from training.parallel.modes import recomputed
 from unclip.clip.model import build
 from unclip.meta import weightless
 from unclip.models.ar_prior import AutoregressivePrior
@@ -228,7 +228,7 @@ class _Kept:
 
     @contextmanager
     def recomputed(self, network: nn.Module) -> Iterator[None]:
-        """Inside it, the network's blocks keep what they are given alone, as `training.speed.recompute` has them."""
+        """Inside it, the network's blocks keep what they are given alone, as `modes.recompute` has them."""
         blocks = list(recomputed(network))
         for block in blocks:
             block.forward = partial(self._block, block.forward)

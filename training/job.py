@@ -77,7 +77,7 @@ class TrainConfig:
     rollback_every: int = field(default=1000, metadata=LATER)
     """Steps between the states that it may return to; each is a checkpoint."""
     spread: bool = field(default=False, metadata=LATER)
-    """Neighbours come from different blocks (training/order.py); without it one in `window` comes from the same."""
+    """Neighbours come from different blocks (data/order.py); without it one in `window` comes from the same."""
 
     def __post_init__(self) -> None:
         names = ("steps", "batch", "micro", "window", "ema_snapshots", "ema_validation")
@@ -270,7 +270,7 @@ class Job:
     data: dict[str, str]
     """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
     inpainter, clip for a noised CLIP; start, which an inpainter needs and any may have: the finished model, or the
-    release with one, that it goes on from (training/warm.py)."""
+    release with one, that it goes on from (training/warm_start.py)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

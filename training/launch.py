@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused, Stopped
 from infra.store.base import Store, open_store
-from training.checkpoint import Checkpoints, deliver
+from training.checkpoint.store import Checkpoints, deliver
 from training.job import FitHow, Job
-from training.leaving import Draining, StopFlag, heed_sigterm
+from training.preemption import Draining, StopFlag, heed_sigterm
 from unclip.errors import Refused as Impossible
 
 if TYPE_CHECKING:
-    from training.clock import Monitor
+    from training.telemetry.clock import Monitor
 
 __all__ = ["FitHow", "Job", "discard", "fit", "request_stop", "train_local"]
 
@@ -173,8 +173,8 @@ def _worker(config: dict[str, Any]) -> Refused | None:
     import torch
 
     from training.loop import train
-    from training.optim import Diverged
-    from training.parallel import Group
+    from training.optim.optimizer import Diverged
+    from training.parallel.flat import Group
 
     context, how = ray.train.get_context(), config["how"]
     store, job = open_store(config["store"]), config["job"]

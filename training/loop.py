@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from infra.errors import Refused, Stopped
 from infra.store.base import Store
 from infra.store.retry import Patient, patiently
-from training.averages import Averages
-from training.checkpoint import RELEASE, Checkpoint, Checkpoints, finished, identity
-from training.clock import SUMS, Clock, Monitor, by_quartile
-from training.data import Batch, Data
-from training.ema import Ema
-from training.feed import Feed
+from training.checkpoint.saver import Saver, room_for
+from training.checkpoint.store import RELEASE, Checkpoint, Checkpoints, finished, identity
+from training.data.batches import Batch, Data
+from training.data.feed import Feed
+from training.data.order import Order
 from training.job import FitHow, Job, TrainConfig
-from training.muon import is_inner
-from training.objectives import objective
-from training.optim import Diverged, Optimiser, learning_rate
-from training.order import Order
-from training.parallel import Flat, Group, Vectors
-from training.precision import Precision
-from training.preview import Previews
-from training.saving import Saver, room_for
-from training.sharded import Learner, built, shard, whole
-from training.speed import determinism, prepare, seed
-from training.spikes import Spikes
+from training.objectives.base import objective
+from training.optim.averages import Averages
+from training.optim.ema import Ema
+from training.optim.muon import is_inner
+from training.optim.optimizer import Diverged, Optimiser, learning_rate
+from training.optim.precision import Precision
+from training.optim.spikes import Spikes
+from training.parallel.flat import Flat, Group, Vectors
+from training.parallel.fsdp import Learner, built, shard, whole
+from training.parallel.modes import determinism, prepare, seed
+from training.telemetry.clock import SUMS, Clock, Monitor, by_quartile
+from training.telemetry.preview import Previews
 from training.validate import choose, split
 from unclip.models.layers import bfloat16_convolutions
 
@@ -252,7 +252,9 @@ class State:
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """Goes to where a checkpoint was written, by however many workers."""
-        from training.dcp import load  # resuming pays for the import of torch.distributed.checkpoint, starting does not
+        from training.checkpoint.dcp import (
+            load,  # resuming pays for the import of torch.distributed.checkpoint, starting does not
+        )
 
         tensors = self.tensors()
         load(checkpoint, tensors)

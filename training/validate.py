@@ -13,12 +13,12 @@ from torch import Tensor
 
 from infra.errors import Refused
 from infra.store.base import Store
-from training.averages import Averages
-from training.data import Batch, Data
+from training.data.batches import Batch, Data
+from training.data.order import derived
 from training.job import Job, TrainConfig
-from training.order import derived
-from training.precision import Precision
-from training.sharded import Learner, spread
+from training.optim.averages import Averages
+from training.optim.precision import Precision
+from training.parallel.fsdp import Learner, spread
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from infra.store.base import LocalStore
-from training.checkpoint import Checkpoints
-from training.parallel import Group
-from training.saving import Saver
+from training.checkpoint.saver import Saver
+from training.checkpoint.store import Checkpoints
+from training.parallel.flat import Group
 
 MEGABYTES = int(os.environ.get("UNCLIP_BENCH_CHECKPOINT_MB", "1024"))
 SAVES = 3

@@ -39,11 +39,11 @@ from infra.tracking.monitor import NullMonitor
 from tests.benchmarks.embedding import Took, timed
 from tests.benchmarks.measure import one_core
 from tests.training.tiny import Tiny, tiny
-from training.data import Data
+from training.data.batches import Data
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives import objective
-from training.parallel import Group
+from training.objectives.base import objective
+from training.parallel.flat import Group
 from unclip.models.decoder import DecoderConfig
 from unclip.models.prior import PriorConfig
 

@@ -26,9 +26,9 @@ import webdataset
 from infra.store.base import open_store
 from tests.benchmarks.loading import BASE, LARGE, Files, files
 from tests.benchmarks.measure import MARGIN, compare, one_thread
-from training.data import Data, Reads, picture
-from training.feed import Feed
-from training.order import Order
+from training.data.batches import Data, Reads, picture
+from training.data.feed import Feed
+from training.data.order import Order
 
 pytest_plugins = ["tests.fixtures.s3"]
 BATCH, WINDOW, CACHE = 64, 16, 256 << 20

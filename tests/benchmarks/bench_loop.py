@@ -26,11 +26,11 @@ import torch
 from infra.tracking.monitor import NullMonitor
 from tests.benchmarks.measure import one_core
 from tests.training.tiny import CLIP, Tiny, tiny
-from training.data import Batch, Data
+from training.data.batches import Batch, Data
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives import objective
-from training.parallel import Group
+from training.objectives.base import objective
+from training.parallel.flat import Group
 from unclip.presets import BASE, DEMO
 
 CPU = torch.device("cpu")

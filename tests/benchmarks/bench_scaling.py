@@ -35,7 +35,7 @@ from pipelines import recipe
 from tests.training.ranks import PRELOADED
 from tests.training.tiny import CLIP, Tiny, tiny
 from training.job import FitHow, Job
-from training.parallel import Group
+from training.parallel.flat import Group
 from unclip.presets import preset
 
 ROUNDS = int(os.environ.get("UNCLIP_BENCH_ROUNDS", "5"))

@@ -30,9 +30,9 @@ from tests.fixtures.release import SAMPLING, write_parts
 from tests.fixtures.stages import clip, download, make, source
 from tests.training.tiny import tiny
 from training.cost import parameters
-from training.data import Data, Reads, picture
+from training.data.batches import Data, Reads, picture
+from training.data.labels import Labels, class_table
 from training.job import FitHow
-from training.labels import Labels, class_table
 from training.launch import train_local
 from unclip import UnCLIP
 from unclip.release.model import load_model

@@ -78,7 +78,7 @@ class Watch(NullMonitor):
 
 def places(job: Job) -> dict[int, tuple[int, int]]:
     """(step, micro-batch) by the seed of its noise."""
-    from training.order import derived
+    from training.data.order import derived
 
     steps, lanes = job.config.steps, job.config.lanes
     return {derived("noise", job.config.seed, s, m): (s, m) for s in range(steps) for m in range(lanes)}

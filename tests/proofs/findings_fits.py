@@ -23,13 +23,13 @@ from infra.tracking.monitor import NullMonitor
 from pipelines.fit import ROLES, Fit, FitSpec
 from pipelines.stage import plain
 from pipelines.statistics import Statistics
-from training.data import Batch, Data
-from training.feed import Feed
+from training.data.batches import Batch, Data
+from training.data.feed import Feed
+from training.data.order import Order
 from training.job import CONFIGS, FitHow, Job
 from training.launch import discard, train_local
-from training.objectives import objective
-from training.order import Order
-from training.parallel import Group
+from training.objectives.base import objective
+from training.parallel.flat import Group
 from unclip.presets import DEMO
 
 NEEDS = ("embed", "curate", "statistics", "clip")

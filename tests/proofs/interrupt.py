@@ -29,10 +29,10 @@ from safetensors import safe_open
 from infra.store.base import LocalStore
 from tests.proofs.interrupt_ranks import BATCH, MICRO, Attempt, Strike, attempt
 from tests.training.tiny import tiny
-from training.checkpoint import Checkpoint, Checkpoints
-from training.data import Data, Reads
+from training.checkpoint.store import Checkpoint, Checkpoints
+from training.data.batches import Data, Reads
+from training.data.order import derived
 from training.job import Job
-from training.order import derived
 from unclip.release.model import read_tensors
 
 STEPS = 18

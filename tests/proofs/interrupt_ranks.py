@@ -72,7 +72,7 @@ class Watch(NullMonitor):
     """What a rank notes in a file (uids of each micro-batch, metrics of each step), and when it is struck."""
 
     def __init__(self, path: Path, job: Job, strike: Strike | None) -> None:
-        from training.order import derived
+        from training.data.order import derived
 
         super().__init__()
         steps, lanes = job.config.steps, job.config.lanes
@@ -139,8 +139,8 @@ def _rank(rank: int, folder: Path, meeting: Path, job: Job, one: Attempt, number
     import torch.distributed
 
     from training import loop
-    from training.leaving import heed_sigterm, told_to_end
-    from training.parallel import Group
+    from training.parallel.flat import Group
+    from training.preemption import heed_sigterm, told_to_end
 
     heed_sigterm()
     struck = one.strike if rank == one.ranks - 1 else None

@@ -15,7 +15,13 @@ from infra.store.base import LocalStore
 from infra.tracking.monitor import NullMonitor
 from training.job import FitHow, Job
 
-PRELOADED = ["training.loop", "training.dcp", "torch.distributed.fsdp", "torch.distributed.tensor", "pyarrow.parquet"]
+PRELOADED = [
+    "training.loop",
+    "training.checkpoint.dcp",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "pyarrow.parquet",
+]
 """What one process imports for all ranks, which are forked from it; it computes nothing."""
 
 
@@ -76,7 +82,7 @@ def _rank(rank: int, ranks: int, root: Path, meeting: Path, asks: Sequence[Ask],
     import torch.distributed
 
     from training.loop import train
-    from training.parallel import Group
+    from training.parallel.flat import Group
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}/meet", rank=rank, world_size=ranks)
     met = []

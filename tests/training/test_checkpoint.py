@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from infra.store.base import LocalStore
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from infra.errors import Stopped
 from infra.records.manifest import canonical, digest
 from tests.training.test_loop import SHORT, Seen, stopping_after
 from tests.training.tiny import Tiny, tiny
-from training import clock
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
 from training.job import FitHow
 from training.launch import train_local
-from training.stopwatch import Stopwatch
-from training.utilisation import Utilisation, computed_in, matmul_peak
+from training.telemetry import clock
+from training.telemetry.mfu import Utilisation, computed_in, matmul_peak
+from training.telemetry.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 

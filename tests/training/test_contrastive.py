@@ -13,11 +13,11 @@ import torch
 
 from infra.errors import Refused
 from tests.training.tiny import CLIP
-from training.contrastive import ClipObjective
-from training.data import Batch
+from training.data.batches import Batch
 from training.job import Job
 from training.loop import check_divisible
-from training.parallel import Group
+from training.objectives.clip import ClipObjective
+from training.parallel.flat import Group
 
 VIT = CLIP | {"vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}}
 WHOLE = 6

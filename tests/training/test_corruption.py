@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from infra.errors import Refused
 from pipelines.stage import plain
 from tests.training.tiny import Tiny, tiny
-from training.data import Batch
+from training.data.batches import Batch
 from training.job import UpsamplerTrain
-from training.objectives import UpsamplerObjective
-from training.parallel import Group
+from training.objectives.base import UpsamplerObjective
+from training.parallel.flat import Group
 from unclip.degrade.bsr import gaussian_blur
 from unclip.pictures import to_unit
 

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.training.tiny import CLIP
 from training.cost import cost, parameters
-from training.parallel import STATE_BYTES
-from training.speed import recompute
+from training.parallel.flat import STATE_BYTES
+from training.parallel.modes import recompute
 from unclip.errors import Refused
 from unclip.models.ar_prior import AutoregressivePrior
 from unclip.models.decoder import Decoder

@@ -8,9 +8,9 @@ import torch
 
 from infra.errors import Refused
 from tests.training.tiny import SIDE, Tiny, png, tiny
-from training.data import Data, Reads, picture
-from training.feed import Feed
-from training.order import Order
+from training.data.batches import Data, Reads, picture
+from training.data.feed import Feed
+from training.data.order import Order
 
 PICTURES = Reads(image=partial(picture, size=SIDE), originals=True)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, stored, tiny
-from training.data import Batch, Data
+from training.data.batches import Batch, Data
+from training.data.order import Order
 from training.job import FitHow, InpainterTrain, Job, TrainConfig
 from training.launch import train_local
-from training.masks import random_masks
-from training.objectives import objective, read_clip
-from training.optim import Optimiser
-from training.order import Order
-from training.parallel import Flat, Group
+from training.objectives.base import objective, read_clip
+from training.objectives.masks import random_masks
+from training.optim.optimizer import Optimiser
+from training.parallel.flat import Flat, Group
 from unclip.errors import Refused as Impossible
 from unclip.models.decoder import Decoder
 from unclip.pictures import to_unit

@@ -16,13 +16,13 @@ from infra.records.manifest import digest_file, object_name
 from infra.store.base import Store
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
-from training.data import Data, Reads, picture
+from training.data.batches import Data, Reads, picture
+from training.data.labels import Labels, class_table, labelled
+from training.data.order import Order
 from training.job import FitHow
-from training.labels import Labels, class_table, labelled
 from training.launch import train_local
-from training.objectives import objective
-from training.order import Order
-from training.parallel import Group
+from training.objectives.base import objective
+from training.parallel.flat import Group
 from unclip.models.classifier import Classifier
 from unclip.release.model import load_model, read_json
 
@@ -87,7 +87,7 @@ def test_integers_are_ordered_by_size_and_texts_by_their_characters(world: Tiny)
     ],
 )
 def test_a_column_that_is_no_label_is_refused(world: Tiny, column, values, reason, monkeypatch):
-    monkeypatch.setattr("training.labels.MOST", 50)
+    monkeypatch.setattr("training.data.labels.MOST", 50)
     index = put(world.store, {column: values})
     uids = [bytes([48 + number]) * 16 for number in range(len(values))]
     with pytest.raises(Refused, match=reason):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from infra.store.base import LocalStore
-from training import leaving
-from training.leaving import Draining, StopFlag
+from training import preemption as leaving
+from training.preemption import Draining, StopFlag
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from infra.errors import Refused, Stopped
 from infra.records.manifest import canonical, digest_file
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import EARLIER, Checkpoints
+from training.checkpoint.store import EARLIER, Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives import objective
+from training.objectives.base import objective
 from unclip.errors import Refused as Impossible
 from unclip.release.model import load_model, read_json, read_tensors, write_tensors
 

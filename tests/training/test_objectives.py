@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from infra.records.manifest import Manifest, object_name
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
-from training.data import Batch, Data
+from training.data.batches import Batch, Data
+from training.data.order import Order
 from training.job import FitHow, TrainConfig
 from training.launch import train_local
-from training.objectives import objective
-from training.optim import Optimiser
-from training.order import Order
-from training.parallel import Flat, Group
+from training.objectives.base import objective
+from training.optim.optimizer import Optimiser
+from training.parallel.flat import Flat, Group
 from unclip.diffusion.schedule import Schedule
 from unclip.pictures import to_unit
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from training.order import Order, derived, shuffled
-from training.parallel import Group
+from training.data.order import Order, derived, shuffled
+from training.parallel.flat import Group
 
 BLOCKS = st.lists(st.integers(0, 5), min_size=1, max_size=7).filter(any).map(tuple)
 

@@ -10,7 +10,7 @@ import pytest
 
 from infra.store.base import LocalStore
 from tests.training.test_checkpoint import damage, put
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
 
 
 def _resumed(rank: int, root: Path, answers: Any) -> None:
@@ -18,7 +18,7 @@ def _resumed(rank: int, root: Path, answers: Any) -> None:
     import torch.distributed
 
     from training.loop import newest
-    from training.parallel import Group
+    from training.parallel.flat import Group
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)

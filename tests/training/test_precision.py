@@ -10,10 +10,10 @@ from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import HOW, Seen, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
 from training.job import KINDS, DecoderTrain, TrainConfig
 from training.launch import train_local
-from training.precision import INTERVAL, Scaler
+from training.optim.precision import INTERVAL, Scaler
 from unclip.release.model import read_tensors
 
 SHORT = {"steps": 2, "batch": 4, "micro": 2, "warmup": 0, "window": 3}

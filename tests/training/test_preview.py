@@ -17,13 +17,13 @@ from PIL import Image
 from infra.errors import Stopped
 from tests.training.test_loop import HOW, SHORT, Seen, case, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
-from training.data import Data
+from training.data.batches import Data
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives import Objective, objective
-from training.precision import Precision
-from training.preview import GUIDANCE, NAME, STEPS, Previews
-from training.speed import compile_parts, recompute
+from training.objectives.base import Objective, objective
+from training.optim.precision import Precision
+from training.parallel.modes import compile_parts, recompute
+from training.telemetry.preview import GUIDANCE, NAME, STEPS, Previews
 from unclip.clip.text import Text
 from unclip.diffusion.guidance import classifier_free, clipped
 from unclip.diffusion.samplers import ddim, noise_for

@@ -19,10 +19,10 @@ from infra.store.cache import bound
 from infra.store.s3 import S3Store
 from tests.fixtures.s3 import requests
 from tests.training.tiny import SIDE, Tiny, tiny
-from training.data import Data, Reads, picture
-from training.feed import Feed
-from training.order import Order
-from training.parallel import Group
+from training.data.batches import Data, Reads, picture
+from training.data.feed import Feed
+from training.data.order import Order
+from training.parallel.flat import Group
 
 VECTORS = Reads(embeddings=True, text_embeddings=True)
 PICTURES = Reads(image=partial(picture, size=SIDE), originals=True, embeddings=True)

@@ -8,9 +8,9 @@ import torch
 
 from infra.errors import Refused
 from infra.store.base import LocalStore
-from training.checkpoint import Checkpoints
-from training.parallel import Group
-from training.saving import Saver
+from training.checkpoint.saver import Saver
+from training.checkpoint.store import Checkpoints
+from training.parallel.flat import Group
 from unclip.release.model import read_tensors
 
 

@@ -14,12 +14,12 @@ from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
 from tests.training.ranks import Ask, Told, stopping_after, together
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import Checkpoints, deliver
+from training.checkpoint.store import Checkpoints, deliver
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives import objective
-from training.parallel import Group
-from training.sharded import built, is_sharded
+from training.objectives.base import objective
+from training.parallel.flat import Group
+from training.parallel.fsdp import built, is_sharded
 from unclip.release.model import read_tensors
 
 SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}

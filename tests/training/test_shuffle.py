@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.order import Order
+from training.data.order import Order
 
 ROW_GROUP = 256
 MIXES: dict[str, list[int]] = {

@@ -14,13 +14,13 @@ from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import contents
 from tests.training.test_objectives import again
 from tests.training.tiny import CLIP, Tiny, tiny
-from training.data import Data
+from training.data.batches import Data
+from training.data.order import Order
 from training.job import KINDS, FitHow, Job
 from training.launch import train_local
-from training.objectives import objective
-from training.order import Order
-from training.parallel import Flat, Group
-from training.speed import compile_parts, determinism, prepare, seed
+from training.objectives.base import objective
+from training.parallel.flat import Flat, Group
+from training.parallel.modes import compile_parts, determinism, prepare, seed
 from unclip.release.model import read_tensors
 
 CPU = torch.device("cpu")
@@ -184,7 +184,7 @@ import sys
 from pathlib import Path
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import tiny
-from training import clock
+from training.telemetry import clock
 from training.job import FitHow
 from training.launch import train_local
 world, clock.WORTHWHILE_S = tiny(Path(sys.argv[1])), 1e9

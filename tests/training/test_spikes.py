@@ -12,12 +12,12 @@ from infra.errors import Stopped
 from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import Seen, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
+from training.data.order import shuffled
 from training.job import FitHow, Job, TrainConfig
 from training.launch import train_local
-from training.optim import Diverged
-from training.order import shuffled
-from training.spikes import LEAST, Spikes
+from training.optim.optimizer import Diverged
+from training.optim.spikes import LEAST, Spikes
 from unclip.release.model import read_tensors
 
 HOW = FitHow(checkpoint_seconds=1000)

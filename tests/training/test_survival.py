@@ -16,10 +16,10 @@ from infra.tracking.monitor import NullMonitor
 from tests.fixtures.disk import Disk
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, unharmed
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.leaving import StopFlag
+from training.preemption import StopFlag
 
 STEPS = 24
 SHORT = {"steps": STEPS, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
@@ -159,7 +159,7 @@ def test_a_finished_model_waits_for_room(undisturbed, disk: Disk, tmp_path):
 
 
 def test_a_store_that_does_not_answer_asks_nobody_to_stop(s3_uri, proxy, monkeypatch):
-    monkeypatch.setattr("training.leaving.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("training.preemption.POLL_SECONDS", 0.05)
     store = open_store(s3_uri, endpoint=proxy.endpoint)
     proxy.plan = gone
     flag = StopFlag(store, "checkpoints/key/stop-1")

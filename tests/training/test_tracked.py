@@ -17,7 +17,7 @@ from tests.fixtures.mlflow import Tracked, mlflow_server
 from tests.fixtures.s3 import free_port
 from tests.training.test_loop import SHORT, Seen
 from tests.training.tiny import Tiny, tiny
-from training.checkpoint import Checkpoints
+from training.checkpoint.store import Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
 from training.loop import train

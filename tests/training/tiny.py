@@ -20,7 +20,7 @@ from infra.records import schemas as rows
 from infra.records.manifest import Action, Block, Manifest, Record, commit
 from infra.store.base import LocalStore, Store
 from training.job import Job
-from training.objectives import read_clip
+from training.objectives.base import read_clip
 from unclip.clip.model import Clip
 from unclip.clip.text import TextTower
 from unclip.models.classifier import ClassifierConfig

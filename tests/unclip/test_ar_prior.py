@@ -15,8 +15,8 @@ from torch import nn
 
 from tests.fixtures.release import shaken
 from training.job import TrainConfig
-from training.optim import Optimiser
-from training.parallel import Flat
+from training.optim.optimizer import Optimiser
+from training.parallel.flat import Flat
 from unclip.diffusion.guidance import join
 from unclip.diffusion.samplers import noise_for
 from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, Reading, gumbel, write_tokens

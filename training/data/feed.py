@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from training.data import Batch, Data
-from training.order import Order, derived
+from training.data.batches import Batch, Data
+from training.data.order import Order, derived
 
 FETCHERS = 8
 """Blocks that are brought from elsewhere at a time."""

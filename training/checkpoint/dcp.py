@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from infra.errors import Refused
-from training.checkpoint import Checkpoint, Checkpoints, Part, Stored, Written
-from training.saving import put_tensors
+from training.checkpoint.saver import put_tensors
+from training.checkpoint.store import Checkpoint, Checkpoints, Part, Stored, Written
 
 
 def save(

@@ -23,8 +23,8 @@ from torch import Tensor
 from infra.errors import Refused
 from infra.records.parquet import RowGroups
 from infra.store.base import Store
-from training.blocks import Index, Place, Spans, Wanted, matrix, places
-from training.labels import Labels, Reader
+from training.data.blocks import Index, Place, Spans, Wanted, matrix, places
+from training.data.labels import Labels, Reader
 
 Decode = Callable[[bytes, bytes], np.ndarray]
 """(encoded picture, uid) → uint8 [3, s, s], of one size for all rows."""

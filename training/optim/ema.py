@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training import posthoc
-from training.parallel import Vectors
+from training.optim import posthoc
+from training.parallel.flat import Vectors
 
 
 def ema_decay(decay: float, ramp: float, updates: int) -> float:

@@ -71,7 +71,7 @@ class _Gather(torch.autograd.Function):
 class Vectors(Protocol):
     """What a rank holds of a model's trained parameters: one vector of weights, one of their gradient.
 
-    The whole of both for `Flat`, a shard of every parameter for `training.sharded.Shards`. What walks beside the
+    The whole of both for `Flat`, a shard of every parameter for `training.parallel.fsdp.Shards`. What walks beside the
     weights (moments, averages) is a vector of the same layout, which `split` and `tensors` give their names back.
     """
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from infra.errors import Refused
 from training.job import TrainConfig
-from training.muon import dealt, direction, move_
-from training.parallel import Group, Vectors
+from training.optim.muon import dealt, direction, move_
+from training.parallel.flat import Group, Vectors
 
 MAX_SKIPPED_IN_A_ROW = 50
 ALONE = Group()

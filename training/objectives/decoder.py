@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from infra.store.base import Store
-from training.data import Batch, Reads, picture
+from training.data.batches import Batch, Reads, picture
 from training.job import DecoderTrain, InpainterTrain, Job
-from training.masks import random_masks
-from training.objectives import Conditioned, Diffusion, Losses
-from training.parallel import Group
+from training.objectives.base import Conditioned, Diffusion, Losses
+from training.objectives.masks import random_masks
+from training.parallel.flat import Group
 from unclip.models.decoder import Context, Decoder
 from unclip.pictures import to_unit
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from infra.records.parquet import columns
 from infra.store.base import Store
-from training.blocks import Place, places
-from training.data import Batch, Reads, picture
+from training.data.batches import Batch, Reads, picture
+from training.data.blocks import Place, places
+from training.data.labels import MISSING, Labels, class_table
 from training.job import Job
-from training.labels import MISSING, Labels, class_table
-from training.objectives import Losses, Noised
-from training.parallel import Group
-from training.warm import configured
+from training.objectives.base import Losses, Noised
+from training.parallel.flat import Group
+from training.warm_start import configured
 from unclip.models.classifier import Classifier, ClassifierConfig
 from unclip.pictures import to_unit
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from infra.tracking.system import Vitals
 from training.job import FitHow, Job, TrainConfig
-from training.objectives import Losses
-from training.parallel import Group
-from training.stopwatch import Stopwatch
-from training.utilisation import Utilisation
+from training.objectives.base import Losses
+from training.parallel.flat import Group
+from training.telemetry.mfu import Utilisation
+from training.telemetry.stopwatch import Stopwatch
 
 QUARTILES = 4
 WORTHWHILE_S = 20.0

@@ -20,14 +20,14 @@ from infra.errors import Refused
 from infra.records.manifest import Manifest, object_name
 from infra.records.parquet import RowGroups
 from infra.store.base import Store
-from training.blocks import matrix, places
-from training.data import Batch, Reads, ReadText, picture
+from training.data.batches import Batch, Reads, ReadText, picture
+from training.data.blocks import matrix, places
+from training.data.order import derived
 from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain
-from training.order import derived
-from training.parallel import Group
-from training.precision import in_float32
+from training.optim.precision import in_float32
+from training.parallel.flat import Group
 from training.reading import unpacked
-from training.warm import configured, started
+from training.warm_start import configured, started
 from unclip.clip.model import clip_widths
 from unclip.degrade.bsr import FULL, LIGHT, bsr, gaussian_blur
 from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
@@ -84,10 +84,10 @@ class Objective(Protocol):
 def objective(job: Job, store: Store, device: torch.device) -> Objective:
     """The objective of a job, with the CLIP and the statistics that it names."""
     if job.kind == "clip":
-        from training.contrastive import ClipObjective
+        from training.objectives.clip import ClipObjective
 
         return ClipObjective(job, store)
-    from training.decoders import DecoderObjective, InpainterObjective
+    from training.objectives.decoder import DecoderObjective, InpainterObjective
 
     kinds: dict[str, type[Any]] = {
         "prior": PriorObjective,
@@ -97,11 +97,11 @@ def objective(job: Job, store: Store, device: torch.device) -> Objective:
         "upsampler": UpsamplerObjective,
     }
     if job.kind == "classifier":
-        from training.classifier import ClassifierObjective
+        from training.objectives.classifier import ClassifierObjective
 
         kinds["classifier"] = ClassifierObjective
     elif job.kind == "noised_clip":
-        from training.contrastive import NoisedClipObjective
+        from training.objectives.clip import NoisedClipObjective
 
         kinds["noised_clip"] = NoisedClipObjective
     return cast(Objective, kinds[job.kind](job, store, device))

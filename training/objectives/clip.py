@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from infra.errors import Refused
 from infra.records.manifest import Manifest, object_name
 from infra.store.base import Store
-from training.data import Batch, Reads, decode, picture
+from training.data.batches import Batch, Reads, decode, picture
 from training.job import START, ClipTrain, Job
-from training.objectives import Losses, Noised
-from training.parallel import Group
-from training.precision import in_float32
-from training.warm import finished
+from training.objectives.base import Losses, Noised
+from training.optim.precision import in_float32
+from training.parallel.flat import Group
+from training.warm_start import finished
 from unclip.clip.model import Clip, Preprocess, build, check, clip_widths
 from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
 from unclip.diffusion.schedule import Schedule

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.data import Batch, Data
+from training.data.batches import Batch, Data
 from training.job import FitHow, Job
-from training.objectives import Objective
-from training.parallel import Group
-from training.precision import Precision
+from training.objectives.base import Objective
+from training.optim.precision import Precision
+from training.parallel.flat import Group
 from unclip.clip.text import Text
 from unclip.diffusion.guidance import conditional
 from unclip.diffusion.settings import Sampling, guided, in_range
@@ -35,7 +35,7 @@ from unclip.pictures import to_uint8, to_unit
 from unclip.sample import Prior, draw, draw_embeddings
 
 if TYPE_CHECKING:
-    from training.clock import Monitor
+    from training.telemetry.clock import Monitor
 
 NAME = "preview"
 PICTURES, EMBEDDINGS = 8, 64

@@ -2,7 +2,7 @@
 block just while it computes with it.
 
 What a rank holds are DTensors cut along their first dimension, and beside them the same numbers in one flat vector, as
-`training.parallel.Flat` has the whole model's: so optimiser, moving averages and clipping are the same code for both.
+`flat.Flat` has the whole model's: so optimiser, moving averages and clipping are the same code for both.
 A rank of R keeps 6 numbers for each R-th parameter (weights twice, gradient, two moments, an average) and the whole of
 one block at a time, where the flat way keeps 5 for each.
 """
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from training.data import Batch
+from training.data.batches import Batch
 from training.job import FitHow, Job, TrainConfig
-from training.objectives import Losses, Objective
-from training.parallel import STATE_BYTES, Group
-from training.weightless import shapes
+from training.meta import shapes
+from training.objectives.base import Losses, Objective
+from training.parallel.flat import STATE_BYTES, Group
 from unclip.models.layers import ContextAttention, ResBlock, TransformerBlock
 
 SHARE = 0.6
@@ -122,7 +122,7 @@ def _units(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Shards:
-    """This rank's shards of a model's trained parameters in one flat vector; see `training.parallel.Vectors`.
+    """This rank's shards of a model's trained parameters in one flat vector; see `training.parallel.flat.Vectors`.
 
     Matrices come first, then vectors, each in the order of registration.
     """

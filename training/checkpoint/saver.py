@@ -20,8 +20,8 @@ from torch import Tensor
 from infra.errors import Unavailable
 from infra.store.base import EXPECTED, advice
 from infra.store.retry import patiently
-from training.checkpoint import Checkpoints, Part, Stored, Written
-from training.parallel import Group
+from training.checkpoint.store import Checkpoints, Part, Stored, Written
+from training.parallel.flat import Group
 
 ONE = "00000-of-00001.safetensors"
 """The file of a single worker."""
@@ -104,7 +104,7 @@ class Saver:
             raise
         staged.set_result(None)
         if self._ranks > 1:
-            from training.dcp import save
+            from training.checkpoint.dcp import save
 
             return save(self._checkpoints, samples, copies, head, self._peers)
         if written := put_tensors(self._checkpoints, samples, ONE, copies):
@@ -119,7 +119,7 @@ class Saver:
         self._copies[name].copy_(local, non_blocking=True)
         if local is tensor:
             return self._copies[name]
-        from training.sharded import placed
+        from training.parallel.fsdp import placed
 
         return placed(self._copies[name], tensor)
 

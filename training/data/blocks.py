@@ -19,7 +19,7 @@ from infra.records.manifest import File, Manifest, Record, digest, object_name
 from infra.records.parquet import ahead, columns
 from infra.records.schemas import UID
 from infra.store.base import Store
-from training.labels import Labels, labelled
+from training.data.labels import Labels, labelled
 
 Wanted = Callable[[pa.Array], np.ndarray]
 """uids [n] → bool [n], which rows are wanted."""

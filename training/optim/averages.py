@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from infra.errors import Refused
 from infra.records.manifest import digest_file
 from infra.store.base import NotFound, Store
-from training.ema import PowerEma
 from training.job import TrainConfig
-from training.parallel import Group, Vectors
-from training.posthoc import Average, combination, combined
-from training.sharded import whole
+from training.optim.ema import PowerEma
+from training.optim.posthoc import Average, combination, combined
+from training.parallel.flat import Group, Vectors
+from training.parallel.fsdp import whole
 from unclip.release.model import read_tensors, write_tensors
 
 TRACKED = (0.05, 0.10)
