@@ -22,21 +22,22 @@ from infra.ledger import Ledger
 from infra.records.manifest import Manifest
 from infra.store.base import Store, open_store
 from infra.tracking.provenance import SENT, git_tags
-from pipelines import plan, workflow
-from pipelines import recipe as recipes
-from pipelines.console import Console
-from pipelines.data_report import PAGE
-from pipelines.download import Download
-from pipelines.execute import Execution
-from pipelines.explain import blaming
-from pipelines.gc import announced
-from pipelines.graph import chosen
-from pipelines.prompts import read_prompts
-from pipelines.scores import check_name
-from pipelines.source import SourceHow
+from pipelines.download.stage import Download
+from pipelines.engine import plan
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
+from pipelines.engine.graph import chosen
+from pipelines.engine.tracking import tell_run
+from pipelines.evaluate.prompts import read_prompts
+from pipelines.evaluate.scores import check_name
+from pipelines.recipe import schema as recipes
+from pipelines.recipe import stages as workflow
+from pipelines.recipe.errors import blaming
+from pipelines.recipe.start import starts
+from pipelines.reports.data import PAGE
+from pipelines.source.stage import SourceHow
 from pipelines.stage import Stage
-from pipelines.tracked import tell_run
-from pipelines.warm import starts
+from pipelines.versions.gc import announced
 from pipelines.world import Server, write_list, write_prompts
 
 
@@ -186,7 +187,7 @@ def _stoppable(execution: Execution, console: Console) -> Iterator[None]:
 
 def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Manifest], store: str, uri: str) -> None:
     """What came of it: the release and its scores, where to look, and how to go on."""
-    from pipelines import releases
+    from pipelines.promote import ledger as releases
 
     if "data-report" in made and "data-report" in names:
         about = made["curate"].version

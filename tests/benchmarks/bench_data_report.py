@@ -115,7 +115,7 @@ def _processor_time() -> float:
 
 def main(uri: str) -> None:
     """Makes the page beside the store."""
-    from pipelines.data_report import write
+    from pipelines.reports.data import write
 
     write(open_store(uri, create=False), "", Path(uri + ".html"))
     with open("/proc/self/status") as status:

@@ -20,7 +20,7 @@ import pytest
 from infra.records.manifest import Action, Manifest, Record, object_name
 from infra.records.schemas import SOURCE, uid
 from infra.store.base import open_store
-from pipelines.download import Download, DownloadHow, DownloadSpec
+from pipelines.download.stage import Download, DownloadHow, DownloadSpec
 from tests.benchmarks.bare import Took, bare
 from tests.benchmarks.web import address, serving
 

@@ -26,10 +26,10 @@ from infra.records.manifest import Action, Manifest, Record
 from infra.records.schemas import KEPT
 from infra.store.base import Store, open_store
 from infra.tracking.monitor import NullMonitor
-from pipelines.console import Console
-from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.execute import Execution
-from pipelines.source import LISTED
+from pipelines.download.stage import Download, DownloadHow, DownloadSpec
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
+from pipelines.source.stage import LISTED
 from tests.benchmarks.bench_download import HOSTS, rows
 from tests.benchmarks.web import serving
 from tests.fixtures.holding import ROOT

@@ -25,11 +25,11 @@ from infra.records.manifest import Action, Block, File, Manifest, Record, digest
 from infra.records.schemas import KEPT
 from infra.store.base import LocalStore, Store, open_store
 from infra.store.s3 import S3Store
-from pipelines import recipe as recipes
-from pipelines.console import Console
-from pipelines.execute import Execution
-from pipelines.graph import order, resolve
-from pipelines.plan import plan
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
+from pipelines.engine.graph import order, resolve
+from pipelines.engine.plan import plan
+from pipelines.recipe import schema as recipes
 from pipelines.run import prepared
 from tests.fixtures.faulty_s3 import Request, failing
 

@@ -18,8 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.rules import BlockedTerms, Caption, ExactDuplicates, NearDuplicates, Rule, SemanticDuplicates, Size
-from pipelines.select import judged
+from pipelines.select.rules import (
+    BlockedTerms,
+    Caption,
+    ExactDuplicates,
+    NearDuplicates,
+    Rule,
+    SemanticDuplicates,
+    Size,
+)
+from pipelines.select.stage import judged
 
 ROWS = (10_000, 100_000, 1_000_000)
 SHARD = 10_000

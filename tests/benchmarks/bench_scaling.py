@@ -31,7 +31,7 @@ from torch import Tensor
 
 from infra.store.base import LocalStore
 from infra.tracking.monitor import NullMonitor
-from pipelines import recipe
+from pipelines.recipe import schema as recipe
 from tests.training.ranks import PRELOADED
 from tests.training.tiny import CLIP, Tiny, tiny
 from training.job import FitHow, Job

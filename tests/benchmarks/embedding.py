@@ -29,10 +29,10 @@ from PIL import Image
 from infra.records.manifest import Action, Manifest, Record, commit, object_name
 from infra.records.schemas import KEPT, SOURCE, uid
 from infra.store.base import Store, open_store
-from pipelines.embed import Embed, base, chosen_rows, load_clip, pixels
-from pipelines.pack import Outcome, pack
-from pipelines.pictures import Picture, decoded
-from pipelines.select import Look, Select
+from pipelines.download.images import Picture, decoded
+from pipelines.download.shard import Outcome, pack
+from pipelines.embed.stage import Embed, base, chosen_rows, load_clip, pixels
+from pipelines.select.stage import Look, Select
 from pipelines.shapes.world import picture_of, scene_of
 from tests.benchmarks.measure import one_thread, status
 from tests.fixtures.stages import make

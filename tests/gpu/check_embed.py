@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.prefetch import Lane
+from pipelines.embed.prefetch import Lane
 from unclip.clip.text import TextTower
 
 LEAST = 0.999

@@ -18,8 +18,9 @@ from infra.errors import Refused
 from infra.tracking.mlflow import open_client
 from infra.tracking.monitor import NullMonitor
 from infra.tracking.uri import default_uri
-from pipelines import recipe, workflow
-from pipelines.admission import needs_of
+from pipelines.engine.admission import needs_of
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
 from tests.fixtures.s3 import free_port
 
 RUN = """

@@ -16,7 +16,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.store.base import LocalStore, NotFound, open_store
-from pipelines import cli
+from pipelines.cli import main as cli
 
 
 def test_what_was_put_is_read_back_whole_and_in_part(store_uri: str) -> None:

@@ -14,9 +14,9 @@ from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
 from infra.records.manifest import Manifest, Record, commit, standing
 from infra.records.schemas import KEPT
 from infra.store.base import Store, open_store
-from pipelines.download import PASSING, Download
-from pipelines.graph import resolve, why
-from pipelines.select import Look
+from pipelines.download.stage import PASSING, Download
+from pipelines.engine.graph import resolve, why
+from pipelines.select.stage import Look
 from pipelines.shapes.server import serve
 from tests.fixtures.stages import RULES, Data, download, make, source, todo
 from tests.fixtures.web import give, serving

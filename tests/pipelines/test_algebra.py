@@ -28,13 +28,13 @@ from hypothesis.stateful import (
 
 from infra.records.manifest import Action, Manifest, Record, object_name
 from infra.store.base import open_store
-from pipelines.data_verify import lose, mend, verify
-from pipelines.embed import Embed
-from pipelines.graph import resolve
-from pipelines.layouts import LAYOUTS
-from pipelines.rules import Aspect, BlockedTerms, Caption, ExactDuplicates, Rule, Size
-from pipelines.select import Look, Select
-from pipelines.source import SourceHow
+from pipelines.embed.stage import Embed
+from pipelines.engine.graph import resolve
+from pipelines.select.rules import Aspect, BlockedTerms, Caption, ExactDuplicates, Rule, Size
+from pipelines.select.stage import Look, Select
+from pipelines.source.columns import LAYOUTS
+from pipelines.source.stage import SourceHow
+from pipelines.versions.verify import lose, mend, verify
 from tests.fixtures.samples import gather_of, picture, source_of, write_folder
 from tests.fixtures.stages import make
 

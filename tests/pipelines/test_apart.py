@@ -17,8 +17,8 @@ from PIL import Image
 from infra.errors import Refused
 from infra.records.schemas import KEPT
 from infra.store.base import open_store
-from pipelines.apart import DIED, HUNG, Apart
-from pipelines.pictures import PictureSpec, prepare
+from pipelines.download.images import PictureSpec, prepare
+from pipelines.download.isolate import DIED, HUNG, Apart
 from tests.fixtures.stages import PICTURES, download, make
 from tests.fixtures.web import give, serving
 from tests.pipelines.test_download import indexes, listed
@@ -46,8 +46,8 @@ reads address 0, or waits in the kernel for ever, which takes the interpreter's 
 WATCHED = """
 import sys, threading, time
 from pathlib import Path
-from pipelines import pictures
-from pipelines.apart import preparing
+from pipelines.download import images as pictures
+from pipelines.download.isolate import preparing
 whole, large, bad = (Path(name).read_bytes() for name in sys.argv[1:])
 spec = pictures.PictureSpec(size=32)
 pictures.prepare(whole, spec)  # imports what it needs

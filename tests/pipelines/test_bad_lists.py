@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from pipelines.layouts import Columns
-from pipelines.source import SourceHow
+from pipelines.source.columns import Columns
+from pipelines.source.stage import SourceHow
 
 HEAD = b"url,caption\n"
 NAMED = Columns(header=("url", "caption"))

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from infra.errors import Refused
 from infra.store.base import open_store
-from pipelines import cli
-from pipelines.opening import open_release
+from pipelines.cli import main as cli
+from pipelines.release.open import open_release
 from tests.fixtures.release import write_release
 from unclip.release.model import write_json
 

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from infra.errors import Refused
 from infra.records.manifest import object_name
 from infra.store.base import open_store
-from pipelines import recipe, workflow
-from pipelines.rejected import examples
-from pipelines.rules import RULES, Aesthetic, BlockedTerms, Contamination, Nsfw, Rule, Size
-from pipelines.select import Look, Select, judged
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
+from pipelines.reports.examples import examples
+from pipelines.select.rules import RULES, Aesthetic, BlockedTerms, Contamination, Nsfw, Rule, Size
+from pipelines.select.stage import Look, Select, judged
 from pipelines.stage import plain
 from tests.fixtures.rules import rejected
 from tests.fixtures.samples import table_of
@@ -237,8 +238,8 @@ def test_named_rules_reconcile_in_every_account(data: Data, tmp_path: Path) -> N
 
 
 def test_what_is_not_to_be_seen_is_not_shown_under_another_name() -> None:
-    from pipelines.rejected import UNSEEN
-    from pipelines.rules.base import kind_of
+    from pipelines.reports.examples import UNSEEN
+    from pipelines.select.rules.base import kind_of
 
     for rule in (Nsfw(column="punsafe", max_score=0.5), Nsfw(column="punsafe", max_score=0.5, name="strict")):
         assert kind_of(rule.verdict) in UNSEEN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infra.errors import Refused
-from pipelines.blocklist import Blocklist
+from pipelines.download.blocklist import Blocklist
 
 
 @pytest.mark.parametrize(

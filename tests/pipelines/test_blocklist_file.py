@@ -9,9 +9,9 @@ import pytest
 
 from infra.errors import Refused
 from infra.store.base import open_store
-from pipelines.blocklist import entries_digest, read_file
-from pipelines.download import Download, DownloadHow, DownloadSpec
-from pipelines.guard import Fault
+from pipelines.download.blocklist import entries_digest, read_file
+from pipelines.download.guard import Fault
+from pipelines.download.stage import Download, DownloadHow, DownloadSpec
 from pipelines.stage import plain
 
 LIST = """# hosts of advertisers

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from pipelines.captions import Captions
-from pipelines.prefetch import Lane
+from pipelines.embed.prefetch import Lane
+from pipelines.embed.text import Captions
 from unclip.clip.model import Clip, build
 
 MODEL = {

@@ -18,10 +18,10 @@ from infra.records.manifest import Action, Record, commit, object_name
 from infra.records.parquet import SMALL, ahead, columns
 from infra.records.schemas import KEPT
 from infra.store.base import Store, open_store
-from pipelines.census import ARRAYS, Census, Hosts, Row, _chosen, census, counted, shards, stored
-from pipelines.charts import histogram, linear
-from pipelines.forget import forget, names_of
-from pipelines.page import count
+from pipelines.reports.census import ARRAYS, Census, Hosts, Row, _chosen, census, counted, shards, stored
+from pipelines.reports.charts import histogram, linear
+from pipelines.reports.page import count
+from pipelines.versions.forget import forget, names_of
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.stages import Data
 

@@ -14,8 +14,8 @@ from infra.records.manifest import digest_file
 from infra.store.base import open_store
 from infra.tracking.mlflow import open_client
 from infra.tracking.uri import default_uri
-from pipelines import recipe
-from pipelines.opening import open_release
+from pipelines.recipe import schema as recipe
+from pipelines.release.open import open_release
 from tests.fixtures import beside_diffusers
 from tests.fixtures.tiny_run import here, newest, objects, todo, unclip
 from tests.proofs import parallel
@@ -69,7 +69,7 @@ def test_gc_leaves_all_that_a_run_and_a_release_need(copy: Path) -> None:
 
 
 def test_every_row_of_the_list_is_in_exactly_one_final_state(finished: tuple[Path, str]) -> None:
-    from pipelines.data import reconcile
+    from pipelines.versions.show import reconcile
 
     store, _ = finished
     stages = ("source", "download", "filter", "embed", "curate")

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from infra.ledger import Entry, Ledger
 from infra.store.base import open_store
-from pipelines import cli
-from pipelines.console import Console as StageConsole
+from pipelines.cli import main as cli
+from pipelines.engine.console import Console as StageConsole
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.connections import Connections
-from pipelines.guard import Fault, Guard
+from pipelines.download.guard import Fault, Guard
+from pipelines.download.http import Connections
 from tests.fixtures.web import BODY, Web, give, reset, serving, stay, trickle
 from tests.pipelines.test_guard import certificate
 

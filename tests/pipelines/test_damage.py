@@ -13,10 +13,11 @@ from infra.ledger import Entry, Ledger
 from infra.records.damage import damaged
 from infra.records.manifest import Action, Manifest, Record, commit, object_name, read_object
 from infra.store.base import LocalStore, open_store
-from pipelines import data, releases
-from pipelines.graph import resolve
-from pipelines.opening import open_release
-from pipelines.shards import perform
+from pipelines.engine.graph import resolve
+from pipelines.engine.ray_shards import perform
+from pipelines.promote import ledger as releases
+from pipelines.release.open import open_release
+from pipelines.versions import show as data
 from tests.pipelines.test_graph import Double, Numbers
 
 NUMBERS = Numbers({"numbers": [1, 2, 3]})

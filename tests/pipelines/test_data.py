@@ -10,10 +10,10 @@ from rich.console import Console
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import open_store
-from pipelines import data as versions
-from pipelines.embed import Embed, EmbedSpec
-from pipelines.rules import ClipScore
-from pipelines.select import Look, Select
+from pipelines.embed.stage import Embed, EmbedSpec
+from pipelines.select.rules import ClipScore
+from pipelines.select.stage import Look, Select
+from pipelines.versions import show as versions
 from tests.fixtures.stages import Data, clip, make
 
 

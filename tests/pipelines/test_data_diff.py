@@ -17,10 +17,10 @@ from infra.records.forgotten import Forgotten, add, salt_of
 from infra.records.manifest import Action, Manifest, Record, commit
 from infra.records.schemas import UID
 from infra.store.base import Store, open_store
-from pipelines import data_diff
-from pipelines.data_diff import Difference, as_json, as_text, diff
-from pipelines.data_verify import lose
-from pipelines.forget import Names, forget
+from pipelines.versions import diff as data_diff
+from pipelines.versions.diff import Difference, as_json, as_text, diff
+from pipelines.versions.forget import Names, forget
+from pipelines.versions.verify import lose
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.stages import Data
 

@@ -22,13 +22,14 @@ import pytest
 from infra.records.manifest import Action, Manifest, Record, commit, object_name
 from infra.records.schemas import INDEX, KEPT, uid
 from infra.store.base import Store, open_store
-from pipelines import contact, data_report
-from pipelines.census import Row, census
-from pipelines.data import find
-from pipelines.data_report import DataReport, contents, lineage, write
-from pipelines.forget import forget, names_of
-from pipelines.page import render
+from pipelines.reports import contact
+from pipelines.reports import data as data_report
+from pipelines.reports.census import Row, census
+from pipelines.reports.data import DataReport, contents, lineage, write
+from pipelines.reports.page import render
 from pipelines.stage import plain
+from pipelines.versions.forget import forget, names_of
+from pipelines.versions.show import find
 from tests.fixtures.chain import CURATE, Chain
 from tests.fixtures.samples import picture
 from tests.fixtures.stages import RULES, make

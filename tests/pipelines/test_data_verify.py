@@ -10,11 +10,11 @@ import pytest
 from infra.errors import Refused
 from infra.records.manifest import Manifest, object_name
 from infra.store.base import LocalStore, Store, open_store
-from pipelines import data_verify
-from pipelines.data_verify import Trouble, mend, verify
-from pipelines.forget import Names, forget
-from pipelines.graph import resolve
-from pipelines.shards import perform
+from pipelines.engine.graph import resolve
+from pipelines.engine.ray_shards import perform
+from pipelines.versions import verify as data_verify
+from pipelines.versions.forget import Names, forget
+from pipelines.versions.verify import Trouble, mend, verify
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.stages import Data
 from tests.pipelines.test_graph import Double, Numbers

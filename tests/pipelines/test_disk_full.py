@@ -16,11 +16,11 @@ import pytest
 from infra.errors import Refused
 from infra.records.manifest import Manifest, digest_file
 from infra.store.base import LocalStore, Store, open_store
-from pipelines.console import Console
-from pipelines.execute import Execution
-from pipelines.graph import resolve
-from pipelines.select import Look, Select
-from pipelines.shards import perform
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
+from pipelines.engine.graph import resolve
+from pipelines.engine.ray_shards import perform
+from pipelines.select.stage import Look, Select
 from tests.fixtures.disk import Disk
 from tests.fixtures.stages import RULES, Data, download, source
 from tests.pipelines.test_graph import Double, Numbers

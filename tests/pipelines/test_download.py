@@ -17,15 +17,15 @@ import pytest
 import webdataset
 from PIL import Image
 
+from infra.concurrent import completed
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record, object_name
 from infra.records.schemas import INDEX, KEPT, uid
 from infra.store.base import Store, open_store
-from pipelines.download import DownloadHow, DownloadSpec, opted_out, user_agent
-from pipelines.inflight import completed
+from pipelines.download.stage import DownloadHow, DownloadSpec, opted_out, user_agent
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.server import serve
-from pipelines.source import Columns
+from pipelines.source.stage import Columns
 from pipelines.stage import plain
 from tests.fixtures.stages import PICTURES, Data, download, make, source
 

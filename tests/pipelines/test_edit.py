@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record, commit
 from infra.store.base import LocalStore
-from pipelines.cli import app
-from pipelines.edit import read_picture
-from pipelines.pictures import FORMATS
+from pipelines.cli.main import app
+from pipelines.download.images import FORMATS
+from pipelines.draw.edit import read_picture
 from tests.fixtures.plain import ours, saved
 from tests.fixtures.release import SAMPLING, write_inpainter, write_parts, write_release
 from unclip import UnCLIP, manipulate
@@ -83,7 +83,7 @@ def edit(folder: Path, *words: object) -> None:
 )
 def test_every_edit_writes_a_row_of_pictures(here: Path, folder: Path, words: list, pictures: int) -> None:
     edit(folder, *words, "--out", "row.png")
-    side, margin, label = 128, 10, 150  # pipelines.grids: pictures of 64 px are shown twice as large
+    side, margin, label = 128, 10, 150  # pipelines.evaluate.grids: pictures of 64 px are shown twice as large
     assert Image.open("row.png").width == label + margin + pictures * (side + margin)
 
 
@@ -114,7 +114,7 @@ def test_the_probe_draws_along_the_directions_of_the_releases_data(here: Path, f
     write_json(made_of / "release.json", document | {"data": {"statistics": manifest.save(store)}})
     edit(made_of, "probe", "picture.png", "--keep", 0, "--keep", 32)
     made = np.asarray(Image.open("grid.png"))
-    side, margin, label = 96, 10, 150  # pipelines.grids: pictures of 16 px are shown six times as large
+    side, margin, label = 96, 10, 150  # pipelines.evaluate.grids: pictures of 16 px are shown six times as large
     assert made.shape[1] == label + margin + 3 * (side + margin)
     model, shown = UnCLIP.load(made_of), read_picture(Path("picture.png"))[None]
     mean, itself = manipulate.probe(model, shown, basis, torch.full((32,), 3.0), [0, 32])

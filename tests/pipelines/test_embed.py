@@ -15,8 +15,8 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
 from infra.records.schemas import INDEX, KEPT, embedded
 from infra.store.base import Store
-from pipelines.embed import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels
-from pipelines.select import Look, Select
+from pipelines.embed.stage import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels
+from pipelines.select.stage import Look, Select
 from pipelines.stage import plain
 from tests.fixtures.stages import Data, clip, make
 from unclip.clip.model import Clip

@@ -16,10 +16,10 @@ from PIL import Image
 from infra.errors import Refused
 from infra.records.manifest import Manifest, object_name
 from infra.store.base import Store, open_store
-from pipelines import grids, scores
-from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec
-from pipelines.opening import open_release
-from pipelines.prompts import Prompt
+from pipelines.evaluate import grids, scores
+from pipelines.evaluate.prompts import Prompt
+from pipelines.evaluate.stage import Evaluate, EvaluateSample, EvaluateSpec
+from pipelines.release.open import open_release
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import prompts
 from pipelines.stage import PoolHow

@@ -22,8 +22,8 @@ from infra.store.base import Store, open_store
 from infra.tracking.mlflow import open_client
 from infra.tracking.monitor import Monitor, NullMonitor
 from infra.tracking.uri import default_uri
-from pipelines.console import Console
-from pipelines.execute import Execution
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
 from tests.pipelines.test_graph import Double, Numbers
 
 pytestmark = pytest.mark.ray

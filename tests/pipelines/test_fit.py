@@ -11,9 +11,10 @@ import torch
 from infra.errors import Refused
 from infra.records.manifest import digest_file
 from infra.store.base import open_store
-from pipelines import recipe, workflow
-from pipelines.embed import load_clip
-from pipelines.fit import LoadClip, LoadHow, LoadSpec
+from pipelines.embed.stage import load_clip
+from pipelines.fit.stage import LoadClip, LoadHow, LoadSpec
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
 from tests.fixtures.stages import CLIP, make, todo
 from unclip.clip.model import build
 

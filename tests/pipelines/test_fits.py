@@ -20,9 +20,9 @@ from infra.process import Process
 from infra.records.manifest import Action, Manifest, Record, commit, object_name
 from infra.store.base import Store, open_store
 from infra.tracking.monitor import NullMonitor
-from pipelines.console import Console
-from pipelines.execute import Execution
-from pipelines.fit import FitSpec
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
+from pipelines.fit.stage import FitSpec
 from training.launch import discard
 
 pytestmark = pytest.mark.timeout(60)  # a run that waits for ever is what several of these are about

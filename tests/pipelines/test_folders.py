@@ -18,12 +18,12 @@ from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
 from infra.records.manifest import object_name
 from infra.records.schemas import INDEX
 from infra.store.base import open_store
-from pipelines.data import reconcile
-from pipelines.embed import Embed, EmbedSpec
-from pipelines.layouts import columns_of
-from pipelines.places import Folder, Unreadable
-from pipelines.select import Look, Select
-from pipelines.source import SourceHow
+from pipelines.embed.stage import Embed, EmbedSpec
+from pipelines.select.stage import Look, Select
+from pipelines.source.columns import columns_of
+from pipelines.source.files import Folder, Unreadable
+from pipelines.source.stage import SourceHow
+from pipelines.versions.show import reconcile
 from tests.fixtures.samples import caption, gather_of, picture, plain, source_of, table_of, write_folder, write_tar
 from tests.fixtures.stages import RULES, clip, make, todo
 

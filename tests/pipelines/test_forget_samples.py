@@ -16,11 +16,11 @@ from infra.records.forgotten import FORGOTTEN
 from infra.records.manifest import Manifest
 from infra.records.schemas import KEPT, sample_uid
 from infra.store.base import LocalStore, Store, open_store
-from pipelines import gc
-from pipelines.cli import app
-from pipelines.data_verify import verify
-from pipelines.forget import Names, forget, names_of
-from pipelines.source import SourceHow
+from pipelines.cli.main import app
+from pipelines.source.stage import SourceHow
+from pipelines.versions import gc
+from pipelines.versions.forget import Names, forget, names_of
+from pipelines.versions.verify import verify
 from tests.fixtures.chain import behind, release, traces
 from tests.fixtures.samples import caption, gather_of, picture, source_of, table_of, write_folder, write_tar
 from tests.fixtures.stages import make

@@ -18,13 +18,14 @@ from infra.errors import Refused as ImpossibleHere
 from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
 from infra.records.schemas import embedded
 from infra.store.base import Store, open_store
-from pipelines import recipe, workflow
-from pipelines.embed import load_clip
-from pipelines.gamma import Gamma, GammaSpec
-from pipelines.opening import open_release, unfold
-from pipelines.release import Bundle, BundleSpec
-from pipelines.rules import ClipScore
-from pipelines.select import Look, Select
+from pipelines.embed.stage import load_clip
+from pipelines.fit.gamma import Gamma, GammaSpec
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
+from pipelines.release.bundle import Bundle, BundleSpec
+from pipelines.release.open import open_release, unfold
+from pipelines.select.rules import ClipScore
+from pipelines.select.stage import Look, Select
 from pipelines.stage import PoolHow, plain
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line, put
 from tests.fixtures.release import MODEL, shaken

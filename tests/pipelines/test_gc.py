@@ -14,13 +14,13 @@ from infra.ledger import Entry, Ledger
 from infra.records.forgotten import Names
 from infra.records.manifest import Action, Manifest, Record, commit, digest, object_name
 from infra.store.base import LocalStore, Store, open_store
-from pipelines import gc
-from pipelines.data import versions
-from pipelines.data_verify import verify
-from pipelines.forget import forget
-from pipelines.gc import Garbage, Keep, announced, collect
-from pipelines.graph import resolve
-from pipelines.shards import perform
+from pipelines.engine.graph import resolve
+from pipelines.engine.ray_shards import perform
+from pipelines.versions import gc
+from pipelines.versions.forget import forget
+from pipelines.versions.gc import Garbage, Keep, announced, collect
+from pipelines.versions.show import versions
+from pipelines.versions.verify import verify
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.line import put
 from tests.fixtures.mortal import Killed, Mortal

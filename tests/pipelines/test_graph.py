@@ -16,11 +16,11 @@ from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record, commit
 from infra.store.base import Store, open_store
-from pipelines.admission import check_room, most_actors
-from pipelines.console import Console
-from pipelines.execute import Execution
-from pipelines.graph import chosen, differences, order, resolve, why
-from pipelines.plan import plan
+from pipelines.engine.admission import check_room, most_actors
+from pipelines.engine.console import Console
+from pipelines.engine.execute import Execution
+from pipelines.engine.graph import chosen, differences, order, resolve, why
+from pipelines.engine.plan import plan
 from pipelines.stage import plain
 
 

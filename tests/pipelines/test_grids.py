@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from pipelines import grids
-from pipelines.grids import Cell
+from pipelines.evaluate import grids
+from pipelines.evaluate.grids import Cell
 
 
 def picture(value: int, side: int = 128) -> np.ndarray:

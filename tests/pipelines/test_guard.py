@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from infra.errors import Refused
-from pipelines.guard import Fault, Guard, endpoint, public
+from pipelines.download.guard import Fault, Guard, endpoint, public
 from tests.fixtures.web import BODY, Web, cut_chunk, endless, give, reset, serving, trickle
 
 

@@ -15,16 +15,17 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record, commit
 from infra.store.base import Store, open_store
 from infra.tracking.monitor import NullMonitor
-from pipelines import recipe, workflow
-from pipelines.embed import Embed, EmbedSpec
-from pipelines.opening import open_release
-from pipelines.rules import ClipScore, ExactDuplicates
-from pipelines.select import Look, Select
+from pipelines.embed.stage import Embed, EmbedSpec
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
+from pipelines.release.open import open_release
+from pipelines.select.rules import ClipScore, ExactDuplicates
+from pipelines.select.stage import Look, Select
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.lists import LABELS, training_list, write_list
 from pipelines.shapes.oracle import read
 from pipelines.shapes.server import serve
-from pipelines.source import Columns
+from pipelines.source.stage import Columns
 from pipelines.stage import plain
 from tests.fixtures.release import SAMPLING, write_parts
 from tests.fixtures.stages import clip, download, make, source

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.rules import hamming
-from pipelines.rules.hamming import BITS, MOST, Scheme, near, pairs, repeats, scheme, schemes, tables
+from pipelines.select.rules import hamming
+from pipelines.select.rules.hamming import BITS, MOST, Scheme, near, pairs, repeats, scheme, schemes, tables
 
 DISTANCES = st.integers(0, MOST)
 SCHEMES = DISTANCES.flatmap(

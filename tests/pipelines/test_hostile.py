@@ -22,8 +22,8 @@ from PIL import Image
 from infra.records.manifest import object_name
 from infra.records.schemas import KEPT
 from infra.store.base import open_store
-from pipelines.download import DownloadSpec
-from pipelines.pictures import prepare
+from pipelines.download.images import prepare
+from pipelines.download.stage import DownloadSpec
 from tests.fixtures.stages import download, make
 from tests.fixtures.web import cut_chunk, endless, give, reset, serving, trickle
 from tests.pipelines.test_download import indexes, listed

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from infra.errors import Refused as InfraRefused
 from infra.store.base import open_store
-from pipelines.cli import app
-from pipelines.opening import bundles, open_release
+from pipelines.cli.main import app
+from pipelines.release.open import bundles, open_release
 from tests.fixtures.plain import ours, saved
 from unclip import UnCLIP
 from unclip.errors import Refused

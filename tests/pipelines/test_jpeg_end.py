@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import pictures
-from pipelines.jpeg_end import goes_to_its_end
-from pipelines.pictures import PictureSpec, prepare
+from pipelines.download import images as pictures
+from pipelines.download.images import PictureSpec, prepare
+from pipelines.download.jpeg import goes_to_its_end
 
 KINDS: dict[str, dict[str, Any]] = {
     "baseline": {},

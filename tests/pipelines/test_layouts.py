@@ -9,9 +9,9 @@ import pytest
 
 from infra.errors import Refused
 from infra.store.base import open_store
-from pipelines import recipe as recipes
-from pipelines.layouts import LAYOUTS, columns_of
-from pipelines.source import SourceHow, SourceSpec
+from pipelines.recipe import schema as recipes
+from pipelines.source.columns import LAYOUTS, columns_of
+from pipelines.source.stage import SourceHow, SourceSpec
 from pipelines.stage import plain
 from tests.fixtures.samples import source_of, table_of
 from tests.fixtures.stages import make

@@ -10,10 +10,10 @@ import pytest
 
 from infra.records.schemas import KEPT
 from infra.store.base import open_store
-from pipelines.layouts import Columns
-from pipelines.lists import rows
 from pipelines.shapes.server import serve
-from pipelines.source import list_digests
+from pipelines.source.columns import Columns
+from pipelines.source.lists import rows
+from pipelines.source.stage import list_digests
 from tests.fixtures.stages import download, make, source
 from tests.pipelines.test_download import indexes
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from pipelines import recipe
-from pipelines.machine import Accelerator, Need, needs, span
-from pipelines.workflow import Inputs, stages
+from pipelines.fit.estimate import Accelerator, Need, needs, span
+from pipelines.recipe import schema as recipe
+from pipelines.recipe.stages import Inputs, stages
 
 CARD = "hardware={X: {tflops: 0.001, memory_gib: 1, hourly: 3, reached: 0.5}}"
 

@@ -8,7 +8,7 @@ import tarfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.pack import header
+from pipelines.download.shard import header
 
 
 @given(st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=100), st.integers(0, 8**11 - 1))

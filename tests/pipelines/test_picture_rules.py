@@ -15,10 +15,11 @@ from safetensors.numpy import save_file
 from infra.errors import Refused
 from infra.records.manifest import Manifest, object_name
 from infra.records.schemas import KEPT
-from pipelines import recipe, workflow
-from pipelines.embed import Embed, EmbedSpec
-from pipelines.rejected import examples
-from pipelines.rules import (
+from pipelines.embed.stage import Embed, EmbedSpec
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
+from pipelines.reports.examples import examples
+from pipelines.select.rules import (
     Aesthetic,
     Blank,
     BlockedTerms,
@@ -31,8 +32,8 @@ from pipelines.rules import (
     Size,
     opened,
 )
-from pipelines.rules.picture import phash
-from pipelines.select import Look, Select
+from pipelines.select.rules.image import phash
+from pipelines.select.stage import Look, Select
 from pipelines.shapes.links import parse_path
 from tests.fixtures.stages import RULES, Data, clip, make
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from infra.errors import Refused
-from pipelines.pictures import PictureSpec, prepare
+from pipelines.download.images import PictureSpec, prepare
 
 
 def image(width: int = 64, height: int = 48, mode: str = "RGB") -> Image.Image:
@@ -164,7 +164,7 @@ def test_impossible_specs_are_refused(options, message):
 @pytest.mark.slow
 def test_the_resizer_is_had_without_all_that_img2dataset_imports():
     code = (
-        "import sys; from pipelines.pictures import *; resizer(PictureSpec());"
+        "import sys; from pipelines.download.images import *; resizer(PictureSpec());"
         "sys.exit(str([m for m in ('torch', 'ray', 'wandb', 'pandas', 'img2dataset') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.prefetch import Lane, ahead
+from pipelines.embed.prefetch import Lane, ahead
 from tests.gpu.check_embed import LEAST, check
 
 

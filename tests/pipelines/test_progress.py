@@ -13,9 +13,10 @@ from rich.console import Console as Terminal
 from infra.records.manifest import object_name
 from infra.store.base import open_store
 from infra.tracking.board import Account, Board, Extent
-from pipelines import console, progress
-from pipelines.console import Console
-from pipelines.graph import resolve
+from pipelines import progress
+from pipelines.engine import console
+from pipelines.engine.console import Console
+from pipelines.engine.graph import resolve
 from pipelines.progress import became, expect, telling
 from tests.fixtures.stages import Data, download
 

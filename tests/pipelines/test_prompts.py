@@ -7,7 +7,7 @@ import json
 import pytest
 
 from infra.errors import Refused
-from pipelines.prompts import Prompt, alternatives, chunks, expected_values, read_prompts
+from pipelines.evaluate.prompts import Prompt, alternatives, chunks, expected_values, read_prompts
 from pipelines.shapes.lists import write_prompts
 
 

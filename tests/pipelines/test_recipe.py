@@ -9,9 +9,10 @@ import pytest
 
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest
-from pipelines import recipe, workflow
+from pipelines.engine.tracking import written
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
 from pipelines.stage import plain
-from pipelines.tracked import written
 
 NAMES = ("demo", "tiny", "laion-art", "paper")
 

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from infra.errors import Refused
-from pipelines import document, recipe, workflow
-from pipelines.explain import blaming
+from pipelines.recipe import schema as recipe
+from pipelines.recipe import stages as workflow
+from pipelines.recipe import yaml as document
+from pipelines.recipe.errors import blaming
 
 RULES = """[{rule: size, min_side: 64}, {rule: aspect, max_ratio: 2}, {rule: caption}, {rule: exact_duplicates},
             {rule: clip_score, min_score: 0.1}, {rule: blank}, {rule: language, languages: [en]},

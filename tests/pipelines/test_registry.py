@@ -12,7 +12,9 @@ from infra.records.manifest import Action, Manifest, Record, commit
 from infra.store.base import Store, open_store
 from infra.tracking.mlflow import open_client
 from infra.tracking.uri import default_uri
-from pipelines import cli, registry, releases
+from pipelines.cli import main as cli
+from pipelines.promote import ledger as releases
+from pipelines.promote import registry
 from tests.fixtures.mlflow import mlflow_server
 from tests.fixtures.s3 import free_port
 

@@ -14,9 +14,9 @@ from infra.errors import Refused
 from infra.ledger import Ledger
 from infra.records.manifest import Action, Manifest, Record, commit, object_name
 from infra.store.base import LocalStore, open_store
-from pipelines import releases
-from pipelines.opening import find, open_release, unfold
-from pipelines.release import Bundle, BundleSpec, Gate, GateSpec, Promote
+from pipelines.promote import ledger as releases
+from pipelines.release.bundle import Bundle, BundleSpec, Gate, GateSpec, Promote
+from pipelines.release.open import find, open_release, unfold
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line
 from tests.fixtures.stages import make, todo
 

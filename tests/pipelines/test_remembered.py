@@ -12,11 +12,12 @@ from PIL import Image
 
 from infra.errors import Refused
 from infra.store.base import open_store
-from pipelines import folders, lists, remembered, tars
-from pipelines import plan as planning
-from pipelines.layouts import Columns
+from pipelines.engine import plan as planning
 from pipelines.run import prepared
-from pipelines.source import SourceHow
+from pipelines.source import digest_cache as remembered
+from pipelines.source import folders, lists, tars
+from pipelines.source.columns import Columns
+from pipelines.source.stage import SourceHow
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.rules import repeats
-from pipelines.rules.scores import _top
+from pipelines.select.rules import digests as repeats
+from pipelines.select.rules.scores import _top
 
 DIGESTS = st.tuples(st.sampled_from([0, 1, 255, 256, 2**40, 2**64 - 1]), st.sampled_from([0, 1, 2**40]))
 

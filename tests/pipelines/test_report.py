@@ -10,9 +10,10 @@ import pytest
 
 from infra.records.manifest import object_name
 from infra.store.base import open_store
-from pipelines import releases, scores
-from pipelines.release import GateSpec
-from pipelines.report import parameters
+from pipelines.evaluate import scores
+from pipelines.promote import ledger as releases
+from pipelines.release.bundle import GateSpec
+from pipelines.reports.release import parameters
 from tests.fixtures.line import STATES, Line
 
 

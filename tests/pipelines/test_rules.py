@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from pipelines.rules import (
+from pipelines.select.rules import (
     RULES,
     Aesthetic,
     Aspect,
@@ -32,7 +32,7 @@ from pipelines.rules import (
     Watermark,
     opened,
 )
-from pipelines.rules.base import DEVIATION, EMBEDDING, PHASH
+from pipelines.select.rules.base import DEVIATION, EMBEDDING, PHASH
 from tests.fixtures.rules import linear_head, rejected
 
 

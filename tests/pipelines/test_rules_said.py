@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from infra.errors import Refused
-from pipelines.rules import (
+from pipelines.select.rules import (
     Aesthetic,
     BlockedTerms,
     Language,
@@ -19,7 +19,7 @@ from pipelines.rules import (
     Watermark,
     opened,
 )
-from pipelines.rules.base import EMBEDDING
+from pipelines.select.rules.base import EMBEDDING
 from pipelines.stage import plain
 from tests.fixtures.rules import linear_head, rejected
 

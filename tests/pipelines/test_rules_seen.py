@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from pipelines.rules import (
+from pipelines.select.rules import (
     Blank,
     Contamination,
     NearDuplicates,
     SemanticDuplicates,
     opened,
 )
-from pipelines.rules.base import DEVIATION, EMBEDDING, PHASH
-from pipelines.rules.picture import deviation, measured, phash
+from pipelines.select.rules.base import DEVIATION, EMBEDDING, PHASH
+from pipelines.select.rules.image import deviation, measured, phash
 from pipelines.stage import plain
 from tests.fixtures.rules import IMAGES, PICTURES, X, rejected
 

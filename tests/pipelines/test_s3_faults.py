@@ -9,9 +9,9 @@ import pytest
 from infra.errors import Refused
 from infra.records.manifest import Manifest
 from infra.store.base import open_store
-from pipelines.graph import resolve
-from pipelines.select import Look, Select
-from pipelines.shards import perform
+from pipelines.engine.graph import resolve
+from pipelines.engine.ray_shards import perform
+from pipelines.select.stage import Look, Select
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, at_random, unharmed
 from tests.fixtures.stages import RULES, Data, download, source
 

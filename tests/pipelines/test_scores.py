@@ -10,7 +10,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.records.manifest import canonical
-from pipelines.scores import check_name, compare, flat, read, score
+from pipelines.evaluate.scores import check_name, compare, flat, read, score
 from unclip.metrics import cmmd, coverage, frechet, mcnemar, wilson
 
 

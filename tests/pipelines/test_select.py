@@ -15,8 +15,8 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record, commit, object_name
 from infra.records.schemas import INDEX, KEPT, SELECTION
 from infra.store.base import Store, open_store
-from pipelines.rules import Caption, ClipScore, ExactDuplicates, Size
-from pipelines.select import Look, Select, selected
+from pipelines.select.rules import Caption, ClipScore, ExactDuplicates, Size
+from pipelines.select.stage import Look, Select, selected
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.lists import write_list
 from pipelines.shapes.server import serve

@@ -19,9 +19,9 @@ from infra.errors import Refused
 from infra.records.manifest import object_name
 from infra.records.schemas import uid
 from infra.store.base import open_store
-from pipelines.layouts import Columns
-from pipelines.slices import cut, slices
-from pipelines.source import Source, SourceHow, SourceSpec, check_columns, list_digests
+from pipelines.source.columns import Columns
+from pipelines.source.cut import cut, slices
+from pipelines.source.stage import Source, SourceHow, SourceSpec, check_columns, list_digests
 from tests.fixtures.stages import make, source, todo
 
 GOLDEN = "8c037a446e"
@@ -196,7 +196,7 @@ READ = """
 import resource, sys
 from pathlib import Path
 from infra.store.base import open_store
-from pipelines.source import Source, SourceHow, SourceSpec
+from pipelines.source.stage import Source, SourceHow, SourceSpec
 peaks = []
 for number, path in enumerate(sys.argv[2:]):
     how, spec = SourceHow(path), SourceSpec(rows_per_shard=200)

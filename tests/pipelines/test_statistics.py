@@ -15,9 +15,9 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record, commit, object_name
 from infra.records.schemas import KEPT, embedded
 from infra.store.base import Store, open_store
-from pipelines.rules import ClipScore
-from pipelines.select import Look, Select
-from pipelines.statistics import Statistics
+from pipelines.embed.statistics import Statistics
+from pipelines.select.rules import ClipScore
+from pipelines.select.stage import Look, Select
 from tests.fixtures.stages import make
 
 WIDTH = 6

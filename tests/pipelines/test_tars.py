@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from infra.errors import Refused
 from infra.store.base import open_store
-from pipelines.layouts import Columns
-from pipelines.source import SourceHow
-from pipelines.tars import read, tar_digests
+from pipelines.source.columns import Columns
+from pipelines.source.stage import SourceHow
+from pipelines.source.tars import read, tar_digests
 from tests.fixtures.samples import caption, gather_of, picture, plain, source_of, table_of, write_tar
 from tests.fixtures.stages import make, todo
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.guard import Fault, retry_after
-from pipelines.turns import Manners, fetched
+from pipelines.download.guard import Fault, retry_after
+from pipelines.download.schedule import Manners, fetched
 
 QUICK = {"backoff_s": 0.005, "retries": 2}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from infra.errors import Refused
-from pipelines import recipe as recipes
-from pipelines.gather import check_unused
+from pipelines.download.gather import check_unused
+from pipelines.recipe import schema as recipes
 
 
 def section(*changes: str):

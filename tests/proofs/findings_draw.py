@@ -24,9 +24,9 @@ from torch import Tensor
 
 from infra.records.manifest import Manifest, object_name
 from infra.store.base import LocalStore
-from pipelines.embed import base
-from pipelines.grids import pixels
-from pipelines.opening import open_release, unfold
+from pipelines.embed.stage import base
+from pipelines.evaluate.grids import pixels
+from pipelines.release.open import open_release, unfold
 from pipelines.shapes import oracle
 from tests.proofs.findings_cells import DEMO, AnyCell, Bits, Cell, Cost, Enlarged, Words
 from tests.proofs.findings_fits import VARIANTS, Variant, counted, fitted, planned, step_flops

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
 from infra.store.base import LocalStore, Store
 from infra.tracking.monitor import NullMonitor
-from pipelines.fit import ROLES, Fit, FitSpec
+from pipelines.embed.statistics import Statistics
+from pipelines.fit.stage import ROLES, Fit, FitSpec
 from pipelines.stage import plain
-from pipelines.statistics import Statistics
 from training.data.batches import Batch, Data
 from training.data.feed import Feed
 from training.data.order import Order

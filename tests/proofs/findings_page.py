@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import grids
+from pipelines.evaluate import grids
 from tests.proofs.findings import (
     ALONE,
     BOUND_STEPS,

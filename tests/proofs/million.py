@@ -106,7 +106,7 @@ def _watch(root: int, most: list[int], ended: threading.Event) -> None:
 
 def inside(told: Path, command: list[str]) -> None:
     """`unclip COMMAND` in this process, then its own high-water mark."""
-    from pipelines.cli import main
+    from pipelines.cli.main import main
 
     sys.argv = ["unclip", *command]
     try:

@@ -34,7 +34,7 @@ def write_recipe(folder: Path) -> Path:
     """The tiny recipe over our list, with every rule that decides over all rows."""
     import yaml
 
-    from pipelines import recipe as recipes
+    from pipelines.recipe import schema as recipes
 
     said = yaml.safe_load((recipes.FOLDER / "tiny.yaml").read_text())
     del said["world"], said["download"]["resolve"], said["evaluate"]
@@ -97,7 +97,7 @@ def job(folder: Path) -> Any:
 
 def resolved(folder: Path, wanted: str) -> tuple[Any, Any, Any]:
     """(store, stage, what there is of it) of a stage whose inputs are all there."""
-    from pipelines.graph import order, resolve
+    from pipelines.engine.graph import order, resolve
 
     with job(folder) as found:
         known: dict[str, Any] = {}
@@ -130,14 +130,14 @@ def make(folder: Path, wanted: str) -> None:
 
 
 def packed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Shards of download, written by pipelines/pack.py."""
+    """Shards of download, written by pipelines/download/shard.py."""
     import pyarrow.parquet as pq
 
     from infra.records.manifest import commit, object_name
     from infra.records.schemas import KEPT
     from infra.store.base import open_store
-    from pipelines.pack import Outcome, pack
-    from pipelines.pictures import Picture
+    from pipelines.download.images import Picture
+    from pipelines.download.shard import Outcome, pack
 
     records = []
     for uri, action in todo:
@@ -165,7 +165,7 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     from infra.records import schemas as rows
     from infra.records.manifest import Record, commit
     from infra.store.base import open_store
-    from pipelines.embed import BLOCK_ROWS, TABLE, chosen_rows
+    from pipelines.embed.stage import BLOCK_ROWS, TABLE, chosen_rows
 
     records = []
     for uri, action in todo:
@@ -197,14 +197,14 @@ def clip(todo: Sequence[tuple[str, Any]]) -> list[Any]:
 
 
 def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Shards of download without pictures: an index as pipelines/pack.py writes it, beside an empty tar."""
+    """Shards of download without pictures: an index as pipelines/download/shard.py writes it, beside an empty tar."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from infra.records.manifest import commit, object_name
     from infra.records.schemas import INDEX, KEPT
     from infra.store.base import open_store
-    from pipelines.pack import TAR, shard
+    from pipelines.download.shard import TAR, shard
 
     records = []
     for uri, action in todo:
@@ -222,14 +222,14 @@ def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
 
 
 def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
-    """Looks of filter, of hashes that are drawn, as pipelines/select.py writes them."""
+    """Looks of filter, of hashes that are drawn, as pipelines/select/stage.py writes them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from infra.records.manifest import Record, commit, object_name
     from infra.store.base import open_store
-    from pipelines.rules.base import PHASH
-    from pipelines.select import LOOK
+    from pipelines.select.rules.base import PHASH
+    from pipelines.select.stage import LOOK
 
     records = []
     for uri, action in todo:
@@ -252,7 +252,7 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
 def ran(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     """A stage's own work, without Ray."""
     from infra.store.base import open_store
-    from pipelines.shards import perform
+    from pipelines.engine.ray_shards import perform
 
     return [perform(stage, action, open_store(uri)) for uri, action in todo]
 

@@ -28,9 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 from infra.store.base import open_store
-from pipelines.embed import base
-from pipelines.grids import pixels
-from pipelines.opening import open_release
+from pipelines.embed.stage import base
+from pipelines.evaluate.grids import pixels
+from pipelines.release.open import open_release
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import picture_of, prompts, scene_of, true_pictures
 from unclip.cascade import UnCLIP

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import grids
+from pipelines.evaluate import grids
 from pipelines.shapes.oracle import judge
 from pipelines.shapes.world import prompts
 from tests.proofs.samplers import AGAIN, DECODER_REFERENCE, DECODER_REPEAT, GAMMA_SAMPLES, PRIOR_REFERENCE, Cell, lines

@@ -71,7 +71,7 @@ def by_svd_first(data: np.ndarray) -> np.ndarray:
 
 
 def test_components_are_those_that_the_statistics_of_a_run_hold():
-    from pipelines.statistics import Moments, principal
+    from pipelines.embed.statistics import Moments, principal
 
     data = correlated(300, 8)
     moments = Moments(covariance=True)

@@ -198,7 +198,7 @@ def test_the_command_outlives_whoever_started_it_for_a_while() -> None:
 
 
 def test_the_server_of_a_run_is_out_of_the_terminals_reach_and_ends_with_the_run() -> None:
-    from pipelines.recipe import World
+    from pipelines.recipe.schema import World
     from pipelines.world import Server as OfRun
 
     with OfRun(World("pipelines.shapes", pictures=10)) as server:

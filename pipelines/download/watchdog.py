@@ -1,0 +1,75 @@
+"""A decoder that never comes back: its process ends itself, as a crash would end it, and the shard is done again apart.
+
+No thread can be called back from C. So a process that decodes watches what its own threads have in hand, and ends once
+a picture has been with its decoder for too long; done again (shards.py, apart.py) that costs the picture's row, and
+here nothing but time. Whoever watches in Python needs the interpreter's lock, which a decoder may hold for ever: so
+the watch only keeps putting off a timer of faulthandler's, which needs no lock. Where each thread was goes to standard
+error, that is into the worker's log.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.download.images import Picture, PictureSpec, prepare, room
+
+
+class Watch:
+    """`prepare`, for many threads, in a process that ends once a picture takes longer than `seconds`. A context."""
+
+    def __init__(self, spec: PictureSpec, seconds: float) -> None:
+        self._spec, self._seconds = spec, seconds
+        self._since: dict[int, float] = {}
+        """Thread → when it came to its decoder."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._said = os.dup(2)  # decoding sends the stream itself away meanwhile
+        self._put_off()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        os.close(self._said)
+
+    def prepare(self, body: bytes) -> Picture:
+        """What `pictures.prepare` makes of a body."""
+        me = threading.get_ident()
+        self._since[me] = time.monotonic()
+        try:
+            return prepare(body, self._spec, self._room)
+        finally:
+            del self._since[me]
+
+    @contextmanager
+    def _room(self, width: int | None, height: int | None) -> Iterator[None]:
+        """`pictures.room`; to wait for others to leave it is not to hang."""
+        me = threading.get_ident()
+        del self._since[me]
+        try:
+            with room(width, height):
+                self._since[me] = time.monotonic()
+                yield
+        finally:
+            self._since.setdefault(me, time.monotonic())
+
+    def _look(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            now = time.monotonic()
+            if now - min(tuple(self._since.values()), default=now) > self._seconds:
+                faulthandler.dump_traceback(self._said)
+                os._exit(1)
+            self._put_off()
+
+    def _put_off(self) -> None:
+        """This process ends in so many seconds, unless this is called again meanwhile."""
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._said)

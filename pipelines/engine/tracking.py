@@ -1,0 +1,83 @@
+"""What MLflow is told of a run and of its stages beside their figures: recipe, code, machine, data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from infra.records.manifest import Action, Manifest, object_name
+from infra.store.base import Store
+from infra.tracking.provenance import git_tags, machine_tags, packages, user
+from infra.tracking.tracker import DataSet
+from pipelines.fit.stage import ROLES
+from pipelines.recipe.schema import Recipe
+from pipelines.stage import plain
+
+
+def tell_run(monitor: Any, name: str, recipe: Recipe) -> None:
+    """Of the run as a whole: its recipe with all changes, git's state, versions of all packages."""
+    monitor.tag("", {**machine_tags(), **_source(name)})
+    monitor.artifact("", written(recipe).encode(), "recipe.yaml")
+    monitor.artifact("", packages().encode(), "packages.txt")
+
+
+def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
+    """Begins a fit's run: how it is made as parameters, which never change, how it is run as a tag, which may."""
+    start = {"start": stage.spec.start} if stage.spec.start else {}
+    params = {"model": stage.spec.model, "train": stage.spec.train, **start}
+    tags = {
+        "unclip.key": action.key,
+        "unclip.inputs": " ".join(action.inputs),
+        "unclip.how": json.dumps(vars(stage.how), sort_keys=True),
+        **_source(f"--only {stage.name}"),
+    }
+    read = [(need, Manifest.load(store, version)) for need, version in zip(stage.needs, action.inputs, strict=True)]
+    monitor.start(stage.name, params, tags, data_sets(store, read))
+
+
+def _source(words: str) -> dict[str, str]:
+    """Who started a run, and from what: its page shows the commit beside the command."""
+    command = {"mlflow.source.name": f"unclip run {words}", "mlflow.source.type": "LOCAL"}
+    return {"mlflow.user": user(), **command, **git_tags()}
+
+
+def tell_made(monitor: Any, stage: str, digests: dict[str, str]) -> None:
+    """What a fit's record holds: the SHA-256 of each file."""
+    monitor.tag(stage, {f"unclip.made.{name}": sha256 for name, sha256 in digests.items()})
+
+
+def data_sets(store: Store, read: Iterable[tuple[str, Manifest]]) -> list[DataSet]:
+    """Each manifest, by the stage that made it, as a data set. Where its list of files lies is what makes it up."""
+    return [
+        DataSet(
+            name,
+            manifest.version,
+            f"{store.uri}/{object_name(manifest.version)}",
+            ROLES.get(name, name),
+            {
+                "rows": manifest.rows,
+                "states": manifest.states,
+                "shards": len(manifest.records),
+                "bytes": sum(file.bytes for record in manifest.records for file in record.files.values()),
+            },
+        )
+        for name, manifest in read
+    ]
+
+
+def written(recipe: Recipe) -> str:
+    """A recipe as YAML that gives the same recipe again, but for the tracking server's address, which may hold a
+    password."""
+    told = dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, uri=None))
+    return yaml.safe_dump(_said(plain(told)), sort_keys=False)
+
+
+def _said(value: Any) -> Any:
+    """Without what was left out."""
+    if isinstance(value, dict):
+        return {name: _said(part) for name, part in value.items() if part is not None}
+    return [_said(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,43 @@
+"""Stage `data-count`, a map: what the data report says of one shard, counted once and for all.
+
+The files of a shard are named by digest, so that a run after which one shard is another counts that shard alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.parquet import sized
+from infra.store.base import Store
+from pipelines.reports.census import counted, shards, write
+
+
+@dataclass(frozen=True)
+class Count:
+    """Stage: download, filter, embed and curate → for each shard what `census.Part` holds."""
+
+    spec: dict[str, Any] = field(default_factory=dict)
+    name: str = "data-count"
+    group: str = "curate"
+    version: int = 1
+    needs: tuple[str, ...] = ("download", "filter", "embed", "curate")
+    kind: str = "task"
+    how: None = None
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        """One for each shard: its index, its embedded rows and both selections."""
+        for shard in shards(dict(zip(self.needs, inputs, strict=True))):
+            yield Action(f"{self.name}/{self.version}", self.spec, tuple(file.sha256 for file in shard.tables if file))
+
+    def setup(self) -> None:
+        """Nothing to prepare."""
+
+    def run(self, action: Action, store: Store, out: Path) -> Record:
+        index, filtered, rows, curated = (sized(store, sha256) for sha256 in action.inputs)
+        part = counted(store, (index, filtered, rows, curated))
+        write(part, out)
+        return Record.of(action, out, states={"counted": sum(rows for _, _, rows in part.hosts)})

@@ -1,0 +1,57 @@
+"""What a row must be to stay: each rule looks at one shard alone and decides over all of them.
+
+`look` reduces a shard to a few bytes a row; `reject` goes through those small looks in manifest order. Among equals the
+row that is first in the manifest stays, so what was decided about a shard does not change when others come after it
+(except under `top_fraction`, which asks for just that, and while there are too few rows for `semantic_duplicates` to
+have found its clusters).
+
+base.py what a rule is · picture.py · text.py · duplicates.py, hamming.py · scores.py · embeddings.py · contamination.py
+"""
+
+from __future__ import annotations
+
+from pipelines.select.rules.base import Rule, opened
+from pipelines.select.rules.contamination import Contamination
+from pipelines.select.rules.duplicates import ExactDuplicates, NearDuplicates
+from pipelines.select.rules.embeddings import SemanticDuplicates
+from pipelines.select.rules.image import Aspect, Blank, Size
+from pipelines.select.rules.scores import Aesthetic, ClipScore, Nsfw, Watermark
+from pipelines.select.rules.text import BlockedTerms, Caption, Language
+
+RULES: tuple[type, ...] = (
+    Size,
+    Aspect,
+    Caption,
+    ExactDuplicates,
+    ClipScore,
+    Blank,
+    Language,
+    BlockedTerms,
+    NearDuplicates,
+    Watermark,
+    Nsfw,
+    Aesthetic,
+    SemanticDuplicates,
+    Contamination,
+)
+"""Every rule that a recipe may name."""
+
+__all__ = [
+    "RULES",
+    "Aesthetic",
+    "Aspect",
+    "Blank",
+    "BlockedTerms",
+    "Caption",
+    "ClipScore",
+    "Contamination",
+    "ExactDuplicates",
+    "Language",
+    "NearDuplicates",
+    "Nsfw",
+    "Rule",
+    "SemanticDuplicates",
+    "Size",
+    "Watermark",
+    "opened",
+]
