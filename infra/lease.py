@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from time import monotonic
 
+from infra.documents import SCHEMA_VERSION, canonical
 from infra.errors import Refused
 from infra.process import Process
-from infra.records.manifest import SCHEMA_VERSION, canonical, document
+from infra.records.objects import document
 from infra.store.base import Store
 
 TTL_S = 60.0

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest
 from infra.errors import Refused
 from infra.records.damage import reading
-from infra.records.manifest import SCHEMA_VERSION, canonical, check_schema, digest
 from infra.store.base import Store
 
 KINDS = ("promote", "rollback")

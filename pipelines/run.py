@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
 from infra.records.manifest import Manifest
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.provenance import SENT, git_tags
 from pipelines.download.stage import Download
 from pipelines.engine import plan

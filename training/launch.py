@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused, Stopped
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from training.checkpoint.store import Checkpoints, deliver
 from training.job import FitHow, Job
 from training.preemption import Draining, StopFlag, heed_sigterm

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.store.base import Store
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from infra.errors import Refused
-from infra.store.base import NotFound
+from infra.errors import NotFound, Refused
 
 MEND = {
     "records": "Delete it and run again: what it stood for is made anew.",

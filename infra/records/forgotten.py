@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.records.manifest import SCHEMA_VERSION, canonical, digest, document
+from infra.documents import SCHEMA_VERSION, canonical, digest
+from infra.records.objects import document
 from infra.store.base import Store
 
 FORGOTTEN = "forgotten"

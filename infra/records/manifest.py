@@ -12,60 +12,20 @@ In the store:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import Refused
+from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
+from infra.errors import NotFound, Refused
 from infra.records.damage import damaged, reading
-from infra.records.generations import lost_name, newest
-from infra.store.base import NotFound
+from infra.records.objects import object_name, put_object
 
 if TYPE_CHECKING:
     from infra.store.base import Store
-
-SCHEMA_VERSION = 1
-
-
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def canonical(document: Any) -> bytes:
-    """The one JSON text of a document: sorted keys, no spaces, UTF-8, no NaN. Equal documents give equal bytes."""
-    return _CANONICAL.encode(document).encode()
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 of bytes, in hex (64 characters)."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex, read in bounded memory."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_schema(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the document; raises Refused where its `schema_version` is not the one that this release reads."""
-    found = document.get("schema_version")
-    if found != SCHEMA_VERSION:
-        raise Refused(
-            f"{where} has schema version {found!r}, and this unclip reads version {SCHEMA_VERSION}. "
-            "Use the unclip that wrote it, or a new store."
-        )
-    return document
-
-
-def document(store: Store, name: str) -> dict[str, Any]:
-    """The JSON document of that name; Refused where it is missing, damaged, or of an unknown schema version."""
-    with reading(name):
-        return check_schema(json.loads(store.get(name)), name)
 
 
 @dataclass(frozen=True)
@@ -297,69 +257,3 @@ class Manifest:
         )
         whole.__dict__.update(body=self.body, version=self.version)
         return whole
-
-
-def object_name(sha256: str) -> str:
-    """Where the object of that SHA-256 lies."""
-    return f"objects/{sha256[:2]}/{sha256}"
-
-
-def read_object(store: Store, sha256: str) -> bytes:
-    """The bytes of that SHA-256, for what is small; Refused, code 5, where they are missing or others."""
-    name = object_name(sha256)
-    with reading(name):
-        data = store.get(name)
-    if digest(data) != sha256:
-        raise damaged(name, "is damaged: its SHA-256 is another")
-    return data
-
-
-def check_inputs(store: Store, action: Action) -> None:
-    """Refused, code 5, naming the first input of an action that is missing or damaged, or the first file of a manifest
-    among them: for whoever could not read them, and wants to know whether that is why."""
-    for sha256 in action.inputs:
-        files = [sha256]
-        while files:
-            one = files.pop(0)
-            name = object_name(one)
-            with reading(name):
-                if digest_file(store.local(name)) != one:
-                    raise damaged(name, "is damaged: its SHA-256 is another")
-            if one == sha256:
-                with suppress(Refused):  # no manifest
-                    records = Manifest.load(store, one).records
-                    files += [file.sha256 for record in records for file in record.files.values()]
-
-
-def put_object(store: Store, sha256: str, data: bytes | Path) -> None:
-    """Puts the bytes of that SHA-256; raises Refused, code 5, if others lie under its name, which are damaged."""
-    if not store.put_new(object_name(sha256), data):
-        raise Refused(f"{object_name(sha256)} in store {store.uri} is damaged: delete it and run again", code=5)
-
-
-def standing(store: Store, action: Action) -> Record | None:
-    """The record of an action that holds, or None: it is to be done, or to be done again."""
-    prefix = action.record_name().removesuffix("0.json")
-    found = newest(entry.name for entry in store.list(prefix)).get(action.key)
-    return Record.from_json(store.get(found[1]), found[1]) if found else None
-
-
-def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
-    """Puts the record's files, then the record itself; returns the record that won.
-
-    It goes under its own generation, or behind those whose files were lost. Two runs may finish the same action: the
-    first record stays, the other's copy is dropped. Raises Refused, code 5, before there is a record, if a file's
-    object is damaged.
-    """
-    record.check()
-    for name, file in record.files.items():
-        put_object(store, file.sha256, out / name)
-    while store.exists(lost_name(action.record_name(record.generation))):
-        record = replace(record, generation=record.generation + 1)
-    place = action.record_name(record.generation)
-    if not store.put_new(place, record.to_json(action)):
-        return standing(store, action) or Record.from_json(store.get(place), place)
-    for name, file in record.files.items():  # gc may have been about to remove one that lay there unused: see gc.py
-        if not store.exists(object_name(file.sha256)):
-            put_object(store, file.sha256, out / name)
-    return record

@@ -13,9 +13,11 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.errors import NotFound
 from infra.records.damage import reading
-from infra.records.manifest import File, object_name
-from infra.store.base import NotFound, Store
+from infra.records.manifest import File
+from infra.records.objects import object_name
+from infra.store.base import Store
 
 SMALL = 4 << 20
 """Bytes of a file that is fetched whole, with one request."""

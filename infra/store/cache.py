@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from infra.errors import Refused, Unavailable
-from infra.store.base import EXPECTED, advice
+from infra.errors import EXPECTED, Refused, Unavailable, advice
 
 _IN_USE_S = 3600
 _PART = "@"

@@ -25,10 +25,11 @@ from botocore.config import Config
 from botocore.utils import parse_timestamp
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from infra.errors import Refused, Unavailable
-from infra.records.manifest import canonical, digest
-from infra.store.base import RENEW_S, Entry, NotFound, check_name, same_bytes, scratch_folder, sweep
+from infra.documents import canonical, digest
+from infra.errors import NotFound, Refused, Unavailable
+from infra.store.base import RENEW_S, Entry, check_name
 from infra.store.cache import Parts, copying, fetched
+from infra.store.local import same_bytes, scratch_folder, sweep
 from infra.store.s3_listing import listed
 
 # S3 takes at most 5 GiB in one PUT. What is larger goes in parts.

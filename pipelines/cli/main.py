@@ -124,7 +124,7 @@ def generate(
     store: StoreOption = "./store",
 ) -> None:
     """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
-    from infra.store.base import open_store
+    from infra.store.opening import open_store
     from pipelines.draw.generate import generate as draw
 
     scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
@@ -204,9 +204,8 @@ def main() -> None:
     """Entry point: a user's mistake is one paragraph and an exit code; anything else is our defect."""
     import warnings
 
-    from infra.errors import Refused
+    from infra.errors import EXPECTED, NotFound, Refused, advice
     from infra.records.damage import damaged
-    from infra.store.base import EXPECTED, NotFound, advice
     from unclip.errors import Refused as Impossible
 
     interrupted = _Interrupted()

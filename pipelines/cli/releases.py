@@ -81,7 +81,7 @@ def releases_export(
     store: StoreOption = "./store",
 ) -> None:
     """Writes a release as a folder that diffusers' unCLIP pipelines load."""
-    from infra.store.base import open_store
+    from infra.store.opening import open_store
     from pipelines.release import diffusers as interop
 
     say(interop.export(open_store(store, create=False), ref, folder, form))
@@ -97,7 +97,7 @@ def releases_import(
     store: StoreOption = "./store",
 ) -> None:
     """Makes a folder of diffusers' (Karlo's layout) a release in the store; promotes nothing."""
-    from infra.store.base import open_store
+    from infra.store.opening import open_store
     from pipelines.release import diffusers as interop
 
     version = interop.bring(open_store(store), folder, name, images)[:12]

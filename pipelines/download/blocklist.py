@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from infra.documents import canonical, digest
 from infra.errors import Refused
-from infra.records.manifest import canonical, digest
 from pipelines.source.files import Unreadable, place
 
 _COMMENT = re.compile(r"(^|\s)#.*")

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from infra.concurrent import completed
 from infra.errors import Refused
-from infra.records.manifest import Action, Record, object_name
+from infra.records.manifest import Action, Record
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT, MEMBER, SOURCE, sample_uid
 from infra.store.base import Store
 from pipelines.download.images import DECODE_S, PictureSpec

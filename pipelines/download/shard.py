@@ -20,8 +20,10 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.documents import canonical
 from infra.records.forgotten import FORGOTTEN, Forgotten
-from infra.records.manifest import Action, Block, Manifest, Record, canonical, object_name
+from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, SOURCE
 from infra.store.base import Store
 from pipelines.download.images import Picture, PictureSpec, resizer

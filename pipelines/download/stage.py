@@ -21,8 +21,10 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
+from infra.records.commit import standing
 from infra.records.forgotten import FORGOTTEN
-from infra.records.manifest import Action, Record, object_name, standing
+from infra.records.manifest import Action, Record
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT, SOURCE
 from infra.store.base import Store
 from pipelines.download.blocklist import Blocklist, blocklist, entries_digest, read_file

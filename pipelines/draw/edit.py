@@ -179,7 +179,8 @@ def _is_file(path: Path) -> bool:
 
 def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
     """(principal directions [d, d] by falling variance, mean [d]) of the image embeddings behind a release."""
-    from infra.records.manifest import Manifest, object_name
+    from infra.records.manifest import Manifest
+    from infra.records.objects import object_name
     from pipelines.embed.statistics import TENSORS
     from pipelines.release.open import open_release
     from unclip.release.model import read_tensors

@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Block, Manifest, Record, object_name
+from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT, embedded
 from infra.store.base import Store
 from pipelines.download.images import decoded

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.store.base import Store
 from pipelines.select.stage import selected
 

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from infra.cluster import Node
-from infra.errors import Refused, Stopped
+from infra.errors import EXPECTED, NotFound, Refused, Stopped, advice
 from infra.lease import TTL_S
 from infra.records.damage import damaged
 from infra.records.manifest import Manifest, Record
-from infra.store.base import EXPECTED, NotFound, Store, advice
+from infra.store.base import Store
 from infra.tracking.board import Extent
 from pipelines.engine.admission import Admission, check_room
 from pipelines.engine.console import Console

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.cluster import ClusterInfo
-from infra.errors import Refused
-from infra.records.manifest import Action, Record, canonical, check_inputs, commit
-from infra.store.base import EXPECTED, Store, advice
+from infra.documents import canonical
+from infra.errors import EXPECTED, Refused, advice
+from infra.records.commit import check_inputs, commit
+from infra.records.manifest import Action, Record
+from infra.store.base import Store
 from pipelines.engine.admission import most_actors
 from pipelines.engine.graph import Resolved
 from pipelines.progress import telling

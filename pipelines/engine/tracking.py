@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from infra.records.manifest import Action, Manifest, object_name
+from infra.records.manifest import Action, Manifest
+from infra.records.objects import object_name
 from infra.store.base import Store
 from infra.tracking.provenance import git_tags, machine_tags, packages, user
 from infra.tracking.tracker import DataSet

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from infra.documents import canonical, digest
 from infra.errors import Refused
-from infra.records.manifest import canonical, digest
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from infra.documents import SCHEMA_VERSION, check_schema
 from infra.errors import Refused
-from infra.records.manifest import SCHEMA_VERSION, check_schema
 from unclip.metrics import cmmd, coverage, frechet, mcnemar, paired_difference, wilson
 
 ALL = "all"

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.documents import canonical, digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, canonical, digest_file, object_name
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.store.base import Store
 from pipelines.evaluate.prompts import Chunk, Prompt, alternatives, chunks
 from pipelines.stage import PoolHow, plain

@@ -75,8 +75,8 @@ class Gamma:
         torch.set_num_threads(self.how.threads)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
+        from infra.records.commit import unfold
         from pipelines.embed.stage import load_clip
-        from pipelines.release.open import unfold
         from training.data.batches import Data, Reads
         from training.objectives.base import read_text
         from unclip.diffusion.analytic import estimate_gamma

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, canonical, digest, digest_file
+from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from pipelines.recipe.errors import blaming
 from pipelines.stage import plain

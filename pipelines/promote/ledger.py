@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import Refused
+from infra.documents import digest_file
+from infra.errors import NotFound, Refused
 from infra.ledger import Entry, Ledger
-from infra.records.manifest import Manifest, Record, digest_file, document, object_name, read_object
-from infra.store.base import NotFound, Store
+from infra.records.manifest import Manifest, Record
+from infra.records.objects import document, object_name, read_object
+from infra.store.base import Store
 from pipelines.release.bundle import after, judged_against
 from pipelines.release.open import CHAMPION, cache, find
 from pipelines.stage import plain

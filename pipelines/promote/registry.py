@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from infra.documents import SCHEMA_VERSION, canonical, digest
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.records.manifest import SCHEMA_VERSION, canonical, digest, document, object_name
+from infra.records.objects import document, object_name
 from infra.store.base import Store
 from infra.tracking.mlflow import open_client
 from infra.tracking.uri import check_server, database_folder, default_uri

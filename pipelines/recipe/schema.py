@@ -18,8 +18,8 @@ from typing import Annotated, Any, Union, get_args, get_type_hints
 
 import pydantic
 
+from infra.documents import SCHEMA_VERSION
 from infra.errors import Refused
-from infra.records.manifest import SCHEMA_VERSION
 from pipelines.download.stage import DownloadHow, DownloadSpec
 from pipelines.embed.stage import EmbedHow, EmbedSpec
 from pipelines.evaluate.stage import EvaluateSpec

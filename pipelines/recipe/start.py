@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
+from infra.records.commit import unfold
 from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from pipelines.recipe.schema import Recipe
-from pipelines.release.open import CHAMPION, find, unfold
+from pipelines.release.open import CHAMPION, find
 from pipelines.stage import plain
 
 CLIP = "clip/"

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.documents import canonical
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.records.manifest import Action, Manifest, Record, canonical, object_name, read_object
+from infra.records.commit import unfold
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name, read_object
 from infra.store.base import Store
 from pipelines.evaluate import scores
-from pipelines.release.open import unfold
 from pipelines.stage import plain
 from unclip.config import FRACTION, outside
 

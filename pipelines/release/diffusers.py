@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit, digest_file
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from pipelines.release.open import open_release
 

@@ -9,9 +9,11 @@ import shutil
 import uuid
 from pathlib import Path
 
+from infra.documents import digest
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.records.manifest import Manifest, Record, digest, digest_file, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.store.base import Store
 
 CHAMPION = "champion"
@@ -75,27 +77,6 @@ def bundles(store: Store) -> list[str]:
     heads = [e for e in store.list("manifests/bundle-")]
     heads.sort(key=lambda entry: (entry.modified, entry.name))
     return list(dict.fromkeys(entry.name.rsplit("/", 1)[1].split(".")[0] for entry in heads))
-
-
-def unfold(store: Store, record: Record, folder: Path) -> Path:
-    """A record's files under their own names in a folder on the store's file system: links, or copies.
-
-    Raises Refused for a damaged one: what is made of it would carry a digest of its own, and nobody would see it again.
-    """
-    for name, file in record.files.items():
-        target, source = folder / name, store.local(object_name(file.sha256))
-        if digest_file(source) != file.sha256:
-            raise Refused(
-                f"{object_name(file.sha256)} ({name}) in the store is damaged. Delete it and the record that names it, "
-                "or put an undamaged copy in its place, and run again.",
-                code=5,
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-    return folder
 
 
 def only_line(store: Store) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.records.parquet import ahead, columns
 from infra.store.base import Store
 from pipelines.download.images import picture

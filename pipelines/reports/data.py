@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, digest_file, document, read_object
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import document, read_object
 from infra.records.schemas import KEPT
 from infra.store.base import Store
 from pipelines.reports.census import ASPECT, SCORES, WIDEST, Census, Row, census

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.records.manifest import Manifest, Record, object_name
+from infra.records.manifest import Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT
 from infra.store.base import Store
 from pipelines.download.images import picture

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.records.manifest import Action, Manifest, Record, digest_file, object_name, read_object
+from infra.documents import digest_file
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name, read_object
 from infra.store.base import Store
 from pipelines.evaluate import scores
 from pipelines.release.bundle import PROMOTION, VERDICT

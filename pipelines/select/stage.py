@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, SELECTION, embedded
 from infra.store.base import Store
 from pipelines.select.rules import Rule

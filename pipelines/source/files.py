@@ -18,8 +18,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol, cast
 
-from infra.errors import Refused
-from infra.store.base import NotFound, Store, open_store
+from infra.errors import NotFound, Refused
+from infra.store.base import Store
+from infra.store.opening import open_store
 
 CHUNK = 4 << 20
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
-from infra.records.manifest import canonical, digest, digest_file
 from pipelines.source.columns import Columns
 from pipelines.source.digest_cache import digest_of, remembered
 from pipelines.source.files import Found, Place, Unreadable, is_text, place, where

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import digest_file
 from infra.records.schemas import SOURCE, uid
 from pipelines.source.columns import Columns
 from pipelines.source.digest_cache import digest_of, remembered

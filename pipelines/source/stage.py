@@ -13,8 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, digest_file
+from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from pipelines.source import folders, lists, tars
 from pipelines.source.columns import Columns

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
+from infra.documents import canonical, digest
 from infra.errors import Refused
-from infra.records.manifest import canonical, digest
 from pipelines.source.columns import Columns
 from pipelines.source.digest_cache import digest_of, remembered
 from pipelines.source.files import CHUNK, Found, Place, Unreadable, find, is_text, parts, place, where

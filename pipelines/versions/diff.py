@@ -23,10 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
+from infra.documents import canonical, digest
 from infra.errors import Refused
 from infra.records.damage import reading
 from infra.records.forgotten import buried
-from infra.records.manifest import Manifest, Record, canonical, digest, document, object_name
+from infra.records.manifest import Manifest, Record
+from infra.records.objects import document, object_name
 from infra.records.schemas import KEPT, UID
 from infra.store.base import Store
 from pipelines.engine.graph import differences

@@ -31,12 +31,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.concurrent import completed
-from infra.errors import Refused
+from infra.errors import NotFound, Refused
+from infra.records.commit import commit
 from infra.records.damage import reading
 from infra.records.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury, requests, salt_of
 from infra.records.generations import newest
-from infra.records.manifest import Action, Manifest, Record, commit, document, object_name, read_object
-from infra.store.base import NotFound, Store
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import document, object_name, read_object
+from infra.store.base import Store
 from pipelines.download.redact import redact
 from pipelines.download.shard import TABLE, TAR, shard
 from pipelines.promote.ledger import views

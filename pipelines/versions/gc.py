@@ -37,7 +37,8 @@ from infra.lease import Lease, alive, clock, stands
 from infra.ledger import Ledger
 from infra.records.damage import reading
 from infra.records.generations import newest, split
-from infra.records.manifest import Manifest, document, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import document, object_name
 from infra.store.base import Entry, Store
 
 DAY_S = 86_400

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
 from infra.records.damage import reading
-from infra.records.manifest import Manifest, document
+from infra.records.manifest import Manifest
+from infra.records.objects import document
 from infra.records.schemas import KEPT
 from infra.store.base import Store
 from pipelines.source.stage import LISTED

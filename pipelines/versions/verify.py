@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from infra.concurrent import completed
-from infra.errors import Refused
+from infra.documents import SCHEMA_VERSION, canonical, digest
+from infra.errors import NotFound, Refused
 from infra.records.forgotten import buried
 from infra.records.generations import lost_name, newest, split
-from infra.records.manifest import SCHEMA_VERSION, Manifest, Record, canonical, digest, document, object_name
-from infra.store.base import NotFound, Store
+from infra.records.manifest import Manifest, Record
+from infra.records.objects import document, object_name
+from infra.store.base import Store
 
 THREADS = 8
 PIECE = 8 << 20

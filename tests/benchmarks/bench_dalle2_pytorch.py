@@ -34,7 +34,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.tracking.monitor import NullMonitor
 from tests.benchmarks.embedding import Took, timed
 from tests.benchmarks.measure import one_core

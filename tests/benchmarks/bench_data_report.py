@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, SELECTION
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 
 ROWS = 1_000
 STATES = np.array([KEPT, "http_404", "http_403", "timeout", "undecodable", "too_small"])

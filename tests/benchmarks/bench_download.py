@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import SOURCE, uid
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.download.stage import Download, DownloadHow, DownloadSpec
 from tests.benchmarks.bare import Took, bare
 from tests.benchmarks.web import address, serving

@@ -23,7 +23,7 @@ import pytest
 import torch
 import webdataset
 
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from tests.benchmarks.loading import BASE, LARGE, Files, files
 from tests.benchmarks.measure import MARGIN, compare, one_thread
 from training.data.batches import Data, Reads, picture

@@ -24,7 +24,8 @@ from rich.console import Console as Terminal
 from infra.cluster import connect, disconnect
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.schemas import KEPT
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.monitor import NullMonitor
 from pipelines.download.stage import Download, DownloadHow, DownloadSpec
 from pipelines.engine.console import Console

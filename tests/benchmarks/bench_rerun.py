@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from infra.records.manifest import Action, Block, File, Manifest, Record, digest
+from infra.documents import digest
+from infra.records.manifest import Action, Block, File, Manifest, Record
 from infra.records.schemas import KEPT
-from infra.store.base import LocalStore, Store, open_store
+from infra.store.base import Store
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from infra.store.s3 import S3Store
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution

@@ -29,7 +29,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from pipelines.recipe import schema as recipe
 from tests.training.ranks import PRELOADED

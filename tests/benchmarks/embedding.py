@@ -26,9 +26,12 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT, SOURCE, uid
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.download.images import Picture, decoded
 from pipelines.download.shard import Outcome, pack
 from pipelines.embed.stage import Embed, base, chosen_rows, load_clip, pixels

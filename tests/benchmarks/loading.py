@@ -14,7 +14,8 @@ import pyarrow as pa
 from PIL import Image
 
 from infra.records import schemas as rows
-from infra.store.base import LocalStore, Store
+from infra.store.base import Store
+from infra.store.local import LocalStore
 from tests.training.tiny import committed, listed, parquet, selection
 
 WIDTH, BASE, LARGE = 768, 64, 256

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from training.checkpoint.saver import Saver
 from training.checkpoint.store import Checkpoints
 from training.parallel.flat import Group

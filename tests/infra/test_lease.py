@@ -14,7 +14,8 @@ import pytest
 
 from infra.lease import Lease
 from infra.process import Process
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 
 
 def test_a_lease_has_one_holder_until_it_is_released(store_uri: str) -> None:

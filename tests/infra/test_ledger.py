@@ -10,7 +10,8 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.store.base import LocalStore, open_store
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 
 
 def three_entries(store_uri: str) -> Ledger:

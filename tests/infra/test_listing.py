@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.records.manifest import digest
+from infra.documents import digest
 from infra.store import s3_listing as listing
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from infra.store.s3_listing import spans
 from tests.fixtures.faulty_s3 import Request, failing
 

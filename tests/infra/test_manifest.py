@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
-from infra.store.base import open_store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
+from infra.store.opening import open_store
 
 ACTION = Action("stage/1", {"side": 3}, ())
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import infra.store.s3
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 
 
 class LosesFirstAnswer:

@@ -13,8 +13,9 @@ import boto3
 import pytest
 
 import infra.store.s3
-from infra.errors import Refused
-from infra.store.base import NotFound, Store, open_store
+from infra.errors import NotFound, Refused
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.store.s3 import S3Store
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, at_first, at_random, unharmed
 
@@ -160,7 +161,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import infra.store.s3
-from infra.store.base import open_store
+from infra.store.opening import open_store
 infra.store.s3._SINGLE = infra.store.s3._PART = 5 << 20
 open_store(sys.argv[1], endpoint=sys.argv[2]).put_new("objects/large", Path(sys.argv[3]))
 """

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import Refused
-from infra.store.base import LocalStore, NotFound, open_store
+from infra.errors import NotFound, Refused
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.cli import main as cli
 
 

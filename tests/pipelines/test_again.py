@@ -10,10 +10,12 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
+from infra.records.commit import commit, standing
 from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.records.manifest import Manifest, Record, commit, standing
+from infra.records.manifest import Manifest, Record
 from infra.records.schemas import KEPT
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.download.stage import PASSING, Download
 from pipelines.engine.graph import resolve, why
 from pipelines.select.stage import Look

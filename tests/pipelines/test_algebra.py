@@ -26,8 +26,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from infra.records.manifest import Action, Manifest, Record, object_name
-from infra.store.base import open_store
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
+from infra.store.opening import open_store
 from pipelines.embed.stage import Embed
 from pipelines.engine.graph import resolve
 from pipelines.select.rules import Aspect, BlockedTerms, Caption, ExactDuplicates, Rule, Size

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infra.errors import Refused
 from infra.records.schemas import KEPT
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.download.images import PictureSpec, prepare
 from pipelines.download.isolate import DIED, HUNG, Apart
 from tests.fixtures.stages import PICTURES, download, make

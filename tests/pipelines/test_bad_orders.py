@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.cli import main as cli
 from pipelines.release.open import open_release
 from tests.fixtures.release import write_release

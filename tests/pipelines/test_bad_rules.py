@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from infra.errors import Refused
-from infra.records.manifest import object_name
-from infra.store.base import open_store
+from infra.records.objects import object_name
+from infra.store.opening import open_store
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.reports.examples import examples

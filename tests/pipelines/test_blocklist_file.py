@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.download.blocklist import entries_digest, read_file
 from pipelines.download.guard import Fault
 from pipelines.download.stage import Download, DownloadHow, DownloadSpec

@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.records.manifest import Action, Record, commit, object_name
+from infra.records.commit import commit
+from infra.records.manifest import Action, Record
+from infra.records.objects import object_name
 from infra.records.parquet import SMALL, ahead, columns
 from infra.records.schemas import KEPT
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.reports.census import ARRAYS, Census, Hosts, Row, _chosen, census, counted, shards, stored
 from pipelines.reports.charts import histogram, linear
 from pipelines.reports.page import count

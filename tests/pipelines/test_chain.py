@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.documents import digest_file
 from infra.ledger import Ledger
-from infra.records.manifest import digest_file
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from infra.tracking.mlflow import open_client
 from infra.tracking.uri import default_uri
 from pipelines.recipe import schema as recipe

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from tests.fixtures.net import wait_for_port
 from tests.fixtures.s3 import free_port
 from tests.fixtures.tiny_run import UNCLIP, newest, unclip

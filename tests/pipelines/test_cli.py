@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from infra.ledger import Entry, Ledger
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.cli import main as cli
 from pipelines.engine.console import Console as StageConsole
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from infra.records.manifest import object_name
-from infra.store.base import LocalStore, open_store
+from infra.records.objects import object_name
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from tests.fixtures.chain import Chain
 from tests.pipelines.test_cli import Run, refused, unclip  # noqa: F401  a fixture
 from tests.pipelines.test_data_verify import done

@@ -10,9 +10,12 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
+from infra.records.commit import commit
 from infra.records.damage import damaged
-from infra.records.manifest import Action, Manifest, Record, commit, object_name, read_object
-from infra.store.base import LocalStore, open_store
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name, read_object
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
 from pipelines.promote import ledger as releases

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.embed.stage import Embed, EmbedSpec
 from pipelines.select.rules import ClipScore
 from pipelines.select.stage import Look, Select

@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
+from infra.records.commit import commit
 from infra.records.forgotten import Forgotten, add, salt_of
-from infra.records.manifest import Action, Manifest, Record, commit
+from infra.records.manifest import Action, Manifest, Record
 from infra.records.schemas import UID
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.versions import diff as data_diff
 from pipelines.versions.diff import Difference, as_json, as_text, diff
 from pipelines.versions.forget import Names, forget

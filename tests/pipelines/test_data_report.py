@@ -19,9 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, uid
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.reports import contact
 from pipelines.reports import data as data_report
 from pipelines.reports.census import Row, census

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest, object_name
-from infra.store.base import LocalStore, Store, open_store
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
+from infra.store.base import Store
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
 from pipelines.versions import verify as data_verify
@@ -106,7 +109,8 @@ def test_what_is_made_anew_as_other_bytes_is_the_next_generation(store: LocalSto
     (action,) = resolved.todo
     assert action.key == record.key
     with store.scratch() as out:
-        from infra.records.manifest import Record, commit
+        from infra.records.commit import commit
+        from infra.records.manifest import Record
 
         (out / "n.json").write_text("other bytes")
         new = commit(store, action, Record.of(action, out, states={"kept": 1}), out)

@@ -13,9 +13,12 @@ from typing import NoReturn
 
 import pytest
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import Manifest, digest_file
-from infra.store.base import LocalStore, Store, open_store
+from infra.records.manifest import Manifest
+from infra.store.base import Store
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution
 from pipelines.engine.graph import resolve

@@ -19,9 +19,11 @@ from PIL import Image
 
 from infra.concurrent import completed
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, object_name
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, uid
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.download.stage import DownloadHow, DownloadSpec, opted_out, user_agent
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.server import serve

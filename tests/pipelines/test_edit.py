@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit
-from infra.store.base import LocalStore
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.local import LocalStore
 from pipelines.cli.main import app
 from pipelines.download.images import FORMATS
 from pipelines.draw.edit import read_picture

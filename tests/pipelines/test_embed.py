@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
+from infra.records.commit import commit
+from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, embedded
 from infra.store.base import Store
 from pipelines.embed.stage import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest, object_name
-from infra.store.base import Store, open_store
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.evaluate import grids, scores
 from pipelines.evaluate.prompts import Prompt
 from pipelines.evaluate.stage import Evaluate, EvaluateSample, EvaluateSpec

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from infra.cluster import ClusterInfo, Node
+from infra.documents import digest
 from infra.errors import Refused, Stopped
-from infra.records.manifest import Action, Manifest, Record, digest
-from infra.store.base import Store, open_store
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.mlflow import open_client
 from infra.tracking.monitor import Monitor, NullMonitor
 from infra.tracking.uri import default_uri
@@ -34,7 +36,7 @@ class Fragile(Double):
     """Doubles, but the first process that meets 7 dies as a preempted node would."""
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.records.manifest import object_name
+        from infra.records.objects import object_name
 
         if store.get(object_name(action.inputs[0])) == b"7" and not store.exists("died"):
             store.put_new("died", b"yes")

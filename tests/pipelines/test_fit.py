@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import digest_file
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.embed.stage import load_clip
 from pipelines.fit.stage import LoadClip, LoadHow, LoadSpec
 from pipelines.recipe import schema as recipe

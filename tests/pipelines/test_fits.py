@@ -17,8 +17,11 @@ import pytest
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
 from infra.process import Process
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
-from infra.store.base import Store, open_store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.monitor import NullMonitor
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution

@@ -15,9 +15,9 @@ import pytest
 
 from infra.errors import Refused
 from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.records.manifest import object_name
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.embed.stage import Embed, EmbedSpec
 from pipelines.select.stage import Look, Select
 from pipelines.source.columns import columns_of

@@ -11,7 +11,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.promote.ledger import unfolded
 from pipelines.reports.release import TEMPLATE

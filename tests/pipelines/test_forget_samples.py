@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from infra.records.forgotten import FORGOTTEN
 from infra.records.manifest import Manifest
 from infra.records.schemas import KEPT, sample_uid
-from infra.store.base import LocalStore, Store, open_store
+from infra.store.base import Store
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.cli.main import app
 from pipelines.source.stage import SourceHow
 from pipelines.versions import gc

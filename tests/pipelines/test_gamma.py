@@ -15,15 +15,18 @@ import pytest
 import torch
 
 from infra.errors import Refused as ImpossibleHere
-from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
+from infra.records.commit import commit, unfold
+from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import embedded
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.embed.stage import load_clip
 from pipelines.fit.gamma import Gamma, GammaSpec
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.release.bundle import Bundle, BundleSpec
-from pipelines.release.open import open_release, unfold
+from pipelines.release.open import open_release
 from pipelines.select.rules import ClipScore
 from pipelines.select.stage import Look, Select
 from pipelines.stage import PoolHow, plain

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from infra.documents import digest
 from infra.errors import Refused
 from infra.lease import Lease
 from infra.ledger import Entry, Ledger
+from infra.records.commit import commit
 from infra.records.forgotten import Names
-from infra.records.manifest import Action, Manifest, Record, commit, digest, object_name
-from infra.store.base import LocalStore, Store, open_store
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
+from infra.store.base import Store
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
 from pipelines.versions import gc

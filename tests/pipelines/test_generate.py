@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.draw.generate import generate
 from pipelines.evaluate.grids import MARGIN
 from tests.fixtures.release import bundle, write_release
@@ -84,7 +84,7 @@ def test_generating_imports_neither_open_clip_nor_ray(folder: Path, tmp_path: Pa
     code = f"""
 import sys
 from pipelines.draw.generate import generate
-from infra.store.base import open_store
+from infra.store.opening import open_store
 generate(open_store({store!r}), ["a red circle"], {str(folder)!r}, 1, 0, None, None, {out!r})
 print([name for name in ("open_clip", "torchvision", "ray", "mlflow", "pandas", "pyarrow", "torch._dynamo")
        if name in sys.modules])

@@ -14,8 +14,10 @@ import pytest
 
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit
-from infra.store.base import Store, open_store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.engine.admission import check_room, most_actors
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution
@@ -66,7 +68,7 @@ class Double:
     def setup(self) -> None: ...
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.records.manifest import object_name
+        from infra.records.objects import object_name
 
         number = json.loads(store.get(object_name(action.inputs[0])))
         if number == 13:
@@ -93,7 +95,7 @@ class Sum:
     def setup(self) -> None: ...
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.records.manifest import object_name
+        from infra.records.objects import object_name
 
         records = Manifest.load(store, action.inputs[0]).records
         total = sum(json.loads(store.get(object_name(record.sha("n.json")))) for record in records)

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit
-from infra.store.base import Store, open_store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.monitor import NullMonitor
 from pipelines.embed.stage import Embed, EmbedSpec
 from pipelines.recipe import schema as recipe
@@ -147,7 +149,7 @@ def test_labels_reach_the_trainer_by_uid_through_every_filter(world: Labelled):
     in which the oracle, which shares nothing with any of this, sees the same."""
     import pyarrow.parquet as pq
 
-    from infra.records.manifest import object_name
+    from infra.records.objects import object_name
 
     urls = {}
     for record in world.rows.records:

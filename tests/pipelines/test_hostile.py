@@ -19,9 +19,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from infra.records.manifest import object_name
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.download.images import prepare
 from pipelines.download.stage import DownloadSpec
 from tests.fixtures.stages import download, make

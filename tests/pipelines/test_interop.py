@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from infra.errors import Refused as InfraRefused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.cli.main import app
 from pipelines.release.open import bundles, open_release
 from tests.fixtures.plain import ours, saved

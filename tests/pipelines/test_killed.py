@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.store.base import Entry, open_store
+from infra.store.base import Entry
+from infra.store.opening import open_store
 from tests.fixtures.holding import ROOT, Holding, drawn
 
 

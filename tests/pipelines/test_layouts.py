@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.recipe import schema as recipes
 from pipelines.source.columns import LAYOUTS, columns_of
 from pipelines.source.stage import SourceHow, SourceSpec

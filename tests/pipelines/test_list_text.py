@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.records.schemas import KEPT
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.shapes.server import serve
 from pipelines.source.columns import Columns
 from pipelines.source.lists import rows

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT
 from pipelines.embed.stage import Embed, EmbedSpec
 from pipelines.recipe import schema as recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Terminal
 
-from infra.records.manifest import object_name
-from infra.store.base import open_store
+from infra.records.objects import object_name
+from infra.store.opening import open_store
 from infra.tracking.board import Account, Board, Extent
 from pipelines import progress
 from pipelines.engine import console

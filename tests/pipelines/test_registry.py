@@ -8,8 +8,10 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.records.manifest import Action, Manifest, Record, commit
-from infra.store.base import Store, open_store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.mlflow import open_client
 from infra.tracking.uri import default_uri
 from pipelines.cli import main as cli

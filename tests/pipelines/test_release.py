@@ -12,11 +12,14 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
-from infra.store.base import LocalStore, open_store
+from infra.records.commit import commit, unfold
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from pipelines.promote import ledger as releases
 from pipelines.release.bundle import Bundle, BundleSpec, Gate, GateSpec, Promote
-from pipelines.release.open import find, open_release, unfold
+from pipelines.release.open import find, open_release
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line
 from tests.fixtures.stages import make, todo
 

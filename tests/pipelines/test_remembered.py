@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.engine import plan as planning
 from pipelines.run import prepared
 from pipelines.source import digest_cache as remembered

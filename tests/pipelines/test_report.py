@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.records.manifest import object_name
-from infra.store.base import open_store
+from infra.records.objects import object_name
+from infra.store.opening import open_store
 from pipelines.evaluate import scores
 from pipelines.promote import ledger as releases
 from pipelines.release.bundle import GateSpec

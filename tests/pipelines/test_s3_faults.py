@@ -8,7 +8,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.records.manifest import Manifest
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
 from pipelines.select.stage import Look, Select

@@ -8,8 +8,8 @@ import math
 
 import pytest
 
+from infra.documents import canonical
 from infra.errors import Refused
-from infra.records.manifest import canonical
 from pipelines.evaluate.scores import check_name, compare, flat, read, score
 from unclip.metrics import cmmd, coverage, frechet, mcnemar, wilson
 

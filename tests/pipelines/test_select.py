@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, SELECTION
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.select.rules import Caption, ClipScore, ExactDuplicates, Size
 from pipelines.select.stage import Look, Select, selected
 from pipelines.shapes.links import parse_path

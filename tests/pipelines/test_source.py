@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from infra.records.manifest import object_name
+from infra.records.objects import object_name
 from infra.records.schemas import uid
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.source.columns import Columns
 from pipelines.source.cut import cut, slices
 from pipelines.source.stage import Source, SourceHow, SourceSpec, check_columns, list_digests
@@ -195,7 +195,7 @@ def test_a_glob_is_one_list_in_the_order_of_its_names(tmp_path, s3_uri):
 READ = """
 import resource, sys
 from pathlib import Path
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.source.stage import Source, SourceHow, SourceSpec
 peaks = []
 for number, path in enumerate(sys.argv[2:]):

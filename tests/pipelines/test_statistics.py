@@ -12,9 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record, commit, object_name
+from infra.records.commit import commit
+from infra.records.manifest import Action, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.schemas import KEPT, embedded
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from pipelines.embed.statistics import Statistics
 from pipelines.select.rules import ClipScore
 from pipelines.select.stage import Look, Select

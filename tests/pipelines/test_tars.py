@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.source.columns import Columns
 from pipelines.source.stage import SourceHow
 from pipelines.source.tars import read, tar_digests

@@ -26,7 +26,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from tests.fixtures.holding import ROOT
 from tests.fixtures.nodes import Nodes, nodes
 from tests.proofs.elastic_watch import FIRST, Watch, places

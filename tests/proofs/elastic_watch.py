@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from tests.proofs.interrupt_ranks import Watched
 from training.job import Job

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.records.manifest import Record
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from tests.fixtures.faulty_s3 import Fault, Plan, Request, at_random, unharmed
 from tests.fixtures.holding import Step
 from tests.proofs.faults_scene import EARLY, LATE, STAGES, TARS, Part, Scene, check, documents, kill, scene

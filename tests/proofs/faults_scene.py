@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from infra.records.manifest import Manifest, Record, object_name
-from infra.store.base import Store, open_store
+from infra.records.manifest import Manifest, Record
+from infra.records.objects import object_name
+from infra.store.base import Store
+from infra.store.opening import open_store
 from tests.fixtures.faulty_s3 import FaultyS3, failing
 from tests.fixtures.holding import ROOT, Holding, Step, drawn, release
 from tests.fixtures.nodes import Nodes, nodes

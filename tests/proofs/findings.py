@@ -126,7 +126,7 @@ def _open(store: Path, release: str, out: Path) -> None:
     global _bench
     import torch
 
-    from infra.store.base import LocalStore
+    from infra.store.local import LocalStore
 
     torch.set_num_threads(1)
     local = LocalStore(store)

@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from infra.records.manifest import Manifest, object_name
-from infra.store.base import LocalStore
+from infra.records.commit import unfold
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
+from infra.store.local import LocalStore
 from pipelines.embed.stage import base
 from pipelines.evaluate.grids import pixels
-from pipelines.release.open import open_release, unfold
+from pipelines.release.open import open_release
 from pipelines.shapes import oracle
 from tests.proofs.findings_cells import DEMO, AnyCell, Bits, Cell, Cost, Enlarged, Words
 from tests.proofs.findings_fits import VARIANTS, Variant, counted, fitted, planned, step_flops

@@ -17,8 +17,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.records.manifest import Action, Block, Manifest, Record, commit, object_name
-from infra.store.base import LocalStore, Store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.objects import object_name
+from infra.store.base import Store
+from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from pipelines.embed.statistics import Statistics
 from pipelines.fit.stage import ROLES, Fit, FitSpec

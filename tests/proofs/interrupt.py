@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from tests.proofs.interrupt_ranks import BATCH, MICRO, Attempt, Strike, attempt
 from tests.training.tiny import tiny
 from training.checkpoint.store import Checkpoint, Checkpoints

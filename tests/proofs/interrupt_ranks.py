@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Stopped
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from tests.training.ranks import PRELOADED
 from training.job import FitHow, Job

@@ -133,9 +133,10 @@ def packed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     """Shards of download, written by pipelines/download/shard.py."""
     import pyarrow.parquet as pq
 
-    from infra.records.manifest import commit, object_name
+    from infra.records.commit import commit
+    from infra.records.objects import object_name
     from infra.records.schemas import KEPT
-    from infra.store.base import open_store
+    from infra.store.opening import open_store
     from pipelines.download.images import Picture
     from pipelines.download.shard import Outcome, pack
 
@@ -163,8 +164,9 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     import pyarrow.parquet as pq
 
     from infra.records import schemas as rows
-    from infra.records.manifest import Record, commit
-    from infra.store.base import open_store
+    from infra.records.commit import commit
+    from infra.records.manifest import Record
+    from infra.store.opening import open_store
     from pipelines.embed.stage import BLOCK_ROWS, TABLE, chosen_rows
 
     records = []
@@ -184,8 +186,9 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
 
 def clip(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     """A record in the place of CLIP's: nothing here reads it."""
-    from infra.records.manifest import Record, commit
-    from infra.store.base import open_store
+    from infra.records.commit import commit
+    from infra.records.manifest import Record
+    from infra.store.opening import open_store
 
     records = []
     for uri, action in todo:
@@ -201,9 +204,10 @@ def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.records.manifest import commit, object_name
+    from infra.records.commit import commit
+    from infra.records.objects import object_name
     from infra.records.schemas import INDEX, KEPT
-    from infra.store.base import open_store
+    from infra.store.opening import open_store
     from pipelines.download.shard import TAR, shard
 
     records = []
@@ -226,8 +230,10 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.records.manifest import Record, commit, object_name
-    from infra.store.base import open_store
+    from infra.records.commit import commit
+    from infra.records.manifest import Record
+    from infra.records.objects import object_name
+    from infra.store.opening import open_store
     from pipelines.select.rules.base import PHASH
     from pipelines.select.stage import LOOK
 
@@ -251,7 +257,7 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
 
 def ran(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     """A stage's own work, without Ray."""
-    from infra.store.base import open_store
+    from infra.store.opening import open_store
     from pipelines.engine.ray_shards import perform
 
     return [perform(stage, action, open_store(uri)) for uri, action in todo]

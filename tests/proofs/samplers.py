@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from infra.store.base import open_store
+from infra.store.opening import open_store
 from pipelines.embed.stage import base
 from pipelines.evaluate.grids import pixels
 from pipelines.release.open import open_release

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused, Stopped
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from training.job import FitHow, Job
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import Refused, Stopped
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import HOW, contents, stopping_after
 from tests.training.test_objectives import again, furnished

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from training.checkpoint.store import Checkpoints
 
 

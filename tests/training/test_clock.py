@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from infra.documents import canonical, digest
 from infra.errors import Stopped
-from infra.records.manifest import canonical, digest
 from tests.training.test_loop import SHORT, Seen, stopping_after
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import Checkpoints

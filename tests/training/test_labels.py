@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import digest_file, object_name
+from infra.records.objects import object_name
 from infra.store.base import Store
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny

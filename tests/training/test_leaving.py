@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from training import preemption as leaving
 from training.preemption import Draining, StopFlag
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from infra.documents import canonical, digest_file
 from infra.errors import Refused, Stopped
-from infra.records.manifest import canonical, digest_file
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import EARLIER, Checkpoints
@@ -221,7 +221,7 @@ KILLED = """
 import json, sys
 from pathlib import Path
 from tests.training.test_loop import FitHow, Seen, train_local
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from training.job import Job
 root, out, job, lease = sys.argv[1:]
 how = FitHow(checkpoint_seconds=0)

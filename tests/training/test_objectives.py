@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.data.batches import Batch, Data

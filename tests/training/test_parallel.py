@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from tests.training.test_checkpoint import damage, put
 from training.checkpoint.store import Checkpoints
 

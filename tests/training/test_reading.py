@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest, object_name
-from infra.store.base import LocalStore, Store, open_store
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
+from infra.store.base import Store
 from infra.store.cache import bound
+from infra.store.local import LocalStore
+from infra.store.opening import open_store
 from infra.store.s3 import S3Store
 from tests.fixtures.s3 import requests
 from tests.training.tiny import SIDE, Tiny, tiny

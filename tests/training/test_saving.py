@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.store.base import LocalStore
+from infra.store.local import LocalStore
 from training.checkpoint.saver import Saver
 from training.checkpoint.store import Checkpoints
 from training.parallel.flat import Group

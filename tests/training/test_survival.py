@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Unavailable
-from infra.store.base import Store, open_store
+from infra.store.base import Store
+from infra.store.opening import open_store
 from infra.tracking.monitor import NullMonitor
 from tests.fixtures.disk import Disk
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, unharmed

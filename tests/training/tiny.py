@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from infra.records import schemas as rows
-from infra.records.manifest import Action, Block, Manifest, Record, commit
-from infra.store.base import LocalStore, Store
+from infra.records.commit import commit
+from infra.records.manifest import Action, Block, Manifest, Record
+from infra.store.base import Store
+from infra.store.local import LocalStore
 from training.job import Job
 from training.objectives.base import read_clip
 from unclip.clip.model import Clip

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.errors import Unavailable
-from infra.store.base import EXPECTED, advice
+from infra.errors import EXPECTED, Unavailable, advice
 from infra.store.retry import patiently
 from training.checkpoint.store import Checkpoints, Part, Stored, Written
 from training.parallel.flat import Group

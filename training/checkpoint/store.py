@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.errors import Refused
-from infra.records.manifest import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
-from infra.store.base import NotFound, Store
+from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
+from infra.errors import NotFound, Refused
+from infra.store.base import Store
 from training.job import Job
 
 MANIFEST = "manifest.json"

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.documents import digest
 from infra.errors import Refused
-from infra.records.manifest import File, Manifest, Record, digest, object_name
+from infra.records.manifest import File, Manifest, Record
+from infra.records.objects import object_name
 from infra.records.parquet import ahead, columns
 from infra.records.schemas import UID
 from infra.store.base import Store

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from infra.records.manifest import object_name
+from infra.records.objects import object_name
 from infra.records.schemas import UID
 from infra.store.base import Store
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.records.parquet import RowGroups
 from infra.store.base import Store
 from training.data.batches import Batch, Reads, ReadText, picture

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest, object_name
+from infra.records.manifest import Manifest
+from infra.records.objects import object_name
 from infra.store.base import Store
 from training.data.batches import Batch, Reads, decode, picture
 from training.job import START, ClipTrain, Job

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from infra.errors import Refused
-from infra.records.manifest import digest_file
-from infra.store.base import NotFound, Store
+from infra.documents import digest_file
+from infra.errors import NotFound, Refused
+from infra.store.base import Store
 from training.job import TrainConfig
 from training.optim.ema import PowerEma
 from training.optim.posthoc import Average, combination, combined

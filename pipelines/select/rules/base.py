@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 
+from infra.documents import digest, digest_file
 from infra.errors import Refused
-from infra.records.manifest import digest, digest_file
 from unclip.config import LATER, Range, outside
 
 NOT_IN_KEY = {"how": True}
