@@ -17,8 +17,8 @@ from infra.store.base import Store
 from training.job import START, Job
 from training.reading import unpacked
 from unclip.errors import Refused
+from unclip.release.folder import MANIFEST
 from unclip.release.model import read_model_config, warm_start
-from unclip.release.release import MANIFEST
 
 ALSO = {"inpainter": ("inpainter", "decoder")}
 """Kinds that a model may go on from, where that is not its own alone."""

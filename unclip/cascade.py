@@ -9,7 +9,7 @@ like does not depend on which others are made beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from unclip.clip.text import Text
 from unclip.diffusion.guidance import Network, conditional
 from unclip.diffusion.settings import Sampling, check_sampling, guided, in_range
 from unclip.errors import Refused
-from unclip.models.ar_prior import AutoregressivePrior
+from unclip.models.ar_prior import AutoregressivePrior, Prior
 from unclip.models.decoder import Decoder
 from unclip.models.layers import fold_upsampling
 from unclip.models.text import Caption
@@ -31,8 +31,9 @@ from unclip.models.upsampler import WORKSPACE, Upsampler, filled_up
 from unclip.pictures import to_uint8
 from unclip.progress import Callback, Report, Reporter
 from unclip.release.compatibility import check_fit, check_gamma, check_guides
+from unclip.release.folder import load_models
 from unclip.release.guides import Guides
-from unclip.sample import Bind, Extra, Prior, draw, draw_embeddings, in_tiles
+from unclip.sample import Bind, Extra, draw, draw_embeddings, in_tiles
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -118,9 +119,8 @@ class UnCLIP:
     @classmethod
     def load(cls, folder: Path | str) -> UnCLIP:
         """Reads a release folder; raises Refused where it is damaged, incomplete or does not fit together."""
-        from unclip.release import release
-
-        return release.load(Path(folder))
+        models = load_models(folder)
+        return cls(**{field.name: getattr(models, field.name) for field in fields(models)})
 
     def to(self, device: torch.device | str) -> UnCLIP:
         """Moves all models; returns itself."""

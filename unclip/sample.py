@@ -13,11 +13,9 @@ from unclip.diffusion.samplers import SAMPLERS, noise_for
 from unclip.diffusion.schedule import Denoiser, Prediction, Schedule
 from unclip.diffusion.settings import Sampling, guided
 from unclip.errors import Refused
-from unclip.models.ar_prior import AutoregressivePrior, write_tokens
+from unclip.models.ar_prior import Prior, write_tokens
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import Report
-
-Prior = DiffusionPrior | AutoregressivePrior
 
 Bind = Callable[[Denoiser, str, Sequence[int], Sequence[int]], Denoiser]
 """(denoiser, component, rows of the pictures in this call, their seeds) → denoiser."""

@@ -183,10 +183,10 @@ def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
     from infra.records.objects import object_name
     from pipelines.embed.statistics import TENSORS
     from pipelines.release.open import open_release
-    from unclip.release.model import read_tensors
-    from unclip.release.release import read
+    from unclip.files import read_tensors
+    from unclip.release.folder import read_release
 
-    version = read(open_release(store, release)).data.get("statistics")
+    version = read_release(open_release(store, release)).data.get("statistics")
     if version is None or not store.exists(object_name(version)):
         raise Refused(
             f"the release {release} says of no statistics in the store {store.uri} that they are its data's, and the "

@@ -44,9 +44,9 @@ def generate(
     guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
     from pipelines.evaluate import grids
     from unclip.cascade import UnCLIP
-    from unclip.release.release import asked
+    from unclip.release.folder import decoder_settings
 
-    if not asked(folder, **guides).labels and label_guidance is not None:
+    if not decoder_settings(folder, **guides).labels and label_guidance is not None:
         raise Refused("--label-guidance is how strongly to guide towards labels, and there are none: add --label")
     model = UnCLIP.load(folder)
     words = [prompt for prompt in prompts for _ in range(n)]

@@ -71,7 +71,7 @@ class Bundle:
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Joins the models; raises Refused where they do not fit together."""
         from unclip.diffusion.settings import Sampling
-        from unclip.release import release
+        from unclip.release.folder import save_release
 
         versions = dict(zip(self.needs, action.inputs, strict=True))
         components = ("clip", *self.models)
@@ -83,7 +83,7 @@ class Bundle:
                 unfold(store, Manifest.load(store, versions[name], name).only, parts / name)
             if self.measured:
                 unfold(store, Manifest.load(store, versions["gamma"], "gamma").only, parts / "prior")
-            release.save(
+            save_release(
                 out,
                 self.spec.name,
                 {name: parts / name for name in components},

@@ -21,7 +21,7 @@ from infra.store.local import LocalStore
 from training.checkpoint.saver import Saver
 from training.checkpoint.store import Checkpoints
 from training.parallel.flat import Group
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 
 def check(device: torch.device, megabytes: int, saves: int, root: Path) -> dict[str, float]:

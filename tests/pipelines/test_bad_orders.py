@@ -18,7 +18,7 @@ from infra.store.opening import open_store
 from pipelines.cli import main as cli
 from pipelines.release.open import open_release
 from tests.fixtures.release import write_release
-from unclip.release.model import write_json
+from unclip.files import write_json
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -27,8 +27,8 @@ from tests.fixtures.release import SAMPLING, write_inpainter, write_parts, write
 from unclip import UnCLIP, manipulate
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused as Impossible
-from unclip.release import release
-from unclip.release.model import read_json, write_json
+from unclip.files import read_json, write_json
+from unclip.release.folder import save_release
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def filling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same release with an inpainter."""
     root = tmp_path_factory.mktemp("filling")
-    release.save(root / "release", "tiny", write_inpainter(write_parts(root)), SAMPLING, {"embed": "0" * 64})
+    save_release(root / "release", "tiny", write_inpainter(write_parts(root)), SAMPLING, {"embed": "0" * 64})
     return root / "release"
 
 

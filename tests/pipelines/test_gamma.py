@@ -37,9 +37,10 @@ from unclip import UnCLIP
 from unclip.diffusion.analytic import estimate_gamma
 from unclip.diffusion.guidance import conditional
 from unclip.diffusion.settings import Sampling
+from unclip.files import read_tensors
 from unclip.models.prior import DiffusionPrior
 from unclip.presets import TINY
-from unclip.release.model import GAMMA, load_model, read_tensors, save_model
+from unclip.release.model import GAMMA, load_model, save_model
 
 WIDTH, STEPS, SPEC = MODEL["embed_dim"], 20, GammaSpec(samples=128, batch=64)
 ANALYTIC = dataclasses.asdict(Sampling("analytic_dpm", 4, candidates=2))

@@ -45,13 +45,13 @@ def line(trained: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line
 
 
 def test_the_first_release_becomes_champion_and_loads(line: Line) -> None:
-    from unclip.release import release
+    from unclip.release.folder import check_release
 
     made = line.judge(line.release(GOOD))
     assert line.head is not None
     assert (line.head.release, line.head.gate) == (made["bundle"].version, made["gate"].only.key)
     folder = open_release(line.store, "champion")
-    said = release.check(folder)
+    said = check_release(folder)
     assert said.name == "unclip"
     assert said.data == {name: line.made[name].version for name in ("clip", *MODELS, *said.data) if name in line.made}
     assert (
@@ -250,13 +250,13 @@ def test_an_impossible_tolerance_is_refused() -> None:
 
 
 def test_a_line_in_s3_ends_in_a_folder_that_loads(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unclip.release import release
+    from unclip.release.folder import check_release
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     line = Line(open_store(s3_uri), tmp_path)
     made = line.judge(line.release(GOOD))
     made["report"] = line.report(made)
-    assert release.check(open_release(line.store, "champion")).name == "unclip"
+    assert check_release(open_release(line.store, "champion")).name == "unclip"
     assert "are whole" in releases.verify(line.store, "unclip")
     said = "\n".join(releases.summary(line.store, "unclip", made, s3_uri, "http://127.0.0.1:9"))
     assert f"--store {s3_uri}" in said

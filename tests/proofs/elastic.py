@@ -33,7 +33,7 @@ from tests.proofs.elastic_watch import FIRST, Watch, places
 from tests.proofs.interrupt import MOMENTS, TIMED, Outcome, difference, edges_of, job_of
 from training import launch
 from training.job import FitHow, Job
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 STEPS = 160
 PATIENCE_S = 300.0

@@ -40,10 +40,11 @@ from unclip.diffusion.guidance import conditional
 from unclip.diffusion.losses import bits_per_dim
 from unclip.diffusion.samplers import SAMPLERS, noise_for
 from unclip.diffusion.settings import Sampling, guided, in_range
+from unclip.files import read_json, read_tensors
 from unclip.metrics import cosine
 from unclip.models.decoder import Context, Decoder
 from unclip.models.upsampler import Upsampler
-from unclip.release.model import load_model, read_json, read_tensors
+from unclip.release.model import load_model
 
 TILE = 64
 REFERENCE, SOURCE, SECOND = 0, 1, 2

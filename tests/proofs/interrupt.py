@@ -33,7 +33,7 @@ from training.checkpoint.store import Checkpoint, Checkpoints
 from training.data.batches import Data, Reads
 from training.data.order import derived
 from training.job import Job
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 STEPS = 18
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}

@@ -24,8 +24,9 @@ from training.job import FitHow
 from training.launch import train_local
 from training.objectives.base import objective
 from training.parallel.flat import Group
+from unclip.files import read_json
 from unclip.models.classifier import Classifier
-from unclip.release.model import load_model, read_json
+from unclip.release.model import load_model
 
 BOTH = Labels(("shade", "number"), (("dark", "light"), ("0", "5", "10")))
 

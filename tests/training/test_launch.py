@@ -183,7 +183,7 @@ def test_two_workers_see_the_batch_that_one_would_see(world, tmp_path):
 
     import torch
 
-    from unclip.release.model import read_tensors
+    from unclip.files import read_tensors
 
     alone = read_tensors(tmp_path / "one" / "model.safetensors")
     for name, tensor in read_tensors(tmp_path / "two" / "model.safetensors").items():

@@ -22,7 +22,8 @@ from training.job import FitHow, Job
 from training.launch import train_local
 from training.objectives.base import objective
 from unclip.errors import Refused as Impossible
-from unclip.release.model import load_model, read_json, read_tensors, write_tensors
+from unclip.files import read_json, read_tensors, write_tensors
+from unclip.release.model import load_model
 
 SHORT = {"steps": 12, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
 HOW = FitHow(checkpoint_seconds=1000)

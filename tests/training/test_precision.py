@@ -14,7 +14,7 @@ from training.checkpoint.store import Checkpoints
 from training.job import KINDS, DecoderTrain, TrainConfig
 from training.launch import train_local
 from training.optim.precision import INTERVAL, Scaler
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 SHORT = {"steps": 2, "batch": 4, "micro": 2, "warmup": 0, "window": 3}
 

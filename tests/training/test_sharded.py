@@ -20,7 +20,7 @@ from training.launch import train_local
 from training.objectives.base import objective
 from training.parallel.flat import Group
 from training.parallel.fsdp import built, is_sharded
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}
 """With Adam's usual ε the last bits of a gradient that is nearly 0 (a key's bias) would decide a step's sign."""

@@ -21,7 +21,7 @@ from training.launch import train_local
 from training.objectives.base import objective
 from training.parallel.flat import Flat, Group
 from training.parallel.modes import compile_parts, determinism, prepare, seed
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 CPU = torch.device("cpu")
 SHORT = {"steps": 2, "batch": 4, "micro": 2, "warmup": 0, "window": 3}

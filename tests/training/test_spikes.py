@@ -18,7 +18,7 @@ from training.job import FitHow, Job, TrainConfig
 from training.launch import train_local
 from training.optim.optimizer import Diverged
 from training.optim.spikes import LEAST, Spikes
-from unclip.release.model import read_tensors
+from unclip.files import read_tensors
 
 HOW = FitHow(checkpoint_seconds=1000)
 

@@ -16,7 +16,7 @@ from tests.training.tiny import Tiny, stored_tree, tiny
 from training.job import KINDS, Job
 from training.launch import train_local
 from unclip.errors import Refused as Impossible
-from unclip.release.model import read_tensors, write_tensors
+from unclip.files import read_tensors, write_tensors
 
 SHORT = {"steps": 3, "batch": 4, "micro": 2, "warmup": 0, "window": 3, "ema": 0.0}
 

@@ -15,11 +15,12 @@ from tests.fixtures.release import SAMPLING, shaken, write_parts
 from unclip import UnCLIP
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
+from unclip.files import read_tensors
 from unclip.models.ar_prior import AutoregressivePrior
 from unclip.presets import PAPER, TINY
 from unclip.progress import Progress
-from unclip.release import release
-from unclip.release.model import load_model, read_tensors, save_gamma, save_model
+from unclip.release.folder import read_release, save_release
+from unclip.release.model import load_model, read_model_config, save_gamma, save_model
 
 assert TINY.ar_prior is not None
 CONFIG = TINY.ar_prior
@@ -30,11 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny release whose prior is autoregressive."""
     root = tmp_path_factory.mktemp("autoregressive")
     parts = write_parts(root / "parts")
-    clip = release.read_model_config(parts["prior"], "prior")[1]
+    clip = read_model_config(parts["prior"], "prior")[1]
     prior = shaken(AutoregressivePrior(CONFIG), 7)
     save_model(root / "prior", "ar_prior", CONFIG, prior.state_dict(), clip=clip)
     settings = {"prior": Sampling(guidance=2.0, candidates=2, temperature=0.8)}
-    release.save(root / "release", "tiny", parts | {"prior": root / "prior"}, SAMPLING | settings)
+    save_release(root / "release", "tiny", parts | {"prior": root / "prior"}, SAMPLING | settings)
     return root / "release"
 
 
@@ -130,15 +131,15 @@ def test_a_prior_of_other_widths_is_refused_in_a_cascade(folder):
 
 def test_a_table_of_variances_beside_it_is_refused(folder, tmp_path):
     """It does not denoise: neither γ nor Analytic-DPM has a meaning for it, and the sampler's name none either."""
-    whole = release.read(folder)
+    whole = read_release(folder)
     parts = {name: tmp_path / "parts" / name for name in whole.components}
     for name, part in parts.items():
         shutil.copytree(folder / name, part)
     settings = whole.sampling | {"prior": Sampling("analytic_dpm", 4)}
-    release.save(tmp_path / "fine", "tiny", parts, settings)
+    save_release(tmp_path / "fine", "tiny", parts, settings)
     save_gamma(parts["prior"], torch.ones(1000))
     with pytest.raises(Refused, match="beside an autoregressive prior"):
-        release.save(tmp_path / "release", "tiny", parts, settings)
+        save_release(tmp_path / "release", "tiny", parts, settings)
 
 
 def test_the_papers_widths_and_depths_give_two_billion():

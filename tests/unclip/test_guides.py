@@ -22,7 +22,7 @@ from unclip.models.classifier import Classifier, ClassifierConfig
 from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.models.unet_encoder import AttentionPool, HalfUNet, HalfUNetConfig, SelfAttention
 from unclip.presets import ADM_CLASSIFIER, TINY
-from unclip.release import release
+from unclip.release.folder import save_release
 from unclip.release.model import save_model
 
 CLASSES = (("circle", "square"), ("red", "green", "blue"))
@@ -254,7 +254,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def model(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> UnCLIP:
     folder = tmp_path_factory.mktemp("guided") / "release"
-    release.save(folder, "tiny", parts, SAMPLING)
+    save_release(folder, "tiny", parts, SAMPLING)
     return UnCLIP.load(folder)
 
 
@@ -330,18 +330,18 @@ def test_settings_that_a_releases_guides_cannot_follow_are_refused_when_it_is_ma
     there = {name: path for name, path in parts.items() if name != "noised-clip"}
     asked = SAMPLING | {"decoder": replace(SAMPLING["decoder"], clip_guidance=1.0)}
     with pytest.raises(Refused, match="CLIP guidance of 1 needs"):
-        release.save(tmp_path / "a", "tiny", there, asked)
+        save_release(tmp_path / "a", "tiny", there, asked)
     asked = SAMPLING | {"decoder": replace(SAMPLING["decoder"], labels={"shape": "cross"})}
     with pytest.raises(Refused, match="no class 'cross'"):
-        release.save(tmp_path / "b", "tiny", there, asked)
+        save_release(tmp_path / "b", "tiny", there, asked)
 
 
 def test_guides_of_another_decoder_or_clip_are_refused(parts: dict[str, Path], tmp_path: Path):
     config = ClassifierConfig(**small(size=32, attention=(16,), labels=("shape",), classes=CLASSES[:1]))
     save_model(tmp_path / "large", "classifier", config, Classifier(config).state_dict())
     with pytest.raises(Refused, match="classifier was made for size 32, and the decoder's is 16"):
-        release.save(tmp_path / "a", "tiny", parts | {"classifier": tmp_path / "large"}, SAMPLING)
+        save_release(tmp_path / "a", "tiny", parts | {"classifier": tmp_path / "large"}, SAMPLING)
     noised = NoisedClipConfig(**small(embedding=32))
     save_model(tmp_path / "other", "noised_clip", noised, NoisedClip(noised).state_dict(), clip="feedfeedfeedfeed")
     with pytest.raises(Refused, match=r"noised-clip in .* was trained on embeddings of the CLIP feedfeedfeed"):
-        release.save(tmp_path / "b", "tiny", parts | {"noised-clip": tmp_path / "other"}, SAMPLING)
+        save_release(tmp_path / "b", "tiny", parts | {"noised-clip": tmp_path / "other"}, SAMPLING)

@@ -18,7 +18,7 @@ from unclip.errors import Refused
 from unclip.interop.diffusers import export_diffusers
 from unclip.models.decoder import Decoder
 from unclip.presets import TINY
-from unclip.release import release
+from unclip.release.folder import save_release
 from unclip.release.model import load_model, save_model, warm_start
 
 GLIDE = replace(TINY.decoder, text="own", vocabulary=2000, text_depth=1, text_heads=4, image=False)
@@ -43,7 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def prompts_only(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> UnCLIP:
     folder = tmp_path_factory.mktemp("glide") / "release"
     chosen = {name: parts[name] for name in ("clip", "upsampler-32", "upsampler-64")} | {"decoder": parts["glide"]}
-    release.save(folder, "glide", chosen, WITHOUT_PRIOR)
+    save_release(folder, "glide", chosen, WITHOUT_PRIOR)
     model = UnCLIP.load(folder)
     model.tile = 2
     return model
@@ -52,7 +52,7 @@ def prompts_only(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def filling(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> UnCLIP:
     folder = tmp_path_factory.mktemp("filling") / "release"
-    release.save(folder, "tiny", {name: path for name, path in parts.items() if name != "glide"}, SAMPLING)
+    save_release(folder, "tiny", {name: path for name, path in parts.items() if name != "glide"}, SAMPLING)
     model = UnCLIP.load(folder)
     model.tile = 2
     return model
@@ -116,9 +116,9 @@ def test_a_decoder_of_clips_token_states_may_do_without_image_embeddings(filling
 def test_a_prior_and_a_decoder_of_image_embeddings_come_together_or_not_at_all(parts: dict[str, Path], tmp_path: Path):
     usual = {name: path for name, path in parts.items() if name not in ("glide", "inpainter")}
     with pytest.raises(Refused, match="has no prior"):
-        release.save(tmp_path / "a", "tiny", {n: p for n, p in usual.items() if n != "prior"}, WITHOUT_PRIOR)
+        save_release(tmp_path / "a", "tiny", {n: p for n, p in usual.items() if n != "prior"}, WITHOUT_PRIOR)
     with pytest.raises(Refused, match="nothing would use the prior"):
-        release.save(tmp_path / "b", "tiny", usual | {"decoder": parts["glide"]}, SAMPLING)
+        save_release(tmp_path / "b", "tiny", usual | {"decoder": parts["glide"]}, SAMPLING)
 
 
 def test_a_decoder_for_another_tokeniser_is_refused(parts: dict[str, Path], tmp_path: Path):
@@ -126,7 +126,7 @@ def test_a_decoder_for_another_tokeniser_is_refused(parts: dict[str, Path], tmp_
     save_model(tmp_path / "decoder", "decoder", other, Decoder(other).state_dict(), clip=fingerprint(parts))
     chosen = {"clip": parts["clip"], "decoder": tmp_path / "decoder"}
     with pytest.raises(Refused, match="made for vocabulary 1999, and CLIP's is 2000"):
-        release.save(tmp_path / "release", "tiny", chosen, {"decoder": Sampling()})
+        save_release(tmp_path / "release", "tiny", chosen, {"decoder": Sampling()})
 
 
 def test_diffusers_has_no_place_for_it(prompts_only: UnCLIP, tmp_path: Path):
@@ -206,7 +206,7 @@ def test_an_inpainter_that_cannot_stand_in_for_the_decoder_is_refused(parts: dic
         folder = tmp_path / f"inpainter-{number}"
         save_model(folder, "inpainter", config, Decoder(config).state_dict(), clip=fingerprint(parts))
         with pytest.raises(Refused, match=said):
-            release.save(tmp_path / f"release-{number}", "tiny", usual | {"inpainter": folder}, SAMPLING)
+            save_release(tmp_path / f"release-{number}", "tiny", usual | {"inpainter": folder}, SAMPLING)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from tests.fixtures.release import SAMPLING, write_parts, write_release
 from unclip import UnCLIP
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
+from unclip.files import read_tensors
 from unclip.presets import TINY
-from unclip.release import release
-from unclip.release.model import load_model, read_tensors, save_model
+from unclip.release.folder import check_release, save_release
+from unclip.release.model import load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(parts: dict[str, Path], tmp_path: Path) -> Path:
-    release.save(tmp_path / "release", "tiny", parts, SAMPLING, {"embed": "abc"})
+    save_release(tmp_path / "release", "tiny", parts, SAMPLING, {"embed": "abc"})
     return tmp_path / "release"
 
 
@@ -38,7 +39,7 @@ def change(folder: Path, **entries) -> None:
 
 
 def test_a_release_says_what_it_is(folder: Path, parts: dict[str, Path]):
-    found = release.check(folder)
+    found = check_release(folder)
     assert found.name == "tiny"
     assert found.data == {"embed": "abc"}
     assert found.sampling == SAMPLING
@@ -48,7 +49,7 @@ def test_a_release_says_what_it_is(folder: Path, parts: dict[str, Path]):
 
 
 def test_the_loaded_models_have_the_saved_weights(folder: Path, parts: dict[str, Path]):
-    model = release.load(folder)
+    model = UnCLIP.load(folder)
     for name, loaded in (("prior", model.prior), ("decoder", model.decoder), ("upsampler-64", model.upsamplers[1])):
         saved = read_tensors(parts[name] / "model.safetensors")
         state = loaded.state_dict()
@@ -60,20 +61,20 @@ def test_the_loaded_models_have_the_saved_weights(folder: Path, parts: dict[str,
 
 
 def test_a_release_is_the_same_bytes_each_time(parts: dict[str, Path], folder: Path, tmp_path: Path):
-    release.save(tmp_path / "again", "tiny", parts, SAMPLING, {"embed": "abc"})
+    save_release(tmp_path / "again", "tiny", parts, SAMPLING, {"embed": "abc"})
     assert (tmp_path / "again" / "release.json").read_bytes() == (folder / "release.json").read_bytes()
 
 
 def test_a_release_can_be_moved(folder: Path, tmp_path: Path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.rmtree(folder)
-    assert release.load(tmp_path / "elsewhere").size == 64
+    assert UnCLIP.load(tmp_path / "elsewhere").size == 64
 
 
 def test_an_unknown_schema_is_refused_with_both_versions(folder: Path):
     change(folder, schema_version=7)
     with pytest.raises(Refused, match="version 7, and this unclip reads version 1"):
-        release.check(folder)
+        check_release(folder)
 
 
 def test_altered_and_missing_files_are_refused(folder: Path):
@@ -82,43 +83,43 @@ def test_altered_and_missing_files_are_refused(folder: Path):
     data[-1] ^= 1
     weights.unlink()
     with pytest.raises(Refused, match=r"model\.safetensors is missing"):
-        release.load(folder)
+        UnCLIP.load(folder)
     weights.write_bytes(data)
     with pytest.raises(Refused, match=r"model\.safetensors was altered"):
-        release.load(folder)
+        UnCLIP.load(folder)
 
 
 def test_a_component_that_leads_out_of_the_folder_is_refused(folder: Path):
     components = json.loads((folder / "release.json").read_text())["components"]
     change(folder, components=components | {"../elsewhere": components["prior"]})
     with pytest.raises(Refused, match="no part of a release"):
-        release.check(folder)
+        check_release(folder)
     change(folder, components=components | {"prior": {"model.pkl": "0" * 64}})
     with pytest.raises(Refused, match=r"model\.pkl"):
-        release.check(folder)
+        check_release(folder)
 
 
 def test_a_prior_of_another_clip_is_refused_by_name(parts: dict[str, Path], tmp_path: Path):
     model = load_model(parts["prior"], "prior")
     save_model(tmp_path / "prior", "prior", TINY.prior, model.state_dict(), clip="feedfeedfeedfeed")
     with pytest.raises(Refused, match=r"the prior in .* was trained on embeddings of the CLIP feedfeedfeed"):
-        release.save(tmp_path / "release", "tiny", parts | {"prior": tmp_path / "prior"}, SAMPLING)
+        save_release(tmp_path / "release", "tiny", parts | {"prior": tmp_path / "prior"}, SAMPLING)
 
 
 def test_a_gap_in_the_cascade_is_refused(parts: dict[str, Path], tmp_path: Path):
     gap = {name: path for name, path in parts.items() if name != "upsampler-32"}
     sampling = {name: settings for name, settings in SAMPLING.items() if name != "upsampler-32"}
     with pytest.raises(Refused, match="takes pictures of 32 px, and the decoder gives 16 px"):
-        release.save(tmp_path / "release", "tiny", gap, sampling)
+        save_release(tmp_path / "release", "tiny", gap, sampling)
 
 
 def test_a_release_without_a_part_or_its_sampling_is_refused(parts: dict[str, Path], tmp_path: Path):
     with pytest.raises(Refused, match="has no prior"):
-        release.save(tmp_path / "a", "tiny", {n: p for n, p in parts.items() if n != "prior"}, SAMPLING)
+        save_release(tmp_path / "a", "tiny", {n: p for n, p in parts.items() if n != "prior"}, SAMPLING)
     with pytest.raises(Refused, match="says how to sample"):
-        release.save(tmp_path / "b", "tiny", parts, {"prior": Sampling()})
+        save_release(tmp_path / "b", "tiny", parts, {"prior": Sampling()})
     with pytest.raises(Refused, match="no part of a release"):
-        release.save(tmp_path / "c", "tiny", parts | {"superresolver": parts["prior"]}, SAMPLING)
+        save_release(tmp_path / "c", "tiny", parts | {"superresolver": parts["prior"]}, SAMPLING)
 
 
 def test_a_model_folder_of_another_kind_or_with_unknown_settings_is_refused(parts: dict[str, Path], tmp_path: Path):

@@ -27,8 +27,8 @@ from unclip.errors import Refused
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.presets import TINY
-from unclip.release import release
-from unclip.release.model import load_model, save_model
+from unclip.release.folder import check_release, save_release
+from unclip.release.model import load_model, read_model_config, save_model
 
 
 def test_every_file_of_a_release_is_missed_and_every_changed_byte_seen(folder: Path):
@@ -39,15 +39,15 @@ def test_every_file_of_a_release_is_missed_and_every_changed_byte_seen(folder: P
         for place in (0, len(data) // 2, len(data) - 1):
             rewrite(path, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             with pytest.raises(Refused, match=rf"{path.parent.name}/{path.name} was altered"):
-                release.load(folder)
+                UnCLIP.load(folder)
         rewrite(path, data[:-1])
         with pytest.raises(Refused, match="was altered"):
-            release.load(folder)
+            UnCLIP.load(folder)
         path.unlink()
         with pytest.raises(Refused, match=rf"{path.name} is missing"):
-            release.load(folder)
+            UnCLIP.load(folder)
         path.write_bytes(data)
-    assert release.load(folder).size == 64
+    assert UnCLIP.load(folder).size == 64
 
 
 @pytest.mark.parametrize("component", ["clip", "prior", "decoder", "upsampler-64"])
@@ -67,10 +67,10 @@ def test_weights_that_are_no_numbers_are_refused_by_name(folder: Path, component
 def test_models_of_another_width_are_refused_with_both_numbers(parts, tmp_path: Path, kind, field, width):
     config = replace({"prior": TINY.prior, "decoder": TINY.decoder}[kind], **{field: width})
     model = {"prior": DiffusionPrior, "decoder": Decoder}[kind](config)
-    clip = release.read_model_config(parts[kind], kind)[1]
+    clip = read_model_config(parts[kind], kind)[1]
     save_model(tmp_path / kind, kind, config, model.state_dict(), clip=clip)
     with pytest.raises(Refused, match=rf"this {kind} was made for {field} {width}, and CLIP's is \d+"):
-        release.save(tmp_path / "release", "tiny", parts | {kind: tmp_path / kind}, SAMPLING)
+        save_release(tmp_path / "release", "tiny", parts | {kind: tmp_path / kind}, SAMPLING)
 
 
 def test_an_exchanged_clip_is_refused_though_it_fits(folder: Path, tmp_path: Path):
@@ -80,12 +80,12 @@ def test_an_exchanged_clip_is_refused_though_it_fits(folder: Path, tmp_path: Pat
     for file in (tmp_path / "other").iterdir():
         signed(folder, f"clip/{file.name}", file.read_bytes())
     with pytest.raises(Refused, match=r"was released with the CLIP \w+…, and holds the CLIP"):
-        release.load(folder)
+        UnCLIP.load(folder)
     document = json.loads((folder / "release.json").read_text())
     document["clip"] = json.loads((tmp_path / "other" / "config.json").read_text())["fingerprint"]
     rewrite(folder / "release.json", json.dumps(document).encode())
     with pytest.raises(Refused, match=r"the decoder in .* was trained on embeddings of the CLIP"):
-        release.load(folder)
+        UnCLIP.load(folder)
 
 
 class Bomb:
@@ -147,7 +147,7 @@ def test_a_pickle_under_the_name_of_weights_is_refused_unread(folder: Path, tmp_
     for data in (pickle.dumps(Bomb(mark)), (tmp_path / "weights.pt").read_bytes()):
         signed(folder, "decoder/model.safetensors", data)
         with pytest.raises(Refused, match="no readable safetensors file"):
-            release.load(folder)
+            UnCLIP.load(folder)
     assert not mark.exists()
 
 
@@ -191,7 +191,7 @@ def test_whatever_release_json_says_it_is_followed_or_refused(folder: Path, data
     whole = (folder / "release.json").read_bytes()
     rewrite(folder / "release.json", json.dumps(altered(data, json.loads(whole))).encode())
     try:
-        loads_or_refuses(lambda: release.check(folder))
+        loads_or_refuses(lambda: check_release(folder))
     finally:
         rewrite(folder / "release.json", whole)
 

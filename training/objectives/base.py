@@ -33,12 +33,13 @@ from unclip.clip.model import clip_widths
 from unclip.degrade.bsr import FULL, LIGHT, bsr, gaussian_blur
 from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
 from unclip.diffusion.schedule import Schedule
+from unclip.files import CONFIG, read_json, read_tensors, write_json
 from unclip.models.ar_prior import AutoregressivePrior
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import to_unit
-from unclip.release import model as model_folder
+from unclip.release.model import config_from, save_model
 
 if TYPE_CHECKING:
     from unclip.clip.model import Clip
@@ -116,7 +117,7 @@ class Model:
 
     def __init__(self, job: Job, store: Store) -> None:
         self.job, self.store = job, store
-        self.config = model_folder.config_from(job.kind, job.model, job.stage)
+        self.config = config_from(job.kind, job.model, job.stage)
         self.options: Any = job.config
         self.facts: dict[str, Any] = {}
 
@@ -125,10 +126,10 @@ class Model:
         return started(model, self.job, self.store, self.facts.get("clip"))
 
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
-        model_folder.save_model(out, self.job.kind, self.config, state, clip=self.facts.get("clip"))
-        document = model_folder.read_json(out / model_folder.CONFIG, self.job.kind)
+        save_model(out, self.job.kind, self.config, state, clip=self.facts.get("clip"))
+        document = read_json(out / CONFIG, self.job.kind)
         document |= {"train": self.job.train, "facts": facts}
-        model_folder.write_json(out / model_folder.CONFIG, document)
+        write_json(out / CONFIG, document)
         return {}
 
     def _drop(self, batch: Batch, fraction: float, device: torch.device) -> Tensor:
@@ -179,7 +180,7 @@ class Conditioned(Model):
             if (said := getattr(self.config, name)) != found[name]:
                 raise Refused(f"{job.stage} is made for a CLIP of {name} {said}, and this CLIP has {found[name]}")
         record = Manifest.load(store, job.data["statistics"]).only
-        self.statistics = model_folder.read_tensors(store.local(object_name(record.sha("statistics.safetensors"))))
+        self.statistics = read_tensors(store.local(object_name(record.sha("statistics.safetensors"))))
 
     @torch.no_grad()
     def _furnish(self, model: DiffusionPrior | AutoregressivePrior | Decoder) -> nn.Module:

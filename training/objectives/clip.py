@@ -28,9 +28,9 @@ from training.warm_start import finished
 from unclip.clip.model import Clip, Preprocess, build, check, clip_widths
 from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
 from unclip.diffusion.schedule import Schedule
+from unclip.files import CONFIG, read_json
 from unclip.models.noised_clip import MAX_SCALE, NoisedClip
 from unclip.pictures import to_unit
-from unclip.release.model import CONFIG, read_json
 
 SCHEDULE = Schedule.named("cosine")
 """Of `clip.train.noised`: CLIP comes before the decoder, whose schedule it cannot know."""

@@ -23,7 +23,7 @@ from training.optim.ema import PowerEma
 from training.optim.posthoc import Average, combination, combined
 from training.parallel.flat import Group, Vectors
 from training.parallel.fsdp import whole
-from unclip.release.model import read_tensors, write_tensors
+from unclip.files import read_tensors, write_tensors
 
 TRACKED = (0.05, 0.10)
 """Relative lengths that are tracked, as in the paper (section 3.2)."""

@@ -29,10 +29,11 @@ from training.parallel.flat import Group
 from unclip.clip.text import Text
 from unclip.diffusion.guidance import conditional
 from unclip.diffusion.settings import Sampling, guided, in_range
+from unclip.models.ar_prior import Prior
 from unclip.models.decoder import Decoder
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import to_uint8, to_unit
-from unclip.sample import Prior, draw, draw_embeddings
+from unclip.sample import draw, draw_embeddings
 
 if TYPE_CHECKING:
     from training.telemetry.clock import Monitor

@@ -26,9 +26,18 @@ from unclip.clip.text import Text, TextTower, foreign_settings
 from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
 from unclip.config import SIDE, Range, mistyped, outside
 from unclip.errors import Refused
-from unclip.files import read_text
+from unclip.files import (
+    CONFIG,
+    WEIGHTS,
+    misfit,
+    read_json,
+    read_tensors,
+    read_text,
+    understood,
+    write_json,
+    write_tensors,
+)
 from unclip.meta import weightless
-from unclip.release.model import CONFIG, WEIGHTS, misfit, read_json, read_tensors, understood, write_json, write_tensors
 
 __all__ = ["Clip", "Preprocess", "Text", "build"]
 

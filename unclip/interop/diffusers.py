@@ -27,7 +27,7 @@ from unclip.cascade import UnCLIP
 from unclip.clip.model import Clip
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
-from unclip.files import read_document
+from unclip.files import read_document, read_tensors, understood
 from unclip.interop.clip import (
     processor_document,
     read_clip,
@@ -59,9 +59,9 @@ from unclip.models.decoder import IMAGE_TOKENS, Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.text import NullText
 from unclip.models.upsampler import Upsampler
-from unclip.release import release
 from unclip.release.compatibility import check_fit
-from unclip.release.model import read_tensors, save_model, understood
+from unclip.release.folder import Release, save_release
+from unclip.release.model import save_model
 
 PIPELINE = "UnCLIPPipeline"
 INDEX = "model_index.json"
@@ -148,7 +148,7 @@ def export_diffusers(model: UnCLIP | Path | str, folder: Path | str) -> Exported
 
 def import_diffusers(
     folder: Path | str, out: Path | str, *, name: str = "karlo", images: Path | str | None = None
-) -> release.Release:
+) -> Release:
     """Writes a folder that UnCLIPPipeline loads as a release; returns what the release says.
 
     images: a folder with image_encoder and feature_extractor, where the first has none: Karlo's are in its
@@ -176,7 +176,7 @@ def import_diffusers(
             fingerprint = None if kind == "upsampler" else clip.fingerprint
             save_model(Path(parts) / part, kind, model.config, model.state_dict(), clip=fingerprint)
         sampling = {part: SAMPLING[part.split("-")[0]] for part in models}
-        return release.save(out, name, {part: Path(parts) / part for part in ("clip", *models)}, sampling)
+        return save_release(out, name, {part: Path(parts) / part for part in ("clip", *models)}, sampling)
 
 
 def _unheld(model: UnCLIP) -> list[str]:

@@ -22,7 +22,7 @@ from unclip.diffusion.samplers import Noise
 from unclip.errors import Refused
 from unclip.models.layers import KeyValues, TransformerBlock
 from unclip.models.pca import Pca, components_for, dequantise, quantise
-from unclip.models.prior import CaptionTransformer, PriorContext
+from unclip.models.prior import CaptionTransformer, DiffusionPrior, PriorContext
 from unclip.models.text import NullText, TextEncoder
 
 
@@ -232,3 +232,6 @@ def write_tokens(
 def gumbel(normal: Tensor) -> Tensor:
     """Standard normal → standard Gumbel noise, by its quantile: the argmax of logits plus it is a draw from them."""
     return -(-torch.special.log_ndtr(normal)).log()
+
+
+Prior = DiffusionPrior | AutoregressivePrior

@@ -6,12 +6,9 @@ another kind, or one written by another unclip, is refused before a tensor is re
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,7 +16,17 @@ from torch import Tensor, nn
 
 from unclip.config import mistyped
 from unclip.errors import Refused
-from unclip.files import read_document
+from unclip.files import (
+    CONFIG,
+    WEIGHTS,
+    misfit,
+    read_json,
+    read_tensors,
+    reading_tensors,
+    understood,
+    write_json,
+    write_tensors,
+)
 from unclip.meta import weightless
 from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.models.classifier import Classifier, ClassifierConfig
@@ -28,9 +35,6 @@ from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
-SCHEMA_VERSION = 1
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 GAMMA = "gamma.safetensors"
 """Beside a model that Analytic-DPM samples: its table of γ (unclip/diffusion/analytic.py)."""
 
@@ -47,77 +51,6 @@ PRIORS = ("prior", "ar_prior")
 """Kinds that can be the prior of a release."""
 FREE = {"dropout", "size", "inpaint"}
 """Settings that weights do not depend on: those in which a warm start may differ from its model."""
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes a document with this schema's version, the same bytes for the same document."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads `write_json`'s document; raises Refused where it is missing, unreadable or of another schema version."""
-    try:
-        document = read_document(path)
-    except FileNotFoundError:
-        raise Refused(f"{path} does not exist, so {path.parent} holds no {what}") from None
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read as the JSON of a {what}: {error}") from None
-    found = document.get("schema_version") if isinstance(document, dict) else None
-    if found != SCHEMA_VERSION:
-        raise Refused(
-            f"{path} has schema version {found!r}, and this unclip reads version {SCHEMA_VERSION}. "
-            "Use the unclip that wrote it, or make it anew."
-        )
-    return document
-
-
-@contextmanager
-def understood(path: Path, what: str) -> Iterator[None]:
-    """Turns what a document of the right version and the wrong content leads to into Refused."""
-    try:
-        yield
-    except Refused:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        # RuntimeError is what torch says of layers that no memory holds.
-        raise Refused(
-            f"{path} is no {what} that this unclip understands ({type(error).__name__}: {shorten(str(error), 300)})"
-        ) from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a state dict as safetensors, in the order of names, from the host."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}, path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
-    from safetensors.torch import load_file
-
-    with _readable(path):
-        tensors = load_file(path)
-    if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
-        raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
-    return tensors
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what a missing or damaged safetensors file leads to into Refused."""
-    from safetensors import SafetensorError
-
-    if path.exists() and not path.is_file():
-        raise Refused(f"{path} is no regular file")
-    try:
-        yield
-    except FileNotFoundError:
-        raise Refused(f"{path} does not exist: the folder {path.parent} is incomplete") from None
-    except (SafetensorError, OSError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        # The last five are torch's, for a header of impossible shapes.
-        raise Refused(f"{path} is no readable safetensors file: {shorten(str(error), 300)}") from None
 
 
 def save_model(folder: Path, kind: str, config: Any, state: dict[str, Tensor], *, clip: str | None = None) -> None:
@@ -188,22 +121,10 @@ def check_shapes(path: Path, needed: Mapping[str, Tensor]) -> None:
     """Raises Refused unless a file's header names just these tensors, in these shapes; reads nothing else of it."""
     from safetensors import safe_open
 
-    with _readable(path), safe_open(path, "pt") as file:
+    with reading_tensors(path), safe_open(path, "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     if wrong := misfit(found, {name: tuple(tensor.shape) for name, tensor in needed.items()}):
         raise Refused(f"{path} does not fit its {CONFIG}: {wrong}")
-
-
-def misfit(found: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str:
-    """What of these shapes, by a tensor's name, is not as needed; "" where all is."""
-    wrong = [f"{name} is missing" for name in sorted(needed.keys() - found.keys())]
-    wrong += [f"there is no {name} in it" for name in sorted(found.keys() - needed.keys())]
-    wrong += [
-        f"{name} is {list(found[name])}, and {list(shape)} is needed"
-        for name, shape in sorted(needed.items())
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    return "; ".join(wrong[:3]) + " …" * (len(wrong) > 3)
 
 
 def check_numbers(path: Path, tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:

@@ -18,26 +18,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unclip.cascade import UnCLIP
+from torch import Tensor
+
 from unclip.clip.model import MERGES, Clip, clip_widths
 from unclip.config import mistyped
 from unclip.diffusion.settings import Sampling, check_sampling
 from unclip.errors import Damaged, Refused
-from unclip.models.ar_prior import AutoregressivePriorConfig
+from unclip.files import CONFIG, WEIGHTS, read_json, understood, write_json
+from unclip.models.ar_prior import AutoregressivePriorConfig, Prior
+from unclip.models.decoder import Decoder
+from unclip.models.upsampler import Upsampler
 from unclip.release.compatibility import check_fit, check_guides
 from unclip.release.guides import GUIDES, Guides, check_asked
-from unclip.release.model import (
-    CONFIG,
-    GAMMA,
-    PRIORS,
-    WEIGHTS,
-    load_gamma,
-    load_model,
-    read_json,
-    read_model_config,
-    understood,
-    write_json,
-)
+from unclip.release.model import GAMMA, PRIORS, load_gamma, load_model, read_model_config
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -94,14 +87,14 @@ class Release:
         return sorted((name for name in self.components if name.startswith(UPSAMPLER)), key=_side)
 
 
-def save(
+def save_release(
     folder: Path | str,
     name: str,
     components: Mapping[str, Path],
     sampling: Mapping[str, Sampling],
     data: Mapping[str, str] | None = None,
 ) -> Release:
-    """Makes a release of model folders and returns what `check` says of it.
+    """Makes a release of model folders and returns what `check_release` says of it.
 
     components: "clip", "prior", "decoder", each "upsampler-<side>" and, if there is one, "inpainter" → a folder that
     Clip.save or save_model wrote; no "prior" for a decoder that draws from prompts alone. Files are linked where the
@@ -130,10 +123,10 @@ def save(
         "clip": read_json(folder / "clip" / CONFIG, "CLIP")["fingerprint"] if "clip" in digests else "",
     }
     write_json(folder / MANIFEST, document)
-    return check(folder)
+    return check_release(folder)
 
 
-def read(folder: Path | str) -> Release:
+def read_release(folder: Path | str) -> Release:
     """What release.json says, its form checked but no other file opened."""
     path = Path(folder) / MANIFEST
     document = read_json(path, "release")
@@ -166,12 +159,12 @@ def _parsed(path: Path, document: dict[str, Any]) -> Release:
     return Release(str(document["name"]), document["components"], sampling, document["data"], str(document["clip"]))
 
 
-def asked(folder: Path | str, **changes: Any) -> Sampling:
+def decoder_settings(folder: Path | str, **changes: Any) -> Sampling:
     """A release's settings of its decoder, with what the caller changes of them (None: nothing).
 
     Reads no tensor. Raises Refused for impossible settings, and for a guide or a class that the release does not have.
     """
-    folder, release = Path(folder), read(folder)
+    folder, release = Path(folder), read_release(folder)
     said = {name: value for name, value in changes.items() if value is not None}
     settings = replace(release.sampling["decoder"], **said)
     there = (name for name in GUIDES if name in release.components)
@@ -179,10 +172,10 @@ def asked(folder: Path | str, **changes: Any) -> Sampling:
     return settings
 
 
-def check(folder: Path | str) -> Release:
+def check_release(folder: Path | str) -> Release:
     """Checks every digest and that the parts fit: widths, sides, fingerprints. Raises Refused naming both sides."""
     folder = Path(folder)
-    release = read(folder)
+    release = read_release(folder)
     for component, files in release.components.items():
         for file, expected in files.items():
             path = folder / component / file
@@ -226,10 +219,26 @@ def check(folder: Path | str) -> Release:
     return release
 
 
-def load(folder: Path | str) -> UnCLIP:
-    """Checks a release and loads it, ready to generate, on the host."""
+@dataclass(frozen=True)
+class Models:
+    """The models of a release, loaded, as `unclip.UnCLIP` takes them."""
+
+    clip: Clip
+    prior: Prior | None
+    decoder: Decoder
+    upsamplers: list[Upsampler]
+    """Smallest output first."""
+    sampling: dict[str, Sampling]
+    guides: Guides
+    gamma: dict[str, Tensor]
+    """E‖ε̂‖²/d by timestep [T], by component, of those that Analytic-DPM samples."""
+    inpainter: Decoder | None
+
+
+def load_models(folder: Path | str) -> Models:
+    """Checks a release and loads its models, on the host. Raises Refused as `check_release` does."""
     folder = Path(folder)
-    release = check(folder)
+    release = check_release(folder)
     clip = Clip.load(folder / "clip")
     models: dict[str, Any] = {
         name: load_model(folder / name, *_part(name).kinds) for name in release.components if name != "clip"
@@ -239,10 +248,16 @@ def load(folder: Path | str) -> UnCLIP:
         for name, files in release.components.items()
         if GAMMA in files
     }
-    upsamplers = [models[name] for name in release.upsamplers]
-    parts = clip, models.get("prior"), models["decoder"], upsamplers, release.sampling
-    guides = Guides(models.get("classifier"), models.get("noised-clip"))
-    return UnCLIP(*parts, guides=guides, gamma=gamma, inpainter=models.get("inpainter"))
+    return Models(
+        clip,
+        models.get("prior"),
+        models["decoder"],
+        [models[name] for name in release.upsamplers],
+        release.sampling,
+        Guides(models.get("classifier"), models.get("noised-clip")),
+        gamma,
+        models.get("inpainter"),
+    )
 
 
 def _files(component: str) -> tuple[str, ...]:
