@@ -15,10 +15,12 @@ from infra.errors import Refused
 from infra.store.base import Store
 from training.data.batches import Batch, Data
 from training.data.order import derived
-from training.job import Job, TrainConfig
+from training.job import Job
+from training.learner import Learner
 from training.optim.averages import Averages
 from training.optim.precision import Precision
-from training.parallel.fsdp import Learner, spread
+from training.options import TrainConfig
+from training.parallel.fsdp import spread
 
 
 @dataclass(frozen=True)

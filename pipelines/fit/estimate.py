@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import Refused
 from pipelines.stage import Stage
-from training.job import CONFIGS, TrainConfig
+from training.options import CONFIGS, TrainConfig
 from unclip.config import AMOUNT, POSITIVE, Range, outside
 
 GIB = 2**30
@@ -74,7 +74,7 @@ def needs(stages: Sequence[Stage], hardware: Mapping[str, Accelerator]) -> list[
 
 def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
     from training.cost import cost
-    from training.parallel.fsdp import is_sharded
+    from training.learner import is_sharded
 
     config: TrainConfig = CONFIGS[stage.model](**stage.spec.train)
     one = cost(

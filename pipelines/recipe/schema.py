@@ -33,7 +33,8 @@ from pipelines.select.rules import RULES
 from pipelines.source.columns import Columns, columns_of
 from pipelines.source.stage import SourceHow, SourceSpec
 from pipelines.stage import PoolHow
-from training.job import CONFIGS, FitHow
+from training.job import FitHow
+from training.options import CONFIGS
 from unclip.clip.config import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.diffusion.settings import Sampling

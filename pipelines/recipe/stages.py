@@ -35,7 +35,8 @@ from pipelines.select.rules import Rule, opened
 from pipelines.select.stage import Look, Select
 from pipelines.source.stage import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, plain
-from training.job import CONFIGS, FitHow
+from training.job import FitHow
+from training.options import CONFIGS
 from unclip.diffusion.settings import check_sampling
 
 

@@ -43,7 +43,7 @@ from tests.training.tiny import Tiny, tiny
 from training.data.batches import Data
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
 from training.parallel.flat import Group
 from unclip.models.decoder import DecoderConfig
 from unclip.models.prior import PriorConfig

@@ -29,7 +29,7 @@ from tests.training.tiny import CLIP, Tiny, tiny
 from training.data.batches import Batch, Data
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
 from training.parallel.flat import Group
 from unclip.presets import BASE, DEMO
 

@@ -29,9 +29,10 @@ from pipelines.stage import plain
 from training.data.batches import Batch, Data
 from training.data.feed import Feed
 from training.data.order import Order
-from training.job import CONFIGS, FitHow, Job
+from training.job import FitHow, Job
 from training.launch import discard, train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
+from training.options import CONFIGS
 from training.parallel.flat import Group
 from unclip.presets import DEMO
 

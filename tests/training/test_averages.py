@@ -16,15 +16,16 @@ from tests.training.test_loop import HOW, contents, stopping_after
 from tests.training.test_objectives import again, furnished
 from tests.training.tiny import Tiny, tiny
 from training.data.batches import Data
-from training.job import KINDS, TrainConfig
+from training.job import KINDS
 from training.launch import train_local
+from training.learner import Learner
 from training.optim.averages import TRACKED, Averages
 from training.optim.ema import PowerEma
 from training.optim.optimizer import Optimiser
 from training.optim.posthoc import Average, combination, decay, exponent, shares
 from training.optim.precision import Precision
+from training.options import TrainConfig
 from training.parallel.flat import Flat, Group
-from training.parallel.fsdp import Learner
 from training.validate import batches, mean_loss, split
 from unclip.release.model import load_model
 

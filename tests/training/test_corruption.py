@@ -12,8 +12,8 @@ from infra.errors import Refused
 from pipelines.stage import plain
 from tests.training.tiny import Tiny, tiny
 from training.data.batches import Batch
-from training.job import UpsamplerTrain
-from training.objectives.base import UpsamplerObjective
+from training.objectives.upsampler import UpsamplerObjective
+from training.options import UpsamplerTrain
 from training.parallel.flat import Group
 from unclip.degrade.bsr import gaussian_blur
 from unclip.pictures import to_unit

@@ -14,11 +14,13 @@ from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, stored, tiny
 from training.data.batches import Batch, Data
 from training.data.order import Order
-from training.job import FitHow, InpainterTrain, Job, TrainConfig
+from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives.base import objective, read_clip
+from training.objectives.base import read_clip
+from training.objectives.choice import objective
 from training.objectives.masks import random_masks
 from training.optim.optimizer import Optimiser
+from training.options import InpainterTrain, TrainConfig
 from training.parallel.flat import Flat, Group
 from unclip.errors import Refused as Impossible
 from unclip.models.decoder import Decoder

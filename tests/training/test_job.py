@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from infra.errors import Refused
-from training.job import DecoderTrain, FitHow, Job, PriorTrain, TrainConfig, UpsamplerTrain
+from training.job import FitHow, Job
+from training.options import DecoderTrain, PriorTrain, TrainConfig, UpsamplerTrain
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from training.data.labels import Labels, class_table, labelled
 from training.data.order import Order
 from training.job import FitHow
 from training.launch import train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
 from training.parallel.flat import Group
 from unclip.files import read_json
 from unclip.models.classifier import Classifier

@@ -20,7 +20,7 @@ from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import EARLIER, Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
 from unclip.errors import Refused as Impossible
 from unclip.files import read_json, read_tensors, write_tensors
 from unclip.release.model import load_model

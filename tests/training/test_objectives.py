@@ -16,10 +16,11 @@ from infra.tracking.monitor import NullMonitor
 from tests.training.tiny import Tiny, tiny
 from training.data.batches import Batch, Data
 from training.data.order import Order
-from training.job import FitHow, TrainConfig
+from training.job import FitHow
 from training.launch import train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
 from training.optim.optimizer import Optimiser
+from training.options import TrainConfig
 from training.parallel.flat import Flat, Group
 from unclip.diffusion.schedule import Schedule
 from unclip.pictures import to_unit

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from infra.errors import Refused
-from training.job import TrainConfig
 from training.optim.ema import Ema, ema_decay
 from training.optim.muon import dealt, is_inner, orthogonal
 from training.optim.optimizer import MAX_SKIPPED_IN_A_ROW, Optimiser, learning_rate
+from training.options import TrainConfig
 from training.parallel.flat import Flat, Group
 from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
 from unclip.presets import DEMO

@@ -17,8 +17,8 @@ def _resumed(rank: int, root: Path, answers: Any) -> None:
     """What each of two ranks would go on from, if it saw the store `root/<rank>`."""
     import torch.distributed
 
-    from training.loop import newest
     from training.parallel.flat import Group
+    from training.state import newest
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)

@@ -11,9 +11,10 @@ from infra.tracking.monitor import NullMonitor
 from tests.training.test_loop import HOW, Seen, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import Checkpoints
-from training.job import KINDS, DecoderTrain, TrainConfig
+from training.job import KINDS
 from training.launch import train_local
 from training.optim.precision import INTERVAL, Scaler
+from training.options import DecoderTrain, TrainConfig
 from unclip.files import read_tensors
 
 SHORT = {"steps": 2, "batch": 4, "micro": 2, "warmup": 0, "window": 3}

@@ -20,7 +20,8 @@ from tests.training.tiny import Tiny, tiny
 from training.data.batches import Data
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives.base import Objective, objective
+from training.objectives.base import Objective
+from training.objectives.choice import objective
 from training.optim.precision import Precision
 from training.parallel.modes import compile_parts, recompute
 from training.telemetry.preview import GUIDANCE, NAME, STEPS, Previews

@@ -17,9 +17,9 @@ from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import Checkpoints, deliver
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.objectives.base import objective
+from training.learner import built, is_sharded
+from training.objectives.choice import objective
 from training.parallel.flat import Group
-from training.parallel.fsdp import built, is_sharded
 from unclip.files import read_tensors
 
 SHORT = {"steps": 4, "batch": 6, "micro": 2, "warmup": 2, "window": 3, "weight_decay": 0.1, "eps": 1e-3}

@@ -18,7 +18,7 @@ from training.data.batches import Data
 from training.data.order import Order
 from training.job import KINDS, FitHow, Job
 from training.launch import train_local
-from training.objectives.base import objective
+from training.objectives.choice import objective
 from training.parallel.flat import Flat, Group
 from training.parallel.modes import compile_parts, determinism, prepare, seed
 from unclip.files import read_tensors

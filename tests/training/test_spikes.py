@@ -14,10 +14,11 @@ from tests.training.test_loop import Seen, contents, stopping_after
 from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import Checkpoints
 from training.data.order import shuffled
-from training.job import FitHow, Job, TrainConfig
+from training.job import FitHow, Job
 from training.launch import train_local
 from training.optim.optimizer import Diverged
 from training.optim.spikes import LEAST, Spikes
+from training.options import TrainConfig
 from unclip.files import read_tensors
 
 HOW = FitHow(checkpoint_seconds=1000)

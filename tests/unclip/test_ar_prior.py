@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.fixtures.release import shaken
-from training.job import TrainConfig
 from training.optim.optimizer import Optimiser
+from training.options import TrainConfig
 from training.parallel.flat import Flat
 from unclip.diffusion.guidance import join
 from unclip.diffusion.samplers import noise_for

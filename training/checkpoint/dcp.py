@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from infra.errors import Refused
-from training.checkpoint.saver import put_tensors
+from training.checkpoint.files import put_tensors
 from training.checkpoint.store import Checkpoint, Checkpoints, Part, Stored, Written
 
 

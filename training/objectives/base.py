@@ -10,43 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import Refused
 from infra.records.manifest import Manifest
 from infra.records.objects import object_name
-from infra.records.parquet import RowGroups
 from infra.store.base import Store
-from training.data.batches import Batch, Reads, ReadText, picture
-from training.data.blocks import matrix, places
-from training.data.order import derived
-from training.job import AutoregressivePriorTrain, Job, PriorTrain, UpsamplerTrain
-from training.optim.precision import in_float32
+from training.data.batches import Batch, Reads, ReadText
+from training.job import Job
 from training.parallel.flat import Group
 from training.reading import unpacked
-from training.warm_start import configured, started
+from training.warm_start import started
 from unclip.clip.model import clip_widths
-from unclip.degrade.bsr import FULL, LIGHT, bsr, gaussian_blur
 from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
 from unclip.diffusion.schedule import Schedule
 from unclip.files import CONFIG, read_json, read_tensors, write_json
 from unclip.models.ar_prior import AutoregressivePrior
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
-from unclip.models.upsampler import Upsampler
-from unclip.pictures import to_unit
 from unclip.release.model import config_from, save_model
 
 if TYPE_CHECKING:
     from unclip.clip.model import Clip
-
-
-DOTS = 1 << 14
-"""Rows that are enough to bound 1024 buckets of equal frequency."""
 
 
 class Losses(NamedTuple):
@@ -81,32 +69,6 @@ class Objective(Protocol):
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
         """Writes the finished model from a state dict, as a release wants it; returns more facts for its record."""
         ...
-
-
-def objective(job: Job, store: Store, device: torch.device) -> Objective:
-    """The objective of a job, with the CLIP and the statistics that it names."""
-    if job.kind == "clip":
-        from training.objectives.clip import ClipObjective
-
-        return ClipObjective(job, store)
-    from training.objectives.decoder import DecoderObjective, InpainterObjective
-
-    kinds: dict[str, type[Any]] = {
-        "prior": PriorObjective,
-        "ar_prior": AutoregressivePriorObjective,
-        "decoder": DecoderObjective,
-        "inpainter": InpainterObjective,
-        "upsampler": UpsamplerObjective,
-    }
-    if job.kind == "classifier":
-        from training.objectives.classifier import ClassifierObjective
-
-        kinds["classifier"] = ClassifierObjective
-    elif job.kind == "noised_clip":
-        from training.objectives.clip import NoisedClipObjective
-
-        kinds["noised_clip"] = NoisedClipObjective
-    return cast(Objective, kinds[job.kind](job, store, device))
 
 
 class Model:
@@ -193,116 +155,6 @@ class Conditioned(Model):
         empty = (self.clip.tokenize([""]),) if self.reads_tokens else self.clip.encode_text([""])
         model.null_text.set(*(part[0].cpu() for part in empty))
         return model
-
-
-class PriorObjective(Conditioned, Diffusion):
-    """Clean z_i from noised z_i and a caption (section 2.2); standardised embeddings."""
-
-    reads = Reads(embeddings=True, text=True)
-
-    def build(self) -> nn.Module:
-        return self.started(self._furnish(DiffusionPrior(self.config)))
-
-    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
-        prior, options, rows = cast(DiffusionPrior, model), cast(PriorTrain, self.options), batch.tensors
-        x0 = prior.standardise(rows["image_embedding"])
-        t, noise = self._noise(prior.schedule, x0, batch)
-        drop = self._drop(batch, options.drop_text, x0.device)
-        context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"], drop)
-        output = prior(prior.schedule.q_sample(x0, noise, t), t, *context)
-        return self._loss(prior.schedule, output, x0, noise, t)
-
-
-class AutoregressivePriorObjective(Conditioned):
-    """The buckets of z_i, one after the other, from a caption (section 2.2); cross-entropy a token, in nats."""
-
-    reads = Reads(embeddings=True, text=True)
-
-    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job, store, device)
-        self.config = configured(job, store, self.config, "components").fitted(self.statistics["eigenvalues"])
-        self.facts["components"] = self.config.kept
-
-    def build(self) -> nn.Module:
-        prior = AutoregressivePrior(self.config)
-        prior.set_dots(sample_dots(self.store, self.job.data["rows"], self.job.data["selection"]))
-        return self.started(self._furnish(prior))
-
-    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
-        prior, options, rows = (
-            cast(AutoregressivePrior, model),
-            cast(AutoregressivePriorTrain, self.options),
-            batch.tensors,
-        )
-        with in_float32(rows["image_embedding"].device):  # a bucket more or less is another target
-            tokens = prior.tokenise(rows["image_embedding"], rows["text_embedding"])
-        drop = self._drop(batch, options.drop_text, tokens.device)
-        context = prior.context(rows["text_embedding"], rows["text_states"], rows["text_mask"], drop)
-        logits = prior(tokens[:, :-1], *context)
-        return Losses(F.cross_entropy(logits.float().mT, tokens, reduction="none").mean(1))
-
-
-class UpsamplerObjective(Diffusion):
-    """Pictures given their low-resolution selves, corrupted a little (section 2.1); trained on crops."""
-
-    def __init__(self, job: Job, store: Store, device: torch.device) -> None:
-        super().__init__(job, store)
-        self.reads = Reads(image=partial(picture, size=self.config.size), originals=True)
-        options = cast(UpsamplerTrain, self.options)
-        self.bsr = {"bsr": FULL, "bsr_light": LIGHT}.get(options.corruption)
-        if self.bsr is not None:
-            self.bsr = self.bsr.scaled(options.strength)
-        self.config.check_crop(options.crop)
-
-    def build(self) -> nn.Module:
-        return self.started(Upsampler(self.config))
-
-    def loss(self, model: nn.Module, batch: Batch, group: Group) -> Losses:
-        upsampler, options = cast(Upsampler, model), cast(UpsamplerTrain, self.options)
-        x0 = to_unit(batch.tensors["image"])
-        with in_float32(x0.device):
-            low = self._corrupted(F.avg_pool2d(x0, self.config.factor), batch)
-        if options.crop is not None and options.crop < self.config.size:
-            x0, low = self._cropped(x0, low, options.crop, batch)
-        t, noise = self._noise(upsampler.schedule, x0, batch)
-        output = upsampler(upsampler.schedule.q_sample(x0, noise, t), t, low)
-        return self._loss(upsampler.schedule, output, x0, noise, t)
-
-    def _corrupted(self, low: Tensor, batch: Batch) -> Tensor:
-        """The condition as this fit spoils it; under BSR a sample's seed is made of the micro-batch's and its uid."""
-        options = cast(UpsamplerTrain, self.options)
-        if options.corruption == "blur" and options.blur:
-            sigmas = options.blur * torch.rand(len(low), generator=batch.generator)
-            return gaussian_blur(low, sigmas.to(low.device))
-        if self.bsr is not None:
-            return bsr(low, [derived("bsr", batch.seed, uid.hex()) for uid in batch.uids], self.bsr)
-        return low
-
-    def _cropped(self, x0: Tensor, low: Tensor, crop: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same random square of each picture in both resolutions, aligned to low-resolution pixels."""
-        factor = self.config.factor
-        side = crop // factor
-        corners = torch.randint(low.shape[-1] - side + 1, (len(x0), 2), generator=batch.generator).tolist()
-        high = [
-            x[:, factor * y : factor * y + crop, factor * z : factor * z + crop]
-            for x, (y, z) in zip(x0, corners, strict=True)
-        ]
-        small = [x[:, y : y + side, z : z + side] for x, (y, z) in zip(low, corners, strict=True)]
-        return torch.stack(high), torch.stack(small)
-
-
-def sample_dots(store: Store, rows: str, selection: str, least: int = DOTS) -> Tensor:
-    """z_i·z_t of kept rows, float64 [n]: of all, or of blocks evenly apart that hold `least` or somewhat more."""
-    columns = ("image_embedding", "text_embedding")
-    blocks = [place for place in places(store, rows, selection) if len(place.keep)]
-    apart = max(1, sum(len(place.keep) for place in blocks) // least)
-    dots = []
-    for place in blocks[::apart]:
-        table = RowGroups(store, place.parquet).read(place.first, place.rows, ("uid", *columns))
-        place.check(table["uid"])
-        image, text = (torch.from_numpy(matrix(table[name])[place.keep]).double() for name in columns)
-        dots.append((image * text).sum(1))
-    return torch.cat(dots) if dots else torch.zeros(0, dtype=torch.float64)
 
 
 def read_text(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:

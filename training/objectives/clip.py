@@ -20,9 +20,10 @@ from infra.records.manifest import Manifest
 from infra.records.objects import object_name
 from infra.store.base import Store
 from training.data.batches import Batch, Reads, decode, picture
-from training.job import START, ClipTrain, Job
+from training.job import START, Job
 from training.objectives.base import Losses, Noised
 from training.optim.precision import in_float32
+from training.options import ClipTrain
 from training.parallel.flat import Group
 from training.warm_start import finished
 from unclip.clip.model import Clip, Preprocess, build, check, clip_widths

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from training.job import TrainConfig
 from training.optim.muon import dealt, direction, move_
+from training.options import TrainConfig
 from training.parallel.flat import Group, Vectors
 
 MAX_SKIPPED_IN_A_ROW = 50

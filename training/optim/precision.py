@@ -41,7 +41,7 @@ class Scaler:
 
 
 class Precision:
-    """One of `training.job.PRECISIONS` on a device."""
+    """One of `training.options.PRECISIONS` on a device."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self._device = device.type

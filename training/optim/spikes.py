@@ -11,7 +11,7 @@ import math
 import statistics
 from typing import Any
 
-from training.job import TrainConfig
+from training.options import TrainConfig
 
 WINDOW = 128
 """Steps last taken that a step is measured by."""

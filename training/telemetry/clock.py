@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from infra.tracking.system import Vitals
-from training.job import FitHow, Job, TrainConfig
+from training.job import FitHow, Job
 from training.objectives.base import Losses
+from training.options import TrainConfig
 from training.parallel.flat import Group
 from training.telemetry.mfu import Utilisation
 from training.telemetry.stopwatch import Stopwatch
