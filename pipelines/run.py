@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import shlex
 import signal
 import tempfile
 import threading
@@ -15,29 +13,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import yaml
 
 from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
 from infra.records.manifest import Manifest
 from infra.store.base import Store
 from infra.store.opening import open_store
-from infra.tracking.provenance import SENT, git_tags
+from infra.tracking.provenance import machine_tags, packages
 from pipelines.download.stage import Download
 from pipelines.engine import plan
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution
 from pipelines.engine.graph import chosen
-from pipelines.engine.tracking import tell_run
+from pipelines.engine.tracking import _source
 from pipelines.evaluate.prompts import read_prompts
 from pipelines.evaluate.scores import check_name
 from pipelines.recipe import schema as recipes
 from pipelines.recipe import stages as workflow
-from pipelines.recipe.errors import blaming
+from pipelines.recipe.schema import Recipe
 from pipelines.recipe.start import starts
 from pipelines.reports.data import PAGE
 from pipelines.source.stage import SourceHow
-from pipelines.stage import Stage
+from pipelines.stage import Stage, blaming, plain
 from pipelines.versions.gc import announced
 from pipelines.world import Server, write_list, write_prompts
 
@@ -199,31 +198,22 @@ def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Ma
             console.terminal.print(line, markup=False, soft_wrap=True)
 
 
-def submit_recipe(
-    name: str, store: str, changes: Sequence[str], address: str, *, until: str | None, only: str | None
-) -> str:
-    """Submits `unclip run` as a Ray job and returns its id; the recipe is checked here first."""
-    from infra.cluster import submit
+def tell_run(monitor: Any, name: str, recipe: Recipe) -> None:
+    """Of the run as a whole: its recipe with all changes, git's state, versions of all packages."""
+    monitor.tag("", {**machine_tags(), **_source(name)})
+    monitor.artifact("", written(recipe).encode(), "recipe.yaml")
+    monitor.artifact("", packages().encode(), "packages.txt")
 
-    if "://" not in store:
-        if urlsplit(address if "://" in address else f"//{address}").hostname not in ("127.0.0.1", "localhost", "::1"):
-            raise Refused(
-                f"A job on {address} cannot reach the folder {store!r} of this machine: give --store s3://bucket/prefix"
-            )
-        store = str(Path(store).resolve())
-    recipe = recipes.load(name, changes)
-    with blaming(f"Recipe {name}"):
-        workflow.models(recipe)
-    command = ["python", "-m", "pipelines.cli", "run", name, "--store", store, "--address", "auto"]
-    for change in changes:
-        command += ["--set", change]
-    for option, value in (("--until", until), ("--only", only)):
-        command += [option, value] if value else []
-    passed = (
-        "MLFLOW_TRACKING_URI",
-        "AWS_ENDPOINT_URL",
-        "AWS_DEFAULT_REGION",
-    )  # no secrets: those are the cluster's own
-    environment = {name: os.environ[name] for name in passed if name in os.environ}
-    environment[SENT] = json.dumps(git_tags())  # the job's copy of the code has no repository
-    return submit(address, shlex.join(command), str(Path.cwd()), environment)
+
+def written(recipe: Recipe) -> str:
+    """A recipe as YAML that gives the same recipe again, but for the tracking server's address, which may hold a
+    password."""
+    told = dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, uri=None))
+    return yaml.safe_dump(_said(plain(told)), sort_keys=False)
+
+
+def _said(value: Any) -> Any:
+    """Without what was left out."""
+    if isinstance(value, dict):
+        return {name: _said(part) for name, part in value.items() if part is not None}
+    return [_said(part) for part in value] if isinstance(value, list) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from unclip.config import AMOUNT, COUNT, WHOLE, outside
+from unclip.errors import Refused as Impossible
 
 
 class Stage(Protocol):
@@ -83,3 +85,12 @@ def plain(spec: Any) -> Any:
     if isinstance(spec, (list, tuple)):
         return [plain(value) for value in spec]
     return spec
+
+
+@contextmanager
+def blaming(where: str) -> Iterator[None]:
+    """What is refused inside is refused with `where` before it."""
+    try:
+        yield
+    except (Refused, Impossible) as error:
+        raise Refused(f"{where}: {error}", code=getattr(error, "code", 2)) from error

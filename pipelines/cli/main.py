@@ -95,7 +95,7 @@ def submit(
     change: SetOption = None,
 ) -> None:
     """Runs a recipe as a Ray job on a cluster; prints the job's id."""
-    from pipelines.run import submit_recipe
+    from pipelines.submit import submit_recipe
 
     say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
 

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
 from infra.records.manifest import Action, Manifest
 from infra.records.objects import object_name
 from infra.store.base import Store
-from infra.tracking.provenance import git_tags, machine_tags, packages, user
+from infra.tracking.provenance import git_tags, user
 from infra.tracking.tracker import DataSet
 from pipelines.fit.stage import ROLES
-from pipelines.recipe.schema import Recipe
-from pipelines.stage import plain
-
-
-def tell_run(monitor: Any, name: str, recipe: Recipe) -> None:
-    """Of the run as a whole: its recipe with all changes, git's state, versions of all packages."""
-    monitor.tag("", {**machine_tags(), **_source(name)})
-    monitor.artifact("", written(recipe).encode(), "recipe.yaml")
-    monitor.artifact("", packages().encode(), "packages.txt")
 
 
 def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
@@ -68,17 +56,3 @@ def data_sets(store: Store, read: Iterable[tuple[str, Manifest]]) -> list[DataSe
         )
         for name, manifest in read
     ]
-
-
-def written(recipe: Recipe) -> str:
-    """A recipe as YAML that gives the same recipe again, but for the tracking server's address, which may hold a
-    password."""
-    told = dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, uri=None))
-    return yaml.safe_dump(_said(plain(told)), sort_keys=False)
-
-
-def _said(value: Any) -> Any:
-    """Without what was left out."""
-    if isinstance(value, dict):
-        return {name: _said(part) for name, part in value.items() if part is not None}
-    return [_said(part) for part in value] if isinstance(value, list) else value

@@ -17,7 +17,8 @@ from infra.ledger import Entry, Ledger
 from infra.records.manifest import Manifest, Record
 from infra.records.objects import document, object_name, read_object
 from infra.store.base import Store
-from pipelines.release.bundle import after, judged_against
+from pipelines.promote.gate import judged_against
+from pipelines.promote.promote import after
 from pipelines.release.open import CHAMPION, cache, find
 from pipelines.stage import plain
 

@@ -7,12 +7,8 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from infra.errors import Refused
-from unclip.errors import Refused as Impossible
 
 MOST = 5
 """Mistakes that are told one by one."""
@@ -52,15 +48,6 @@ def explain(errors: Sequence[Mapping[str, Any]], root: type, where: str) -> str:
     more = f" … and {len(errors) - MOST} more" if len(errors) > MOST else ""
     text = f"Recipe {where}: " + "; ".join(lines) + more
     return text if text.endswith((".", "?")) else f"{text}."
-
-
-@contextmanager
-def blaming(where: str) -> Iterator[None]:
-    """What is refused inside is refused with `where` before it."""
-    try:
-        yield
-    except (Refused, Impossible) as error:
-        raise Refused(f"{where}: {error}", code=getattr(error, "code", 2)) from error
 
 
 def _at(root: type, steps: list[str], message: str) -> str:

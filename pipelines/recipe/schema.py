@@ -23,12 +23,12 @@ from infra.errors import Refused
 from pipelines.download.stage import DownloadHow, DownloadSpec
 from pipelines.embed.stage import EmbedHow, EmbedSpec
 from pipelines.evaluate.stage import EvaluateSpec
+from pipelines.fit.clip import LoadHow, LoadSpec
 from pipelines.fit.estimate import Accelerator
-from pipelines.fit.stage import LoadHow, LoadSpec
+from pipelines.promote.gate import GateSpec
 from pipelines.recipe import yaml as document
 from pipelines.recipe.errors import explain
 from pipelines.recipe.sections import changes, optional, said, section
-from pipelines.release.bundle import GateSpec
 from pipelines.select.rules import RULES
 from pipelines.source.columns import Columns, columns_of
 from pipelines.source.stage import SourceHow, SourceSpec

@@ -19,6 +19,7 @@ from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import document, read_object
 from infra.records.schemas import KEPT
 from infra.store.base import Store
+from pipelines.engine.versions import Version, find, versions
 from pipelines.reports.census import ASPECT, SCORES, WIDEST, Census, Row, census
 from pipelines.reports.charts import Chart, binned, histogram, linear, logarithmic, median_bin
 from pipelines.reports.contact import seen
@@ -26,7 +27,6 @@ from pipelines.reports.count import Count
 from pipelines.reports.duplicates import COMPARED, groups
 from pipelines.reports.page import TEMPLATES, count, render, stage_line
 from pipelines.select.stage import OVER
-from pipelines.versions.show import Version, find, versions
 
 TEMPLATE = TEMPLATES / "data.html.j2"
 PAGE = "data.html"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +73,9 @@ def size(number: float) -> str:
             return f"{number:.0f}\u202f{unit}" if unit == "B" else f"{number:.1f}\u202f{unit}"
         number /= 1000
     return f"{number:.1f}\u202fTB"
+
+
+def shows(page: bytes, uids: Iterable[bytes]) -> bool:
+    """Whether one of these samples is among the examples of a page, which names each by the first digits of its uid."""
+    named = {*re.findall(rb"<code>([0-9a-f]{12})</code>", page)}
+    return any(uid.hex()[:12].encode() in named for uid in uids)

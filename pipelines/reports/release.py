@@ -8,9 +8,8 @@ import base64
 import itertools
 import json
 import math
-import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from infra.documents import digest_file
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name, read_object
 from infra.store.base import Store
+from pipelines.engine.versions import reconcile
 from pipelines.evaluate import scores
-from pipelines.release.bundle import PROMOTION, VERDICT
+from pipelines.promote.gate import VERDICT
+from pipelines.promote.promote import PROMOTION
 from pipelines.release.open import CHAMPION
 from pipelines.reports.examples import examples
 from pipelines.reports.page import TEMPLATES, render, stage_line, thumbnail
 from pipelines.select.stage import OVER
-from pipelines.versions.show import reconcile
 
 TEMPLATE = TEMPLATES / "report.html.j2"
 PAGE = "report.html"
@@ -134,12 +134,6 @@ def _rejected(store: Store, stages: dict[str, Manifest]) -> list[dict[str, Any]]
             shown = [{"uid": one.uid, "caption": one.caption, "uri": thumbnail(one.image)} for one in some]
             out.append({"group": group, "rule": rule, "count": selection.states[rule], "examples": shown})
     return out
-
-
-def shows(page: bytes, uids: Iterable[bytes]) -> bool:
-    """Whether one of these samples is among the examples of a page, which names each by the first digits of its uid."""
-    named = {*re.findall(rb"<code>([0-9a-f]{12})</code>", page)}
-    return any(uid.hex()[:12].encode() in named for uid in uids)
 
 
 def _headline(measured: dict[str, Any]) -> list[dict[str, Any]]:

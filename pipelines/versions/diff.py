@@ -32,7 +32,7 @@ from infra.records.objects import document, object_name
 from infra.records.schemas import KEPT, UID
 from infra.store.base import Store
 from pipelines.engine.graph import differences
-from pipelines.versions.show import find
+from pipelines.engine.versions import find
 
 PART_ROWS = 100_000
 """Rows of a part, of both versions together, on average."""

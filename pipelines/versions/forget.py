@@ -43,7 +43,7 @@ from pipelines.download.redact import redact
 from pipelines.download.shard import TABLE, TAR, shard
 from pipelines.promote.ledger import views
 from pipelines.release.open import bundles
-from pipelines.reports.release import shows
+from pipelines.reports.page import shows
 
 DOWNLOADS = "records/download-"
 ROUNDS = 3

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from pipelines.embed.stage import Embed, EmbedSpec
-from pipelines.recipe.stages import open_clip_config
+from pipelines.recipe.models import open_clip_config
 from tests.benchmarks.embedding import PEER, SMALL, Case, Peer, Took, by_turns, decode, forward, timed
 from tests.benchmarks.measure import one_core, one_thread, peak_in_child
 

@@ -69,7 +69,7 @@ def test_gc_leaves_all_that_a_run_and_a_release_need(copy: Path) -> None:
 
 
 def test_every_row_of_the_list_is_in_exactly_one_final_state(finished: tuple[Path, str]) -> None:
-    from pipelines.versions.show import reconcile
+    from pipelines.engine.versions import reconcile
 
     store, _ = finished
     stages = ("source", "download", "filter", "embed", "curate")

@@ -25,6 +25,7 @@ from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, uid
 from infra.store.base import Store
 from infra.store.opening import open_store
+from pipelines.engine.versions import find
 from pipelines.reports import contact
 from pipelines.reports import data as data_report
 from pipelines.reports.census import Row, census
@@ -32,7 +33,6 @@ from pipelines.reports.data import DataReport, contents, lineage, write
 from pipelines.reports.page import render
 from pipelines.stage import plain
 from pipelines.versions.forget import forget, names_of
-from pipelines.versions.show import find
 from tests.fixtures.chain import CURATE, Chain
 from tests.fixtures.samples import picture
 from tests.fixtures.stages import RULES, make

@@ -12,7 +12,7 @@ from infra.documents import digest_file
 from infra.errors import Refused
 from infra.store.opening import open_store
 from pipelines.embed.stage import load_clip
-from pipelines.fit.stage import LoadClip, LoadHow, LoadSpec
+from pipelines.fit.clip import LoadClip, LoadHow, LoadSpec
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from tests.fixtures.stages import CLIP, make, todo

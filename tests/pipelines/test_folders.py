@@ -19,11 +19,11 @@ from infra.records.objects import object_name
 from infra.records.schemas import INDEX
 from infra.store.opening import open_store
 from pipelines.embed.stage import Embed, EmbedSpec
+from pipelines.engine.versions import reconcile
 from pipelines.select.stage import Look, Select
 from pipelines.source.columns import columns_of
 from pipelines.source.files import Folder, Unreadable
 from pipelines.source.stage import SourceHow
-from pipelines.versions.show import reconcile
 from tests.fixtures.samples import caption, gather_of, picture, plain, source_of, table_of, write_folder, write_tar
 from tests.fixtures.stages import RULES, clip, make, todo
 

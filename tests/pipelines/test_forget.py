@@ -13,10 +13,10 @@ from infra.errors import Refused
 from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
 from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
+from pipelines.engine.versions import reconcile
 from pipelines.promote.ledger import unfolded
 from pipelines.reports.release import TEMPLATE
 from pipelines.versions.forget import forget, names_of
-from pipelines.versions.show import reconcile
 from tests.fixtures.chain import Chain, run, traces
 from tests.fixtures.line import put
 from tests.fixtures.mortal import Killed, Mortal

@@ -21,10 +21,10 @@ from infra.store.local import LocalStore
 from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
+from pipelines.engine.versions import versions
 from pipelines.versions import gc
 from pipelines.versions.forget import forget
 from pipelines.versions.gc import Garbage, Keep, announced, collect
-from pipelines.versions.show import versions
 from pipelines.versions.verify import verify
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.line import put

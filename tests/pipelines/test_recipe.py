@@ -9,9 +9,9 @@ import pytest
 
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest
-from pipelines.engine.tracking import written
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
+from pipelines.run import written
 from pipelines.stage import plain
 
 NAMES = ("demo", "tiny", "laion-art", "paper")

@@ -18,7 +18,9 @@ from infra.records.objects import object_name
 from infra.store.local import LocalStore
 from infra.store.opening import open_store
 from pipelines.promote import ledger as releases
-from pipelines.release.bundle import Bundle, BundleSpec, Gate, GateSpec, Promote
+from pipelines.promote.gate import Gate, GateSpec
+from pipelines.promote.promote import Promote
+from pipelines.release.bundle import Bundle, BundleSpec
 from pipelines.release.open import find, open_release
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line
 from tests.fixtures.stages import make, todo

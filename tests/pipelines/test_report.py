@@ -12,7 +12,7 @@ from infra.records.objects import object_name
 from infra.store.opening import open_store
 from pipelines.evaluate import scores
 from pipelines.promote import ledger as releases
-from pipelines.release.bundle import GateSpec
+from pipelines.promote.gate import GateSpec
 from pipelines.reports.release import parameters
 from tests.fixtures.line import STATES, Line
 
