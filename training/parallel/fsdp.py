@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.learner import Learner
 from training.parallel.flat import Group
 from unclip.models.layers import ContextAttention, ResBlock, TransformerBlock
 
 
-def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Shards:
-    """Cuts the model, which rank 0 alone has whole, on its host; every rank calls it.
+def shard(learner: nn.Module, device: torch.device, ranks: int, extra: int) -> Shards:
+    """Cuts the `model` of a learner, which rank 0 alone has whole, on its host; every rank calls it.
 
     A device never holds more of it than a shard and one tensor. Blocks are gathered one by one, what stands between
     them together. Gradients are summed, not averaged, in float32, after each micro-batch, so that no rank ever holds a
@@ -32,12 +31,13 @@ def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Sha
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    named = (*learner.model.named_parameters(), *learner.model.named_buffers())
+    model = learner.get_submodule("model")
+    named = (*model.named_parameters(), *model.named_buffers())
     start = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
-    learner.model.to("meta")
+    model.to("meta")
     mesh = init_device_mesh(device.type, (ranks,))
     cut = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    for unit in _units(learner.model):
+    for unit in _units(model):
         cut(unit)
     cut(learner)
     for module in learner.modules():
@@ -46,7 +46,7 @@ def shard(learner: Learner, device: torch.device, ranks: int, extra: int) -> Sha
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     learner.to_empty(device=device)
     spread(learner, start)
-    return Shards(learner.model, extra)
+    return Shards(model, extra)
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
@@ -129,7 +129,7 @@ def _collect(into: Tensor, parameter: Tensor) -> None:
 
 
 @torch.no_grad()
-def spread(learner: Learner, state: Mapping[str, Tensor]) -> None:
+def spread(learner: nn.Module, state: Mapping[str, Tensor]) -> None:
     """The inverse of `whole`: puts tensors that rank 0 alone has into a sharded model; every rank calls it.
 
     One after the other is on the device as a whole. Buffers that are not in `state` become rank 0's.
@@ -140,7 +140,8 @@ def spread(learner: Learner, state: Mapping[str, Tensor]) -> None:
     for module in learner.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # what the last forward pass gathered
-    for name, there in (*learner.model.named_parameters(), *learner.model.named_buffers()):
+    model = learner.get_submodule("model")
+    for name, there in (*model.named_parameters(), *model.named_buffers()):
         full = torch.empty(there.shape, dtype=there.dtype, device=there.device)
         if name in state or not isinstance(there, DTensor):
             full.copy_(state.get(name, there))
