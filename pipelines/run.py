@@ -27,7 +27,7 @@ from pipelines.engine import plan
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution
 from pipelines.engine.graph import chosen
-from pipelines.engine.tracking import _source
+from pipelines.engine.tracking import source_tag
 from pipelines.evaluate.prompts import read_prompts
 from pipelines.evaluate.scores import check_name
 from pipelines.recipe import schema as recipes
@@ -200,7 +200,7 @@ def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Ma
 
 def tell_run(monitor: Any, name: str, recipe: Recipe) -> None:
     """Of the run as a whole: its recipe with all changes, git's state, versions of all packages."""
-    monitor.tag("", {**machine_tags(), **_source(name)})
+    monitor.tag("", {**machine_tags(), **source_tag(name)})
     monitor.artifact("", written(recipe).encode(), "recipe.yaml")
     monitor.artifact("", packages().encode(), "packages.txt")
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from training.meta import Weightless, shapes
 from training.parallel.flat import STATE_BYTES
 from training.parallel.modes import recomputed
-from unclip.clip.model import build
+from unclip.clip.model import build_clip
 from unclip.meta import weightless
 from unclip.models.ar_prior import AutoregressivePrior
 from unclip.models.decoder import Decoder
@@ -92,9 +92,9 @@ def _built(kind: str, model: dict[str, Any]) -> nn.Module:
         return shapes(kind, config_from(kind, model, kind))
     if model["vision_cfg"].get("timm_model_name"):  # timm reads numbers out of tensors while it builds
         with Weightless():
-            return build(model).to("meta")
+            return build_clip(model).to("meta")
     with weightless():
-        return build(model)
+        return build_clip(model)
 
 
 def _count(network: nn.Module) -> int:

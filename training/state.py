@@ -123,11 +123,11 @@ class State:
     def load(self, checkpoint: Checkpoint) -> None:
         """Goes to where a checkpoint was written, by however many workers."""
         from training.checkpoint.dcp import (
-            load,  # resuming pays for the import of torch.distributed.checkpoint, starting does not
+            load_dcp,  # resuming pays for the import of torch.distributed.checkpoint, starting does not
         )
 
         tensors = self.tensors()
-        load(checkpoint, tensors)
+        load_dcp(checkpoint, tensors)
         for name, buffer in self._buffers():
             buffer.copy_(tensors[f"weights.{name}"])
         self.flat.publish()

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from infra.records.materialise import materialised
 from infra.store.base import Store
 from training.job import START, Job
-from training.reading import unpacked
 from unclip.errors import Refused
 from unclip.release.folder import MANIFEST
 from unclip.release.model import read_model_config, warm_start
@@ -30,7 +30,7 @@ def finished(job: Job, store: Store) -> Iterator[Path]:
 
     Raises Refused for a release that lacks it.
     """
-    with unpacked(store, job.data[START]) as folder:
+    with materialised(store, job.data[START]) as folder:
         if (folder / MANIFEST).is_file():
             names = [job.stage] + ["decoder"] * (job.kind == "inpainter")
             there = [folder / name for name in names if (folder / name).is_dir()]

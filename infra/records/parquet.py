@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
@@ -98,18 +96,3 @@ class Ranged(io.RawIOBase):
         data = self._get(self._name, self._at, wanted) if wanted else b""
         self._at += len(data)
         return data
-
-
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """What `work` gives for each item, in order; at most twice `threads` items are under way or unread at a time."""
-    flying: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        try:
-            for item in items:
-                flying.append(pool.submit(work, item))
-                if len(flying) >= 2 * threads:
-                    yield flying.popleft().result()
-            while flying:
-                yield flying.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -101,7 +101,7 @@ def submit(
 
 
 @app.command()
-def generate(
+def generate_grid(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
     release: ReleaseOption = "champion",
     number: NumberOption = 4,
@@ -125,7 +125,7 @@ def generate(
 ) -> None:
     """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
     from infra.store.opening import open_store
-    from pipelines.draw.generate import generate as draw
+    from pipelines.draw.generate import generate_grid as draw
 
     scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
     guides: dict[str, Any] = {

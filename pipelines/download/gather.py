@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from infra.concurrent import completed
+from infra.concurrent import map_unordered
 from infra.errors import Refused
 from infra.records.manifest import Action, Record
 from infra.records.objects import object_name
@@ -83,7 +83,7 @@ class Gather(Packing):
                 raise self._changed(str(error)) from error
 
         with preparing(self.spec, self.how.apart, self.how.decode_s) as prepare:
-            for which, data in completed(read, wanted, self.how.threads):
+            for which, data in map_unordered(read, wanted, self.how.threads):
                 row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
                 if sample_uid(sha, row["caption"]) != row["uid"]:
                     raise self._changed(row["url"])

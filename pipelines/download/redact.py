@@ -12,7 +12,7 @@ from infra.errors import Refused
 from infra.records.forgotten import blanked
 
 
-def redact(tar: Path, index: pa.Table, gone: np.ndarray, target: Path) -> pa.Table:
+def redact_tar(tar: Path, index: pa.Table, gone: np.ndarray, target: Path) -> pa.Table:
     """Copies a tar without the pictures of those rows (bool [rows]) to target, and returns the index that fits it.
 
     Samples stay in their order, each of three members beginning with its picture. Refused, code 5, where the tar is not

@@ -27,7 +27,7 @@ from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, SOURCE
 from infra.store.base import Store
 from pipelines.download.images import Picture, PictureSpec, resizer
-from pipelines.download.redact import redact
+from pipelines.download.redact import redact_tar
 from pipelines.progress import became, expect
 from pipelines.stage import plain
 
@@ -222,12 +222,12 @@ def pack(
     gone |= Forgotten.load(store).among(index)
     if gone.any():
         whole = (out / TAR).rename(out / "whole.tar")
-        index = redact(whole, index, gone, out / TAR)
+        index = redact_tar(whole, index, gone, out / TAR)
         whole.unlink()
-    return shard(action, index, out, earlier.generation + 1 if earlier else 0)
+    return shard_record(action, index, out, earlier.generation + 1 if earlier else 0)
 
 
-def shard(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Record:
+def shard_record(action: Action, index: pa.Table, out: Path, generation: int = 0) -> Record:
     """Writes the index beside the tar in `out`, and returns the record of both."""
     pq.write_table(index, out / TABLE, row_group_size=BLOCK_ROWS, compression="zstd")
     rows = index.num_rows

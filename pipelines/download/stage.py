@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.commit import standing
+from infra.records.commits import standing
 from infra.records.forgotten import FORGOTTEN
 from infra.records.manifest import Action, Record
 from infra.records.objects import object_name

@@ -12,7 +12,7 @@ from infra.store.base import Store
 from pipelines.draw.checks import check_guidance, check_order
 
 
-def generate(
+def generate_grid(
     store: Store,
     prompts: Sequence[str],
     release: str,

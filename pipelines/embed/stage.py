@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import Refused
 from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.materialise import materialised
 from infra.records.objects import object_name
 from infra.records.schemas import KEPT, embedded
 from infra.store.base import Store
@@ -299,12 +299,7 @@ def load_clip(store: Store, version: str, device: str, precision: str = "float32
     wanted = version, device, precision
     if wanted in _loaded:
         return _loaded[wanted]
-    record = Manifest.load(store, version, "clip").only
-    with tempfile.TemporaryDirectory(prefix="unclip-clip-") as folder:
-        for name, file in record.files.items():
-            place = Path(folder, name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(store.local(object_name(file.sha256)).absolute())
+    with materialised(store, version, "clip") as folder:
         clip = Clip.load(folder).to(device, precision)
     _loaded.clear()  # one at a time: it may be large
     _loaded[wanted] = clip

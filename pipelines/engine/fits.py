@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import Refused, Stopped
 from infra.lease import Lease
-from infra.records.commit import commit, standing
+from infra.records.commits import commit, standing
 from infra.records.manifest import Action, Record
 from infra.store.base import Store
 from pipelines.engine.admission import Admission, needs_of

@@ -10,7 +10,7 @@ from typing import Any
 from infra.cluster import ClusterInfo
 from infra.documents import canonical
 from infra.errors import EXPECTED, Refused, advice
-from infra.records.commit import check_inputs, commit
+from infra.records.commits import check_inputs, commit
 from infra.records.manifest import Action, Record
 from infra.store.base import Store
 from pipelines.engine.admission import most_actors

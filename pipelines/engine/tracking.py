@@ -22,13 +22,13 @@ def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
         "unclip.key": action.key,
         "unclip.inputs": " ".join(action.inputs),
         "unclip.how": json.dumps(vars(stage.how), sort_keys=True),
-        **_source(f"--only {stage.name}"),
+        **source_tag(f"--only {stage.name}"),
     }
     read = [(need, Manifest.load(store, version)) for need, version in zip(stage.needs, action.inputs, strict=True)]
     monitor.start(stage.name, params, tags, data_sets(store, read))
 
 
-def _source(words: str) -> dict[str, str]:
+def source_tag(words: str) -> dict[str, str]:
     """Who started a run, and from what: its page shows the commit beside the command."""
     command = {"mlflow.source.name": f"unclip run {words}", "mlflow.source.type": "LOCAL"}
     return {"mlflow.user": user(), **command, **git_tags()}

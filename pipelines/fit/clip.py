@@ -10,8 +10,8 @@ from typing import Any
 
 from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
-from infra.records.commit import unfold
 from infra.records.manifest import Action, Manifest, Record
+from infra.records.materialise import materialise
 from infra.store.base import Store
 from pipelines.stage import blaming, plain
 from unclip.clip.open_clip_folder import PREFIX, files_of
@@ -132,7 +132,7 @@ class TakeClip:
 
         bundle = Manifest.load(store, self.spec.release, "bundle").only
         files = {name.removeprefix(CLIP): file for name, file in bundle.files.items() if name.startswith(CLIP)}
-        unfold(store, Record(action.key, 0, files, 0, {}, (), {}), out)
+        materialise(store, Record(action.key, 0, files, 0, {}, (), {}), out)
         clip = Clip.load(out)
         if clip.config != json.loads(json.dumps(self.spec.model)):
             raise Refused(

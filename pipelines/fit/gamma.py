@@ -75,7 +75,7 @@ class Gamma:
         torch.set_num_threads(self.how.threads)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.records.commit import unfold
+        from infra.records.materialise import materialise
         from pipelines.embed.stage import load_clip
         from training.data.batches import Data, Reads
         from training.objectives.base import read_text
@@ -85,7 +85,7 @@ class Gamma:
         prior_version, clip, rows, selection = action.inputs
         device = "cuda" if self.how.gpus else "cpu"
         with store.scratch() as folder:
-            unfold(store, Manifest.load(store, prior_version, "prior").only, folder / "prior")
+            materialise(store, Manifest.load(store, prior_version, "prior").only, folder / "prior")
             prior: Any = load_model(folder / "prior", "prior").to(device)
         reads, texts = Reads(embeddings=True, text=True), partial(read_text, load_clip(store, clip, device))
         data = Data(store, rows, selection, reads, read_text=texts, cache=1 << 28)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.records.commit import unfold
 from infra.records.manifest import Action, Manifest, Record
+from infra.records.materialise import materialise
 from infra.store.base import Store
 from pipelines.stage import plain
 
@@ -70,9 +70,9 @@ class Bundle:
             sampling[f"upsampler-{side}"] = settings
         with store.scratch() as parts:
             for name in components:
-                unfold(store, Manifest.load(store, versions[name], name).only, parts / name)
+                materialise(store, Manifest.load(store, versions[name], name).only, parts / name)
             if self.measured:
-                unfold(store, Manifest.load(store, versions["gamma"], "gamma").only, parts / "prior")
+                materialise(store, Manifest.load(store, versions["gamma"], "gamma").only, parts / "prior")
             save_release(
                 out,
                 self.spec.name,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from pipelines.release.open import open_release

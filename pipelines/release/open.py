@@ -13,7 +13,7 @@ from infra.documents import digest
 from infra.errors import Refused
 from infra.ledger import Ledger
 from infra.records.manifest import Manifest
-from infra.records.objects import object_name
+from infra.records.materialise import materialise
 from infra.store.base import Store
 
 CHAMPION = "champion"
@@ -33,9 +33,7 @@ def open_release(store: Store, ref: str) -> Path:
     folder = cache() / digest(store.uri.encode())[:16] / version[:32]
     if not all((folder / name).exists() for name in record.files):
         fresh = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
-        for name, file in record.files.items():
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            (fresh / name).symlink_to(store.local(object_name(file.sha256)).absolute())
+        materialise(store, record, fresh, verify=False)
         try:
             fresh.rename(folder)
         except OSError:  # another was faster, or an old one lost its objects

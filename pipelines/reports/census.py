@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.concurrent import map_ordered
 from infra.errors import Refused
 from infra.records.manifest import File, Manifest, Record
-from infra.records.parquet import ahead, columns
+from infra.records.parquet import columns
 from infra.records.schemas import KEPT, SELECTION
 from infra.store.base import Store
 from pipelines.download.shard import TABLE
@@ -150,9 +151,9 @@ def census(store: Store, made: Mapping[str, Manifest], threads: int = THREADS) -
     total = Census()
     if "data-count" in made:
         records = enumerate(made["data-count"].records)
-        parts = ahead(lambda one: stored(store, one[1], one[0]), records, threads)
+        parts = map_ordered(lambda one: stored(store, one[1], one[0]), records, threads)
     else:
-        parts = ahead(lambda shard: counted(store, shard.tables, shard.number), shards(made), threads)
+        parts = map_ordered(lambda shard: counted(store, shard.tables, shard.number), shards(made), threads)
     for part in parts:
         total.add(part)
     return total

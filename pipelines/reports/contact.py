@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.concurrent import map_ordered
 from infra.records.manifest import Manifest
 from infra.records.objects import object_name
-from infra.records.parquet import ahead, columns
+from infra.records.parquet import columns
 from infra.store.base import Store
 from pipelines.download.images import picture
 from pipelines.download.shard import TABLE, TAR
@@ -47,7 +48,7 @@ def seen(store: Store, made: Mapping[str, Manifest], rows: Iterable[Row], thread
     for row in rows:
         wanted[row.shard].add(row.uid)
     there = (shard for shard in shards(made) if shard.number in wanted)
-    read = ahead(lambda shard: _of_shard(store, shard, wanted[shard.number]), there, threads)
+    read = map_ordered(lambda shard: _of_shard(store, shard, wanted[shard.number]), there, threads)
     return {uid: one for part in read for uid, one in part.items()}
 
 

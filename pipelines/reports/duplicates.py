@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.concurrent import map_ordered
 from infra.records.manifest import File, Manifest
-from infra.records.parquet import ahead, columns
+from infra.records.parquet import columns
 from infra.store.base import Store
 from pipelines.reports.census import THREADS, Row
 from pipelines.select.stage import LOOK
@@ -53,7 +54,7 @@ def groups(
             found.append(Group(row, _values(mine[column])[0]))
     if found:
         read = partial(_matches, store, column, rule, found)
-        for number, matches in enumerate(ahead(read, files, threads)):
+        for number, matches in enumerate(map_ordered(read, files, threads)):
             for group, uids in zip(found, matches, strict=True):
                 group.alike += len(uids)
                 others = (Row(0, number, uid) for uid in uids if (number, uid) != (group.taken.shard, group.taken.uid))

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from infra.concurrent import map_ordered
 from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
 from pipelines.source.columns import Columns
@@ -136,7 +135,7 @@ def _metadata(there: Place) -> Iterator[Path | None]:
 def _walk(there: Place) -> Iterator[Sample]:
     """Every picture, with the text of the .txt file of its name."""
     pictures = (found.name for found in there.list() if _is_picture(found.name))
-    yield from _ahead(lambda name: _beside(there, name), pictures)
+    yield from map_ordered(lambda name: _beside(there, name), pictures, THREADS)
 
 
 def _is_picture(name: str) -> bool:
@@ -184,21 +183,6 @@ def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
             yield from batch.to_pylist()
 
     try:
-        yield from _ahead(sample, lines())
+        yield from map_ordered(sample, lines(), THREADS)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise Refused(f"{KEY}: {path.name} cannot be read to its end: {trouble(path, error)}") from error
-
-
-def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The result of each item, in order; a few of them are under way at a time."""
-    flying: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
-        try:
-            for item in items:
-                flying.append(pool.submit(work, item))
-                if len(flying) >= 4 * THREADS:
-                    yield flying.popleft().result()
-            while flying:
-                yield flying.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

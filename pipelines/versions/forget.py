@@ -30,17 +30,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.concurrent import completed
+from infra.concurrent import map_unordered
 from infra.errors import NotFound, Refused
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.damage import reading
 from infra.records.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury, requests, salt_of
 from infra.records.generations import newest
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import document, object_name, read_object
 from infra.store.base import Store
-from pipelines.download.redact import redact
-from pipelines.download.shard import TABLE, TAR, shard
+from pipelines.download.redact import redact_tar
+from pipelines.download.shard import TABLE, TAR, shard_record
 from pipelines.promote.ledger import views
 from pipelines.release.open import bundles
 from pipelines.reports.page import shows
@@ -168,7 +168,7 @@ def _touched(store: Store, known: Forgotten, told: Told) -> Iterator[_Touched]:
         index, gone = _rows(store, record, known)
         return _Touched(name, tuple(index.filter(gone)["uid"].to_pylist()))
 
-    for done, (_, one) in enumerate(completed(look, standing, THREADS), 1):
+    for done, (_, one) in enumerate(map_unordered(look, standing, THREADS), 1):
         told("looking", done, len(standing))
         if one.uids:
             yield one
@@ -193,8 +193,8 @@ def _renewed(store: Store, name: str, known: Forgotten, dry: bool) -> set[str]:
         pictures = pc.is_valid(index["offset"]).to_numpy(zero_copy_only=False).astype(bool) & gone
         return files if pictures.any() else {record.sha(TABLE)}
     with store.scratch() as out:
-        index = redact(store.local(object_name(record.sha(TAR))), index, gone, out / TAR)
-        made = shard(action, index, out, record.generation + 1)
+        index = redact_tar(store.local(object_name(record.sha(TAR))), index, gone, out / TAR)
+        made = shard_record(action, index, out, record.generation + 1)
         files -= {file.sha256 for file in made.files.values()}
         bury(store, files)
         commit(store, action, made, out)
@@ -223,7 +223,7 @@ def _derived(store: Store, held: set[str], known: Forgotten, told: Told) -> _Der
         with reading(name):
             return name, document(store, name)
 
-    for done, (_, (name, said)) in enumerate(completed(read, standing, THREADS), 1):
+    for done, (_, (name, said)) in enumerate(map_unordered(read, standing, THREADS), 1):
         told("records", done, len(standing))
         made[name] = {file["sha256"]: path for path, file in said["files"].items()}
         for sha256 in said["action"]["inputs"]:

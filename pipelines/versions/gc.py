@@ -31,7 +31,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from infra.concurrent import completed
+from infra.concurrent import map_unordered
 from infra.errors import Refused
 from infra.lease import Lease, alive, clock, stands
 from infra.ledger import Ledger
@@ -213,7 +213,7 @@ def _heads(store: Store, told: Told) -> Iterator[Head]:
                 entry.name, action["stage"], said["version"], tuple(action["inputs"]), said["rows"], entry.modified
             )
 
-    for done, (_, head) in enumerate(completed(read, listed, THREADS), 1):
+    for done, (_, head) in enumerate(map_unordered(read, listed, THREADS), 1):
         told("manifests", done, len(listed))
         yield head
 
@@ -294,7 +294,7 @@ def _sweep(
             store.delete(entry.name)
         return entry, old
 
-    for done, (_, (entry, gone)) in enumerate(completed(remove, candidates, THREADS), 1):
+    for done, (_, (entry, gone)) in enumerate(map_unordered(remove, candidates, THREADS), 1):
         told(kind, done, 0)
         if gone:
             garbage.count[kind] += 1

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from infra.concurrent import completed
+from infra.concurrent import map_unordered
 from infra.documents import SCHEMA_VERSION, canonical, digest
 from infra.errors import NotFound, Refused
 from infra.records.forgotten import buried
@@ -136,7 +136,7 @@ def _records(store: Store, out: Verified) -> Iterator[tuple[str, Record]]:
                 return name, record
         return name, None
 
-    for _, (name, record) in completed(read, names, THREADS):
+    for _, (name, record) in map_unordered(read, names, THREADS):
         out.count["records"] += 1
         if record is None:
             out.findings.append(Finding(name, Trouble.DAMAGED, "a record", MEND["records"]))
@@ -155,7 +155,7 @@ def _objects(store: Store, wanted: dict[str, _Wanted], out: Verified, told: Told
         done, trouble = _checked(store, sha256)
         return sha256, done, trouble
 
-    for _, (sha256, done, trouble) in completed(check, sorted(wanted), THREADS):
+    for _, (sha256, done, trouble) in map_unordered(check, sorted(wanted), THREADS):
         out.count["objects"] += 1
         out.bytes += done
         told(out.bytes, max(total, out.bytes))

@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
 from infra.records.schemas import KEPT, SOURCE, uid
@@ -39,7 +39,7 @@ from pipelines.select.stage import Look, Select
 from pipelines.shapes.world import picture_of, scene_of
 from tests.benchmarks.measure import one_thread, status
 from tests.fixtures.stages import make
-from unclip.clip.model import Clip, build
+from unclip.clip.model import Clip, build_clip
 
 PEER = Path(__file__).parents[2] / ".venv-peers" / "clip-retrieval" / "bin" / "python"
 SCRIPT = Path(__file__).parent / "peers" / "clip_retrieval_inference.py"
@@ -109,7 +109,7 @@ class Case:
         torch.manual_seed(0)
         action = Action("clip/1", {"seed": 0}, ())
         with self.store.scratch() as out:
-            Clip.of(build(self.model), self.model).save(out)
+            Clip.of(build_clip(self.model), self.model).save(out)
             manifest = Manifest(action, (commit(self.store, action, Record.of(action, out), out),))
         manifest.save(self.store)
         return manifest

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tests.benchmarks.measure import Call, one_thread, peak_bytes
 from tests.fixtures.plain import shaken
 from unclip.cascade import UnCLIP
-from unclip.clip.model import Clip, Preprocess, build
+from unclip.clip.model import Clip, Preprocess, build_clip
 from unclip.diffusion.samplers import noise_for
 from unclip.diffusion.settings import Sampling
 from unclip.interop.config import decoder_document, prior_document
@@ -133,7 +133,7 @@ class Cascades:
 
         logging.set_verbosity_error()
         torch.manual_seed(0)
-        clip = Clip.of(shaken(build(CLIP), 1), CLIP, Preprocess(32, resize="squash"))
+        clip = Clip.of(shaken(build_clip(CLIP), 1), CLIP, Preprocess(32, resize="squash"))
         widths = {"embedding": WIDTH, "text_width": WIDTH, "context": CONTEXT}
         prior = DiffusionPrior(PriorConfig(**widths, width=512, depth=6, heads=8, clip_range=5.0))
         decoder = Decoder(

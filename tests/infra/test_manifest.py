@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import Refused
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
 from infra.store.opening import open_store

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
-from infra.records.commit import commit, standing
+from infra.records.commits import commit, standing
 from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
 from infra.records.manifest import Manifest, Record
 from infra.records.schemas import KEPT

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from infra.errors import Refused
 from pipelines.embed.prefetch import Lane
 from pipelines.embed.text import Captions
-from unclip.clip.model import Clip, build
+from unclip.clip.model import Clip, build_clip
 
 MODEL = {
     "embed_dim": 16,
@@ -23,7 +23,7 @@ WORDS = ("a", "red", "circle", "left", "of", "the", "small", "blue", "square")
 def made(**text) -> Clip:
     torch.manual_seed(0)
     model = MODEL | {"text_cfg": MODEL["text_cfg"] | text}
-    return Clip.of(build(model), model)
+    return Clip.of(build_clip(model), model)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.records.commit import commit
+from infra.concurrent import map_ordered
+from infra.records.commits import commit
 from infra.records.manifest import Action, Record
 from infra.records.objects import object_name
-from infra.records.parquet import SMALL, ahead, columns
+from infra.records.parquet import SMALL, columns
 from infra.records.schemas import KEPT
 from infra.store.base import Store
 from infra.store.opening import open_store
@@ -90,7 +91,7 @@ def test_reading_ahead_keeps_the_order_and_holds_few() -> None:
         begun.append(number)
         return number
 
-    results = ahead(work, range(1000), 2)
+    results = map_ordered(work, range(1000), 2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     assert len(begun) <= 8
     assert list(results) == list(range(3, 1000))

@@ -10,7 +10,7 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.damage import damaged
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name, read_object

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.forgotten import Forgotten, add, salt_of
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.schemas import UID

@@ -109,7 +109,7 @@ def test_what_is_made_anew_as_other_bytes_is_the_next_generation(store: LocalSto
     (action,) = resolved.todo
     assert action.key == record.key
     with store.scratch() as out:
-        from infra.records.commit import commit
+        from infra.records.commits import commit
         from infra.records.manifest import Record
 
         (out / "n.json").write_text("other bytes")

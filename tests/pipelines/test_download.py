@@ -17,7 +17,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from infra.concurrent import completed
+from infra.concurrent import map_unordered
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
@@ -240,7 +240,7 @@ def test_blocked_rows_are_marked_and_their_hosts_not_asked(data: Data, tmp_path)
 
 def test_results_come_as_they_are_done_and_few_wait():
     started, taken = [], 0
-    for position, result in completed(lambda number: started.append(number) or number * 2, range(100), 4):
+    for position, result in map_unordered(lambda number: started.append(number) or number * 2, range(100), 4):
         assert result == position * 2
         taken += 1
         assert len(started) - taken <= 8

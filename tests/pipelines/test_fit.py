@@ -16,7 +16,7 @@ from pipelines.fit.clip import LoadClip, LoadHow, LoadSpec
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from tests.fixtures.stages import CLIP, make, todo
-from unclip.clip.model import build
+from unclip.clip.model import build_clip
 
 
 @pytest.mark.slow
@@ -25,7 +25,7 @@ def test_a_file_of_weights_becomes_this_pipelines_clip(tmp_path: Path) -> None:
 
     (tmp_path / "tiny-file.json").write_text(json.dumps(CLIP))
     open_clip.add_model_config(tmp_path / "tiny-file.json")
-    module = build(CLIP)
+    module = build_clip(CLIP)
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     store = open_store(str(tmp_path / "store"))
     stage = LoadClip.of(LoadSpec("tiny-file"), LoadHow(str(tmp_path / "weights.pt")))

@@ -17,7 +17,7 @@ import pytest
 from infra.cluster import ClusterInfo, Node
 from infra.errors import Refused, Stopped
 from infra.process import Process
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
 from infra.store.base import Store

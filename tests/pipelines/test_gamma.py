@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from infra.errors import Refused as ImpossibleHere
-from infra.records.commit import commit, unfold
+from infra.records.commits import commit
 from infra.records.manifest import Action, Block, Manifest, Record
+from infra.records.materialise import materialise
 from infra.records.objects import object_name
 from infra.records.schemas import embedded
 from infra.store.base import Store
@@ -135,7 +136,7 @@ def measured(line: Line) -> dict[str, Manifest]:
 def test_the_prior_is_measured_as_it_is_sampled(line: Line, measured, tmp_path: Path):
     """Clamped: against the same mean by hand over rows of the same distribution, and captions of the same four."""
     found = table(line, measured["gamma"])
-    prior = load_model(unfold(line.store, measured["prior"].only, tmp_path / "prior"), "prior")
+    prior = load_model(materialise(line.store, measured["prior"].only, tmp_path / "prior"), "prior")
     clip = load_clip(line.store, line.made["clip"].version, "cpu")
     x0 = torch.from_numpy(np.random.default_rng(1).normal(size=(128, WIDTH)).astype(np.float32))
     free = conditional(prior.denoise, prior.context(*clip.encode_text([CAPTIONS[row % 4] for row in range(128)])))

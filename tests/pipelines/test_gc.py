@@ -12,7 +12,7 @@ from infra.documents import digest
 from infra.errors import Refused
 from infra.lease import Lease
 from infra.ledger import Entry, Ledger
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.forgotten import Names
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name

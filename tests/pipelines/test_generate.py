@@ -12,7 +12,7 @@ from PIL import Image
 
 from infra.errors import Refused
 from infra.store.opening import open_store
-from pipelines.draw.generate import generate
+from pipelines.draw.generate import generate_grid
 from pipelines.evaluate.grids import MARGIN
 from tests.fixtures.release import bundle, write_release
 from unclip import UnCLIP
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_row_a_prompt_and_a_column_a_seed(folder: Path, tmp_path: Path):
     store = open_store(str(tmp_path / "store"))
     asked = ["a red circle", "a blue square"]
-    out = generate(store, asked, str(folder), 2, 5, None, None, tmp_path / "grid.png")
+    out = generate_grid(store, asked, str(folder), 2, 5, None, None, tmp_path / "grid.png")
     image = np.asarray(Image.open(out))
     pictures = UnCLIP.load(folder).generate([p for p in asked for _ in range(2)], seeds=[5, 6, 5, 6])
     shown = pictures.permute(0, 2, 3, 1).numpy().repeat(2, 1).repeat(2, 2)
@@ -42,10 +42,10 @@ def test_a_release_in_a_store_is_opened_by_its_version(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = open_store(str(tmp_path / "store"))
     version = bundle(store).version
-    out = generate(store, ["a red circle"], version[:12], 1, 0, 2.0, 1.0, tmp_path / "grid.png")
+    out = generate_grid(store, ["a red circle"], version[:12], 1, 0, 2.0, 1.0, tmp_path / "grid.png")
     assert Image.open(out).width > 64
     with pytest.raises(Refused, match="no champion yet"):
-        generate(store, ["a red circle"], "champion", 1, 0, None, None, tmp_path / "none.png")
+        generate_grid(store, ["a red circle"], "champion", 1, 0, None, None, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -69,12 +69,12 @@ def test_a_release_in_a_store_is_opened_by_its_version(tmp_path: Path, monkeypat
 def test_impossible_orders_are_refused(folder: Path, tmp_path: Path, changes, reason):
     order = {"prompts": ["a"], "release": str(folder), "n": 1, "seed": 0, "guidance": None, "prior_guidance": None}
     with pytest.raises(Refused, match=reason):
-        generate(open_store(str(tmp_path / "store")), **{**order, "out": tmp_path / "grid.png", **changes})
+        generate_grid(open_store(str(tmp_path / "store")), **{**order, "out": tmp_path / "grid.png", **changes})
 
 
 def test_the_unseen_end_of_a_long_prompt_is_told(folder: Path, tmp_path: Path, caplog):
     prompt = "a red circle " * 20 + "zzz"
-    generate(open_store(str(tmp_path / "store")), [prompt], str(folder), 1, 0, None, None, tmp_path / "grid.png")
+    generate_grid(open_store(str(tmp_path / "store")), [prompt], str(folder), 1, 0, None, None, tmp_path / "grid.png")
     assert "zzz' at its end is not seen" in caplog.text
 
 

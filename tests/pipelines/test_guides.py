@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from infra.errors import Refused
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.store.base import Store
 from infra.store.opening import open_store

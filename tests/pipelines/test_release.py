@@ -12,8 +12,9 @@ import pytest
 
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.records.commit import commit, unfold
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
+from infra.records.materialise import materialise
 from infra.records.objects import object_name
 from infra.store.local import LocalStore
 from infra.store.opening import open_store
@@ -271,10 +272,10 @@ def test_damaged_weights_are_not_bundled(tmp_path: Path) -> None:
     with store.scratch() as scratch:
         (scratch / "model.safetensors").write_bytes(b"weights")
         record = commit(store, action, Record.of(action, scratch), scratch)
-    assert (unfold(store, record, tmp_path / "whole") / "model.safetensors").read_bytes() == b"weights"
+    assert (materialise(store, record, tmp_path / "whole") / "model.safetensors").read_bytes() == b"weights"
     damaged = tmp_path / "store" / object_name(record.sha("model.safetensors"))
     damaged.chmod(0o644)
     damaged.write_bytes(b"weighty")
     with pytest.raises(Refused, match=r"model.safetensors\) in the store is damaged") as caught:
-        unfold(store, record, tmp_path / "damaged")
+        materialise(store, record, tmp_path / "damaged")
     assert caught.value.code == 5

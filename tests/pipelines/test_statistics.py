@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from infra.errors import Refused
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
 from infra.records.schemas import KEPT, embedded

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from infra.records.commit import unfold
 from infra.records.manifest import Manifest
+from infra.records.materialise import materialise
 from infra.records.objects import object_name
 from infra.store.local import LocalStore
 from pipelines.embed.stage import base
@@ -224,7 +224,7 @@ class Bench:
         if name not in self._models:
             record = fitted(self.store, self.folder, name)
             with tempfile.TemporaryDirectory(prefix="findings-") as folder:
-                self._models[name] = load_model(unfold(self.store, record, Path(folder) / name), *kinds)
+                self._models[name] = load_model(materialise(self.store, record, Path(folder) / name), *kinds)
         return self._models[name]
 
     def _true(self, scenes: str, count: int, seed: int, side: int) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Block, Manifest, Record
 from infra.records.objects import object_name
 from infra.store.base import Store

@@ -133,7 +133,7 @@ def packed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     """Shards of download, written by pipelines/download/shard.py."""
     import pyarrow.parquet as pq
 
-    from infra.records.commit import commit
+    from infra.records.commits import commit
     from infra.records.objects import object_name
     from infra.records.schemas import KEPT
     from infra.store.opening import open_store
@@ -164,7 +164,7 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     import pyarrow.parquet as pq
 
     from infra.records import schemas as rows
-    from infra.records.commit import commit
+    from infra.records.commits import commit
     from infra.records.manifest import Record
     from infra.store.opening import open_store
     from pipelines.embed.stage import BLOCK_ROWS, TABLE, chosen_rows
@@ -186,7 +186,7 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
 
 def clip(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     """A record in the place of CLIP's: nothing here reads it."""
-    from infra.records.commit import commit
+    from infra.records.commits import commit
     from infra.records.manifest import Record
     from infra.store.opening import open_store
 
@@ -204,11 +204,11 @@ def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.records.commit import commit
+    from infra.records.commits import commit
     from infra.records.objects import object_name
     from infra.records.schemas import INDEX, KEPT
     from infra.store.opening import open_store
-    from pipelines.download.shard import TAR, shard
+    from pipelines.download.shard import TAR, shard_record
 
     records = []
     for uri, action in todo:
@@ -221,7 +221,7 @@ def indexed(todo: Sequence[tuple[str, Any]]) -> list[Any]:
         with store.scratch() as out:
             (out / TAR).write_bytes(b"\0" * 1024)
             index = pa.table([pa.array(one) if isinstance(one, list) else one for one in columns], INDEX.names)
-            records.append(commit(store, action, shard(action, index.cast(INDEX), out), out))
+            records.append(commit(store, action, shard_record(action, index.cast(INDEX), out), out))
     return records
 
 
@@ -230,7 +230,7 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.records.commit import commit
+    from infra.records.commits import commit
     from infra.records.manifest import Record
     from infra.records.objects import object_name
     from infra.store.opening import open_store

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from infra.records import schemas as rows
-from infra.records.commit import commit
+from infra.records.commits import commit
 from infra.records.manifest import Action, Block, Manifest, Record
 from infra.store.base import Store
 from infra.store.local import LocalStore

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unclip.clip.model import Clip, Preprocess, build
+from unclip.clip.model import Clip, Preprocess, build_clip
 from unclip.clip.open_clip import bare_module
 from unclip.clip.text import OpenClipText, TextTower
 from unclip.errors import Refused
@@ -32,7 +32,7 @@ def made(seed: int = 0, **changes) -> Clip:
     """A small CLIP with random weights."""
     torch.manual_seed(seed)
     model = deepcopy(MODEL) | changes
-    return Clip.of(build(model), model)
+    return Clip.of(build_clip(model), model)
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +195,11 @@ def test_altered_or_incomplete_folders_are_refused(clip, tmp_path):
 def test_models_that_the_adapter_cannot_hold_are_refused():
     for text, reason in (({"hf_model_name": "roberta-base"}, "roberta-base"), ({"embed_cls": True}, "CoCa")):
         with pytest.raises(Refused, match=reason):
-            build(MODEL | {"text_cfg": text})
+            build_clip(MODEL | {"text_cfg": text})
     with pytest.raises(Refused, match="vision_cfg"):
-        build({"embed_dim": 8, "text_cfg": {}})
+        build_clip({"embed_dim": 8, "text_cfg": {}})
     with pytest.raises(Refused, match="cannot build"):
-        build(MODEL | {"vision_cfg": {"no_such_setting": 1}})
+        build_clip(MODEL | {"vision_cfg": {"no_such_setting": 1}})
 
 
 def test_unknown_names_tags_and_files_are_refused():
@@ -230,7 +230,7 @@ def test_a_named_model_is_read_from_a_file_of_weights(tmp_path):
 def saved_by_open_clip(folder: Path, preprocess: dict[str, Any]) -> torch.nn.Module:
     """A folder as open_clip pushes it to the hub, and the model in it."""
     torch.manual_seed(3)
-    module = build(MODEL).eval()
+    module = build_clip(MODEL).eval()
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": preprocess}))
     save_file(module.state_dict(), folder / "open_clip_model.safetensors")
@@ -330,6 +330,6 @@ def test_open_clips_model_file_by_itself_is_open_clips_model(vision: dict[str, A
 
 def test_a_tower_of_timms_is_built_by_the_whole_package():
     vision = {"timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
-    module = build({**deepcopy(MODEL), "vision_cfg": vision})
+    module = build_clip({**deepcopy(MODEL), "vision_cfg": vision})
     assert type(module).__module__ == "open_clip.model"
     assert type(module.visual).__name__ == "TimmModel"

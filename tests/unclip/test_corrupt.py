@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from unclip.degrade.bsr import FULL, LIGHT, OPERATIONS, Bsr, Plan, bsr, gaussian_blur, gaussian_noise
+from unclip.degrade.bsr import BSR_FULL, BSR_LIGHT, OPERATIONS, Bsr, Plan, bsr_degrade, gaussian_blur, gaussian_noise
 from unclip.degrade.filters import filtered, gaussian_kernel, mirrored, resampled
 from unclip.degrade.jpeg import CHROMINANCE, LUMINANCE, jpeg, quantisation
 from unclip.errors import Refused
@@ -68,15 +68,15 @@ def test_the_quantisation_steps_are_libjpegs_at_every_quality():
             assert [step for row in quantisation(base, quality) for step in row] == list(tables[number])
 
 
-@pytest.mark.parametrize("ranges", [LIGHT, FULL], ids=["light", "full"])
+@pytest.mark.parametrize("ranges", [BSR_LIGHT, BSR_FULL], ids=["light", "full"])
 def test_a_corruption_depends_on_nothing_but_picture_and_seed(ranges):
     images, seeds = pictures(9), [3, 1, 4, 1, 5, 9, 2, 6, 2**62]
-    together = bsr(images, seeds, ranges)
-    assert torch.equal(together, bsr(images, seeds, ranges))
-    alone = [bsr(image[None], [seed], ranges) for image, seed in zip(images, seeds, strict=True)]
+    together = bsr_degrade(images, seeds, ranges)
+    assert torch.equal(together, bsr_degrade(images, seeds, ranges))
+    alone = [bsr_degrade(image[None], [seed], ranges) for image, seed in zip(images, seeds, strict=True)]
     assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together.flip(0), bsr(images.flip(0), seeds[::-1], ranges))
-    same = bsr(images[:1].expand(9, -1, -1, -1), seeds, ranges)
+    assert torch.equal(together.flip(0), bsr_degrade(images.flip(0), seeds[::-1], ranges))
+    same = bsr_degrade(images[:1].expand(9, -1, -1, -1), seeds, ranges)
     assert torch.equal(same[1], same[3])
     assert len({picture.numpy().tobytes() for picture in same}) == 8
 
@@ -84,16 +84,18 @@ def test_a_corruption_depends_on_nothing_but_picture_and_seed(ranges):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_a_corruption_is_the_same_on_every_device():
     images = pictures(6)
-    there = bsr(images.to("cuda"), range(6), FULL).cpu()
-    assert (levels(there) != levels(bsr(images, range(6), FULL))).mean() < 1e-3
+    there = bsr_degrade(images.to("cuda"), range(6), BSR_FULL).cpu()
+    assert (levels(there) != levels(bsr_degrade(images, range(6), BSR_FULL))).mean() < 1e-3
 
 
-@pytest.mark.parametrize("ranges", [LIGHT, FULL], ids=["light", "full"])
+@pytest.mark.parametrize("ranges", [BSR_LIGHT, BSR_FULL], ids=["light", "full"])
 def test_strength_0_leaves_a_picture_as_it_is_and_more_changes_it_more(ranges):
     images = pictures(12)
-    assert torch.equal(bsr(images, range(12), ranges.scaled(0)), images)
+    assert torch.equal(bsr_degrade(images, range(12), ranges.scaled(0)), images)
     assert ranges.scaled(1) == ranges
-    change = [(bsr(images, range(12), ranges.scaled(s)) - images).square().mean().item() for s in (0.25, 0.5, 1, 2)]
+    change = [
+        (bsr_degrade(images, range(12), ranges.scaled(s)) - images).square().mean().item() for s in (0.25, 0.5, 1, 2)
+    ]
     assert change == sorted(change)
     assert change[0] > 0
 
@@ -101,7 +103,11 @@ def test_strength_0_leaves_a_picture_as_it_is_and_more_changes_it_more(ranges):
 def test_bsrgans_ranges_spoil_more_than_the_light_ones_and_those_more_than_the_blur():
     images = pictures(24)
     sigmas = torch.linspace(0, 0.6, 24)
-    made = [gaussian_blur(images, sigmas), bsr(images, range(24), LIGHT), bsr(images, range(24), FULL)]
+    made = [
+        gaussian_blur(images, sigmas),
+        bsr_degrade(images, range(24), BSR_LIGHT),
+        bsr_degrade(images, range(24), BSR_FULL),
+    ]
     errors = [(picture - images).square().mean().item() for picture in made]
     assert errors[0] < errors[1] < 0.5 * errors[2]
 
@@ -110,7 +116,7 @@ def test_bsrgans_ranges_spoil_more_than_the_light_ones_and_those_more_than_the_b
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**63 - 1))
 def test_any_size_keeps_its_shape_and_range(height, width, seed):
     image = torch.rand(1, 3, height, width) * 2 - 1
-    made = bsr(image, [seed], FULL)
+    made = bsr_degrade(image, [seed], BSR_FULL)
     assert made.shape == image.shape
     assert made.abs().max() <= 1
 
@@ -118,10 +124,10 @@ def test_any_size_keeps_its_shape_and_range(height, width, seed):
 def test_a_plain_picture_keeps_its_colour_and_nothing_moves():
     ranges = Bsr(noise=(0, 0), isotropic=2.2, anisotropic=5, blurs=2)
     plain = torch.tensor([0.5, -0.25, 0.75])[None, :, None, None].expand(8, 3, 32, 32)
-    assert (bsr(plain, range(8), ranges) - plain).abs().max() < 2.5 / 127.5
+    assert (bsr_degrade(plain, range(8), ranges) - plain).abs().max() < 2.5 / 127.5
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     spot = torch.exp(-0.5 * ((y - 32) ** 2 + (x - 24) ** 2) / 25).expand(16, 3, 64, 64)
-    made = bsr(spot * 1.8 - 0.9, range(16), ranges) + 0.9
+    made = bsr_degrade(spot * 1.8 - 0.9, range(16), ranges) + 0.9
     weight = (made / made.sum((2, 3), keepdim=True)).double()
     assert torch.allclose((weight * y).sum((2, 3)), torch.tensor(32.0).double(), atol=0.35)
     assert torch.allclose((weight * x).sum((2, 3)), torch.tensor(24.0).double(), atol=0.35)
@@ -132,7 +138,7 @@ def test_noise_is_as_strong_as_asked():
     that is 10 % off would be seen in every one; by chance a test at 5 % fails once in 3,000 runs."""
     ranges = Bsr(isotropic=0, anisotropic=0, shrink=1, noise=(10, 10), quality=(100, 100))
     grey = torch.zeros(48, 3, 64, 64)
-    noise = bsr(grey, range(48), ranges) * 127.5
+    noise = bsr_degrade(grey, range(48), ranges) * 127.5
     kinds = [Plan.drawn(seed, ranges).mixing for seed in range(48)]
     full = [np.allclose(np.square(kind).sum(1), 100) for kind in kinds]
     assert 28 <= sum(full) < 48
@@ -155,7 +161,7 @@ def test_noise_is_independent_between_pixels_and_pictures():
 def test_plans_are_drawn_as_bsrgan_draws_them():
     """800 plans; Kolmogorov–Smirnov at 1e-3 finds a distribution that is off by 0.1 anywhere; counts lie within 4.5
     standard errors."""
-    plans = [Plan.drawn(seed, FULL) for seed in range(800)]
+    plans = [Plan.drawn(seed, BSR_FULL) for seed in range(800)]
 
     def share(found: list[bool], wanted: float) -> bool:
         return abs(np.mean(found) - wanted) <= 4.5 * (wanted * (1 - wanted) / len(found)) ** 0.5
@@ -250,10 +256,10 @@ def test_mirrored_places_are_numpys_reflection(place, length):
         (lambda: Bsr(noise=(3, 2)), "noise"),
         (lambda: Bsr(noise=(-1, 2)), "noise"),
         (lambda: Bsr(quality=(0, 50)), "quality"),
-        (lambda: LIGHT.scaled(-0.5), "strength"),
-        (lambda: LIGHT.scaled(float("inf")), "strength"),
-        (lambda: bsr(torch.zeros(2, 3, 8, 8), [1]), "b seeds"),
-        (lambda: bsr(torch.zeros(1, 1, 8, 8), [1]), "b, 3, h, w"),
+        (lambda: BSR_LIGHT.scaled(-0.5), "strength"),
+        (lambda: BSR_LIGHT.scaled(float("inf")), "strength"),
+        (lambda: bsr_degrade(torch.zeros(2, 3, 8, 8), [1]), "b seeds"),
+        (lambda: bsr_degrade(torch.zeros(1, 1, 8, 8), [1]), "b, 3, h, w"),
         (lambda: jpeg(torch.zeros(1, 3, 8, 8), [0]), "quality"),
         (lambda: jpeg(torch.zeros(1, 3, 8, 8), [101]), "quality"),
         (lambda: jpeg(torch.zeros(1, 4, 8, 8), [50]), "b, 3, h, w"),

@@ -18,7 +18,7 @@ from tests.fixtures.beside_diffusers import PROMPTS, SCALES, SEEDS, STEPS, Fed, 
 from tests.fixtures.plain import VIT, ours, saved, shaken
 from tests.fixtures.release import MODEL
 from unclip.cascade import UnCLIP
-from unclip.clip.model import Clip, build
+from unclip.clip.model import Clip, build_clip
 from unclip.diffusion.guidance import clipped
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
@@ -186,7 +186,7 @@ def karlo(tmp_path_factory) -> Path:
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-    tokenizer = Clip.of(build(VIT), VIT).tokenizer
+    tokenizer = Clip.of(build_clip(VIT), VIT).tokenizer
     vocabulary = {piece: number for piece, number in tokenizer.ids.items() if number < 1998}
     vocabulary |= {"<|startoftext|>": 1998, "<|endoftext|>": 1999}
     text = CLIPTextConfig(
@@ -318,7 +318,7 @@ def cannot_hold() -> Iterator[tuple[str, Any, str]]:
     yield "other cubic", lambda: ours(upsampler={"antialias": False}), "cubic"
     yield "no upsampler", lambda: ours(upsamplers=[]), "no upsampler"
     yield "null text", lambda: ours(prior=DiffusionPrior(TINY.prior)), "prior's null text"
-    yield "ResNet", lambda: ours(clip=Clip.of(build(MODEL), MODEL)), "ResNet"
+    yield "ResNet", lambda: ours(clip=Clip.of(build_clip(MODEL), MODEL)), "ResNet"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.hostile import rewrite, signed
 from tests.fixtures.release import MODEL, SAMPLING
 from unclip import UnCLIP
-from unclip.clip.model import Clip, build
+from unclip.clip.model import Clip, build_clip
 from unclip.errors import Refused
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
@@ -76,7 +76,7 @@ def test_models_of_another_width_are_refused_with_both_numbers(parts, tmp_path: 
 def test_an_exchanged_clip_is_refused_though_it_fits(folder: Path, tmp_path: Path):
     """The same widths, other weights: pictures would be of nothing that was asked for."""
     torch.manual_seed(1)
-    Clip.of(build(MODEL), MODEL).save(tmp_path / "other")
+    Clip.of(build_clip(MODEL), MODEL).save(tmp_path / "other")
     for file in (tmp_path / "other").iterdir():
         signed(folder, f"clip/{file.name}", file.read_bytes())
     with pytest.raises(Refused, match=r"was released with the CLIP \w+…, and holds the CLIP"):

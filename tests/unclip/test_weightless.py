@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from unclip.clip.model import build
+from unclip.clip.model import build_clip
 from unclip.clip.text import TextTower
 from unclip.meta import weightless
 from unclip.models.classifier import ClassifierConfig
@@ -50,8 +50,8 @@ def clip(vision: str, *, custom: bool) -> dict[str, object]:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{kind: lambda kind=kind: KINDS[kind][1](CONFIGS[kind]) for kind in KINDS},
-    **{vision: lambda vision=vision: build(clip(vision, custom=False)) for vision in VISIONS},
-    **{f"custom-{vision}": lambda vision=vision: build(clip(vision, custom=True)) for vision in VISIONS},
+    **{vision: lambda vision=vision: build_clip(clip(vision, custom=False)) for vision in VISIONS},
+    **{f"custom-{vision}": lambda vision=vision: build_clip(clip(vision, custom=True)) for vision in VISIONS},
     "text": lambda: TextTower(clip("vit", custom=False)),
 }
 

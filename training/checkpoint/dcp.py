@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint import load as torch_load
+from torch.distributed.checkpoint import save as torch_save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -36,7 +36,7 @@ from training.checkpoint.files import put_tensors
 from training.checkpoint.store import Checkpoint, Checkpoints, Part, Stored, Written
 
 
-def save(
+def save_dcp(
     checkpoints: Checkpoints,
     samples: int,
     state: dict[str, Tensor],
@@ -45,12 +45,12 @@ def save(
 ) -> None:
     """Writes a checkpoint of all ranks of `peers`, each of which calls it. Raises Refused where one could not."""
     try:
-        dcp_save(dict(state), storage_writer=Writer(checkpoints, samples, head), process_group=peers)
+        torch_save(dict(state), storage_writer=Writer(checkpoints, samples, head), process_group=peers)
     except CheckpointException as error:
         raise Refused(f"a checkpoint could not be written: {_why(error)}", code=5) from error
 
 
-def load(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
+def load_dcp(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     """Reads a checkpoint into tensors that are there, by name: each rank the boxes that it has of them, on its own.
 
     Raises Refused where the checkpoint lacks one, or has it in another shape.
@@ -58,7 +58,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it takes this for a single process
-            dcp_load(dict(state), storage_reader=Reader(checkpoint), no_dist=True)
+            torch_load(dict(state), storage_reader=Reader(checkpoint), no_dist=True)
     except CheckpointException as error:
         raise Refused(f"checkpoint {checkpoint.place} does not fit this model: {_why(error)}", code=5) from error
 

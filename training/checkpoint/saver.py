@@ -98,9 +98,9 @@ class Saver:
             raise
         staged.set_result(None)
         if self._ranks > 1:
-            from training.checkpoint.dcp import save
+            from training.checkpoint.dcp import save_dcp
 
-            return save(self._checkpoints, samples, copies, head, self._peers)
+            return save_dcp(self._checkpoints, samples, copies, head, self._peers)
         if written := put_tensors(self._checkpoints, samples, ONE, copies):
             tensors = {name: _whole(name, tensor) for name, tensor in copies.items()}
             self._checkpoints.commit(samples, head, [written], tensors)

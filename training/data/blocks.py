@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.concurrent import map_ordered
 from infra.documents import digest
 from infra.errors import Refused
 from infra.records.manifest import File, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.parquet import ahead, columns
+from infra.records.parquet import columns
 from infra.records.schemas import UID
 from infra.store.base import Store
 from training.data.labels import Labels, labelled
@@ -67,7 +68,7 @@ def places(
     records = Manifest.load(store, rows).records
     return [
         place
-        for shard in ahead(lambda record: list(_shard(store, record, files, labels, wanted)), records, THREADS)
+        for shard in map_ordered(lambda record: list(_shard(store, record, files, labels, wanted)), records, THREADS)
         for place in shard
     ]
 

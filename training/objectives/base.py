@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from infra.errors import Refused
 from infra.records.manifest import Manifest
+from infra.records.materialise import materialised
 from infra.records.objects import object_name
 from infra.store.base import Store
 from training.data.batches import Batch, Reads, ReadText
 from training.job import Job
 from training.parallel.flat import Group
-from training.reading import unpacked
 from training.warm_start import started
 from unclip.clip.model import clip_widths
 from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
@@ -173,5 +173,5 @@ def read_clip(store: Store, version: str) -> Clip:
     """The CLIP of a manifest."""
     from unclip.clip.model import Clip
 
-    with unpacked(store, version) as folder:
+    with materialised(store, version) as folder:
         return Clip.load(folder)

@@ -26,7 +26,7 @@ from training.optim.precision import in_float32
 from training.options import ClipTrain
 from training.parallel.flat import Group
 from training.warm_start import finished
-from unclip.clip.model import Clip, Preprocess, build, check, clip_widths
+from unclip.clip.model import Clip, Preprocess, build_clip, check_clip, clip_widths
 from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
 from unclip.diffusion.schedule import Schedule
 from unclip.files import CONFIG, read_json
@@ -66,7 +66,7 @@ class ClipObjective:
     whole_batch = True
 
     def __init__(self, job: Job, store: Store | None = None) -> None:
-        check(job.model)
+        check_clip(job.model)
         self.job = job
         self.options = cast(ClipTrain, job.config)
         self.facts: dict[str, Any] = {}
@@ -79,7 +79,7 @@ class ClipObjective:
         self.reads = Reads(image=self._decode, originals=True, text=True)
 
     def build(self) -> nn.Module:
-        model = build(self.job.model)
+        model = build_clip(self.job.model)
         if self.start is not None:
             model.load_state_dict(self.start.state)
         return model

@@ -17,7 +17,7 @@ from training.objectives.base import Diffusion, Losses
 from training.optim.precision import in_float32
 from training.options import UpsamplerTrain
 from training.parallel.flat import Group
-from unclip.degrade.bsr import FULL, LIGHT, bsr, gaussian_blur
+from unclip.degrade.bsr import BSR_FULL, BSR_LIGHT, bsr_degrade, gaussian_blur
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import to_unit
 
@@ -29,7 +29,7 @@ class UpsamplerObjective(Diffusion):
         super().__init__(job, store)
         self.reads = Reads(image=partial(picture, size=self.config.size), originals=True)
         options = cast(UpsamplerTrain, self.options)
-        self.bsr = {"bsr": FULL, "bsr_light": LIGHT}.get(options.corruption)
+        self.bsr = {"bsr": BSR_FULL, "bsr_light": BSR_LIGHT}.get(options.corruption)
         if self.bsr is not None:
             self.bsr = self.bsr.scaled(options.strength)
         self.config.check_crop(options.crop)
@@ -55,7 +55,7 @@ class UpsamplerObjective(Diffusion):
             sigmas = options.blur * torch.rand(len(low), generator=batch.generator)
             return gaussian_blur(low, sigmas.to(low.device))
         if self.bsr is not None:
-            return bsr(low, [derived("bsr", batch.seed, uid.hex()) for uid in batch.uids], self.bsr)
+            return bsr_degrade(low, [derived("bsr", batch.seed, uid.hex()) for uid in batch.uids], self.bsr)
         return low
 
     def _cropped(self, x0: Tensor, low: Tensor, crop: int, batch: Batch) -> tuple[Tensor, Tensor]:

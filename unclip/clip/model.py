@@ -39,7 +39,7 @@ from unclip.files import (
 )
 from unclip.meta import weightless
 
-__all__ = ["Clip", "Preprocess", "Text", "build"]
+__all__ = ["Clip", "Preprocess", "Text", "build_clip"]
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +92,12 @@ class Preprocess:
         return (x - mean).div_(std)
 
 
-def build(model: dict[str, Any]) -> nn.Module:
+def build_clip(model: dict[str, Any]) -> nn.Module:
     """A new, random open_clip model from open_clip's own configuration (`embed_dim`, `vision_cfg`, `text_cfg`, …).
 
     This is what CLIP training trains. Raises Refused for what the adapter cannot hold or open_clip does not know.
     """
-    check(model)
+    check_clip(model)
     classes = model_module(model)
     settings = dict(model)
     custom = settings.pop("custom_text", False)
@@ -109,7 +109,7 @@ def build(model: dict[str, Any]) -> nn.Module:
         raise Refused(f"open_clip cannot build a CLIP from this configuration: {error}") from None
 
 
-def check(model: dict[str, Any]) -> None:
+def check_clip(model: dict[str, Any]) -> None:
     """Raises Refused for a model configuration that the adapter cannot hold."""
     for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
         if not isinstance(model.get(key), kind):
@@ -151,7 +151,7 @@ class Clip:
         preprocess: Preprocess | None = None,
         merges: Sequence[str] | None = None,
     ) -> None:
-        check(model)
+        check_clip(model)
         text = model["text_cfg"]
         self.config = json.loads(json.dumps(model))
         self.preprocess = preprocess or Preprocess(_side(model))
@@ -162,7 +162,7 @@ class Clip:
 
     @classmethod
     def of(cls, module: nn.Module, model: dict[str, Any], preprocess: Preprocess | None = None) -> Clip:
-        """The adapter over an open_clip model that `build` made and someone trained."""
+        """The adapter over an open_clip model that `build_clip` made and someone trained."""
         return cls(model, {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}, preprocess)
 
     @classmethod
@@ -184,7 +184,7 @@ class Clip:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise Refused(f"{weights!r} is neither a file nor a pretrained tag of {name}, whose tags are {tags}")
         model["quick_gelu"] = bool(tag.get("quick_gelu", model.get("quick_gelu", False)))
-        check(model)
+        check_clip(model)
         wanted = {"pretrained": weights} if files is None else {}
         try:
             module = open_clip.create_model(name, **wanted, force_quick_gelu=model["quick_gelu"])
@@ -295,7 +295,7 @@ class Clip:
                 "image_encoder. Import it again together with one (unclip releases import --images)."
             )
         # timm's towers read numbers out of tensors while they are built, which only real ones have.
-        return self._filled(build, self.state, on_meta=not self.config["vision_cfg"].get("timm_model_name"))
+        return self._filled(build_clip, self.state, on_meta=not self.config["vision_cfg"].get("timm_model_name"))
 
     @cached_property
     def text(self) -> nn.Module:

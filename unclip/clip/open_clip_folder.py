@@ -34,7 +34,7 @@ def files_of(name: str) -> tuple[Path, Path] | None:
 
 
 def model_config(path: Path) -> dict[str, Any]:
-    """`model_cfg` of an open_clip_config.json: what `unclip.clip.model.build` builds; Refused where there is none."""
+    """`model_cfg` of an open_clip_config.json: what `build_clip` builds; Refused where there is none."""
     try:
         document = read_document(path)
     except (OSError, ValueError) as error:

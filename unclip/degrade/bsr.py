@@ -43,7 +43,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel: int = 3) -> Tensor:
 class Bsr:
     """Ranges of the BSR degradation; every value of a picture is drawn uniformly within them.
 
-    The defaults are the light variant that latent diffusion trained its upscaler with (arXiv 2112.10752), `FULL` are
+    The defaults are the light variant that latent diffusion trained its upscaler with (arXiv 2112.10752), BSR_FULL are
     BSRGAN's own, both at scale factor 1: the condition is low-resolution already, and keeps its size.
     """
 
@@ -99,8 +99,8 @@ class Bsr:
         )
 
 
-LIGHT = Bsr()
-FULL = Bsr(isotropic=2.2, anisotropic=5.0, blurs=2, noise=(2.0, 25.0), quality=(30, 95))
+BSR_LIGHT = Bsr()
+BSR_FULL = Bsr(isotropic=2.2, anisotropic=5.0, blurs=2, noise=(2.0, 25.0), quality=(30, 95))
 
 OPERATIONS = ("blur", "blur again", "shrink", "restore", "noise", "compress")
 
@@ -155,7 +155,7 @@ class Plan:
         return max(1, round(height / self.shrink)), max(1, round(width / self.shrink))
 
 
-def bsr(images: Tensor, seeds: Sequence[int], ranges: Bsr = LIGHT) -> Tensor:
+def bsr_degrade(images: Tensor, seeds: Sequence[int], ranges: Bsr = BSR_LIGHT) -> Tensor:
     """images [b, 3, h, w] in [-1, 1], each degraded as its own seed says: the same shape, within [-1, 1].
 
     Blur, a detour through a smaller size, noise and JPEG come in a random order; a JPEG compression comes last

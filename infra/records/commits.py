@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -63,24 +61,3 @@ def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
         if not store.exists(object_name(file.sha256)):
             put_object(store, file.sha256, out / name)
     return record
-
-
-def unfold(store: Store, record: Record, folder: Path) -> Path:
-    """A record's files under their own names in a folder on the store's file system: links, or copies.
-
-    Raises Refused for a damaged one: what is made of it would carry a digest of its own, and nobody would see it again.
-    """
-    for name, file in record.files.items():
-        target, source = folder / name, store.local(object_name(file.sha256))
-        if digest_file(source) != file.sha256:
-            raise Refused(
-                f"{object_name(file.sha256)} ({name}) in the store is damaged. Delete it and the record that names it, "
-                "or put an undamaged copy in its place, and run again.",
-                code=5,
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-    return folder
