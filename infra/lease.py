@@ -25,8 +25,8 @@ from time import monotonic
 from infra.documents import SCHEMA_VERSION, canonical
 from infra.errors import Refused
 from infra.process import Process
-from infra.records.objects import document
-from infra.store.base import Store
+from infra.records import document
+from infra.store import Store
 
 TTL_S = 60.0
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest
 from infra.errors import Refused
-from infra.records.damage import reading
-from infra.store.base import Store
+from infra.records import reading
+from infra.store import Store
 
 KINDS = ("promote", "rollback")
 

@@ -18,26 +18,19 @@ import yaml
 
 from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
-from infra.records.manifest import Manifest
-from infra.store.base import Store
-from infra.store.opening import open_store
-from infra.tracking.provenance import machine_tags, packages
-from pipelines.download.stage import Download
-from pipelines.engine import plan
-from pipelines.engine.console import Console
-from pipelines.engine.execute import Execution
-from pipelines.engine.graph import chosen
-from pipelines.engine.tracking import source_tag
-from pipelines.evaluate.prompts import read_prompts
-from pipelines.evaluate.scores import check_name
+from infra.records import Manifest
+from infra.store import Store, open_store
+from infra.tracking import machine_tags, packages
+from pipelines.download import Download
+from pipelines.engine import Console, Execution, chosen, plan, source_tag
+from pipelines.evaluate import check_name, read_prompts
+from pipelines.recipe import Recipe, starts
 from pipelines.recipe import schema as recipes
 from pipelines.recipe import stages as workflow
-from pipelines.recipe.schema import Recipe
-from pipelines.recipe.start import starts
-from pipelines.reports.data import PAGE
-from pipelines.source.stage import SourceHow
+from pipelines.reports import PAGE
+from pipelines.source import SourceHow
 from pipelines.stage import Stage, blaming, plain
-from pipelines.versions.gc import announced
+from pipelines.versions import announced
 from pipelines.world import Server, write_list, write_prompts
 
 
@@ -114,8 +107,7 @@ def run_recipe(
 ) -> dict[str, Manifest]:
     """Runs what is to do and tells the person at the terminal where it stands and what came of it."""
     from infra.cluster import Node, connect, disconnect, usable_cpus
-    from infra.tracking.monitor import Monitor
-    from infra.tracking.uri import check_server, default_uri
+    from infra.tracking import Monitor, check_server, default_uri
 
     with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
         names = chosen(job.stages, until, only)

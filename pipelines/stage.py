@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record
+from infra.store import Store
 from unclip.config import AMOUNT, COUNT, WHOLE, outside
 from unclip.errors import Refused as Impossible
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.errors import Refused
-from infra.tracking.provenance import SENT, git_tags
+from infra.tracking import SENT, git_tags
 from pipelines.recipe import schema as recipes
 from pipelines.recipe import stages as workflow
 from pipelines.stage import blaming

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from infra.errors import Refused
-from pipelines.recipe.schema import World
+from pipelines.recipe import World
 
 
 def _module(world: World, name: str) -> Any:

@@ -14,15 +14,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from training.meta import Weightless, shapes
-from training.parallel.flat import STATE_BYTES
-from training.parallel.modes import recomputed
-from unclip.clip.model import build_clip
+from training.parallel import STATE_BYTES, recomputed
+from unclip.clip import build_clip
 from unclip.meta import weightless
-from unclip.models.ar_prior import AutoregressivePrior
-from unclip.models.decoder import Decoder
-from unclip.models.prior import DiffusionPrior
-from unclip.models.upsampler import Upsampler
-from unclip.release.model import config_from
+from unclip.models import AutoregressivePrior, Decoder, DiffusionPrior, Upsampler
+from unclip.release import config_from
 
 HALF_BYTES = 2
 TRACED = 2

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused, Stopped
-from infra.store.base import Store
-from infra.store.opening import open_store
-from training.checkpoint.store import Checkpoints, deliver
+from infra.store import Store, open_store
+from training.checkpoint import Checkpoints, deliver
 from training.job import FitHow, Job
 from training.preemption import Draining, StopFlag, heed_sigterm
 from unclip.errors import Refused as Impossible
 
 if TYPE_CHECKING:
-    from training.telemetry.clock import Monitor
+    from training.telemetry import Monitor
 
 __all__ = ["FitHow", "Job", "discard", "fit", "request_stop", "train_local"]
 
@@ -174,8 +173,8 @@ def _worker(config: dict[str, Any]) -> Refused | None:
     import torch
 
     from training.loop import train
-    from training.optim.optimizer import Diverged
-    from training.parallel.flat import Group
+    from training.optim import Diverged
+    from training.parallel import Group
 
     context, how = ray.train.get_context(), config["how"]
     store, job = open_store(config["store"]), config["job"]

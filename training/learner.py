@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from infra.errors import Refused
-from training.data.batches import Batch
+from training.data import Batch
 from training.job import FitHow, Job
 from training.meta import shapes
-from training.objectives.base import Losses, Objective
+from training.objectives import Losses, Objective
 from training.options import TrainConfig
-from training.parallel.flat import STATE_BYTES, Group
+from training.parallel import STATE_BYTES, Group
 
 SHARE = 0.6
 """Part of a device's memory that a flat model's state may take, before `auto` shards; the rest is for activations."""

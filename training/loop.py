@@ -12,25 +12,18 @@ import torch
 from torch import nn
 
 from infra.errors import Refused, Stopped
-from infra.store.base import Store
-from infra.store.retry import Patient
-from training.checkpoint.saver import Saver
-from training.checkpoint.store import Checkpoints, finished, identity
-from training.data.batches import Batch, Data
-from training.data.feed import Feed
-from training.data.order import Order
+from infra.store import Patient, Store
+from training.checkpoint import Checkpoints, Saver, finished, identity
+from training.data import Batch, Data, Feed, Order
 from training.job import FitHow, Job
 from training.learner import Learner, built
-from training.objectives.choice import objective
-from training.optim.optimizer import learning_rate
-from training.parallel.flat import Group
-from training.parallel.fsdp import shard
-from training.parallel.modes import determinism, prepare, seed
+from training.objectives import objective
+from training.optim import learning_rate
+from training.parallel import Group, determinism, prepare, seed, shard
 from training.state import ALONE, EXTRA, LOSS, SAVE, STOP, State, finish, newest, roll_back
-from training.telemetry.clock import Clock, Monitor, by_quartile
-from training.telemetry.preview import Previews
+from training.telemetry import Clock, Monitor, Previews, by_quartile
 from training.validate import split
-from unclip.models.layers import bfloat16_convolutions
+from unclip.models import bfloat16_convolutions
 
 CPU = torch.device("cpu")
 

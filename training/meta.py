@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from unclip.meta import weightless
-from unclip.release.model import KINDS
+from unclip.release import KINDS
 
 
 class Weightless(TorchFunctionMode):

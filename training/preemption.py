@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from infra.errors import Unavailable
-from infra.store.base import Store
+from infra.store import Store
 
 POLL_SECONDS = 2.0
 

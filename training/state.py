@@ -11,24 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.store.base import Store
-from infra.store.retry import patiently
-from training.checkpoint.files import room_for
-from training.checkpoint.saver import Saver
-from training.checkpoint.store import RELEASE, Checkpoint, Checkpoints
-from training.data.batches import Data
+from infra.store import Store, patiently
+from training.checkpoint import RELEASE, Checkpoint, Checkpoints, Saver, room_for
+from training.data import Data
 from training.job import Job
 from training.learner import Learner
-from training.optim.averages import Averages
-from training.optim.ema import Ema
-from training.optim.muon import is_inner
-from training.optim.optimizer import Diverged, Optimiser
-from training.optim.precision import Precision
-from training.optim.spikes import Spikes
+from training.optim import Averages, Diverged, Ema, Optimiser, Precision, Spikes, is_inner
 from training.options import TrainConfig
-from training.parallel.flat import Flat, Group, Vectors
-from training.parallel.fsdp import whole
-from training.telemetry.clock import SUMS
+from training.parallel import Flat, Group, Vectors, whole
+from training.telemetry import SUMS
 from training.validate import choose
 
 EXTRA = 3 + SUMS
@@ -122,7 +113,7 @@ class State:
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """Goes to where a checkpoint was written, by however many workers."""
-        from training.checkpoint.dcp import (
+        from training.checkpoint import (
             load_dcp,  # resuming pays for the import of torch.distributed.checkpoint, starting does not
         )
 

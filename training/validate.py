@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from infra.store.base import Store
-from training.data.batches import Batch, Data
-from training.data.order import derived
+from infra.store import Store
+from training.data import Batch, Data, derived
 from training.job import Job
 from training.learner import Learner
-from training.optim.averages import Averages
-from training.optim.precision import Precision
+from training.optim import Averages, Precision
 from training.options import TrainConfig
-from training.parallel.fsdp import spread
+from training.parallel import spread
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from infra.records.materialise import materialised
-from infra.store.base import Store
+from infra.records import materialised
+from infra.store import Store
 from training.job import START, Job
 from unclip.errors import Refused
-from unclip.release.folder import MANIFEST
-from unclip.release.model import read_model_config, warm_start
+from unclip.release import MANIFEST, read_model_config, warm_start
 
 ALSO = {"inpainter": ("inpainter", "decoder")}
 """Kinds that a model may go on from, where that is not its own alone."""

@@ -6,24 +6,14 @@ pictures = UnCLIP.load("release/").generate(["a large red circle"], seeds=[0])  
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unclip.lazy import exports
 
 if TYPE_CHECKING:
     from unclip.cascade import UnCLIP
     from unclip.diffusion.settings import Sampling
+else:
+    __getattr__ = exports(__name__)
 
-__all__ = ["Sampling", "UnCLIP", "__version__"]
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    # Importing unclip must stay cheap: torch comes with the first use of UnCLIP (PEP 562).
-    if name == "UnCLIP":
-        from unclip.cascade import UnCLIP
-
-        return UnCLIP
-    if name == "Sampling":
-        from unclip.diffusion.settings import Sampling
-
-        return Sampling
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

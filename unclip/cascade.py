@@ -18,21 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.clip.model import Clip, clip_widths
-from unclip.clip.text import Text
-from unclip.diffusion.guidance import Network, conditional
-from unclip.diffusion.settings import Sampling, check_sampling, guided, in_range
+from unclip.clip import Clip, Text, clip_widths
+from unclip.diffusion import Network, Sampling, check_sampling, conditional, guided, in_range
 from unclip.errors import Refused
-from unclip.models.ar_prior import AutoregressivePrior, Prior
-from unclip.models.decoder import Decoder
-from unclip.models.layers import fold_upsampling
-from unclip.models.text import Caption
-from unclip.models.upsampler import WORKSPACE, Upsampler, filled_up
+from unclip.models import WORKSPACE, AutoregressivePrior, Caption, Decoder, Prior, Upsampler, filled_up, fold_upsampling
 from unclip.pictures import to_uint8
 from unclip.progress import Callback, Report, Reporter
-from unclip.release.compatibility import check_fit, check_gamma, check_guides
-from unclip.release.folder import load_models
-from unclip.release.guides import Guides
+from unclip.release import Guides, check_fit, check_gamma, check_guides, load_models
 from unclip.sample import Bind, Extra, draw, draw_embeddings, in_tiles
 
 TILE = 4

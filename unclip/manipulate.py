@@ -21,13 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.cascade import UnCLIP
-from unclip.diffusion.guidance import clipped, conditional, known
-from unclip.diffusion.samplers import ddim_invert, noise_for
-from unclip.diffusion.schedule import Denoiser
-from unclip.diffusion.settings import Sampling
+from unclip.diffusion import Denoiser, Sampling, clipped, conditional, ddim_invert, known, noise_for
 from unclip.errors import Refused
-from unclip.models.decoder import Decoder
-from unclip.models.upsampler import Upsampler
+from unclip.models import Decoder, Upsampler
 from unclip.pictures import check_pictures, resized, square, to_unit
 from unclip.sample import last_steps
 

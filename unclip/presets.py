@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from unclip.clip.tokenizer import CLIP_VOCABULARY
+from unclip.clip import CLIP_VOCABULARY
 from unclip.errors import Refused
-from unclip.models.ar_prior import AutoregressivePriorConfig
-from unclip.models.decoder import DecoderConfig
-from unclip.models.prior import PriorConfig
-from unclip.models.unet_encoder import HalfUNetConfig
-from unclip.models.upsampler import UpsamplerConfig
+from unclip.models import AutoregressivePriorConfig, DecoderConfig, HalfUNetConfig, PriorConfig, UpsamplerConfig
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unclip.clip.text import Text
-from unclip.diffusion.samplers import SAMPLERS, noise_for
-from unclip.diffusion.schedule import Denoiser, Prediction, Schedule
-from unclip.diffusion.settings import Sampling, guided
+from unclip.clip import Text
+from unclip.diffusion import SAMPLERS, Denoiser, Prediction, Sampling, Schedule, guided, noise_for
 from unclip.errors import Refused
-from unclip.models.ar_prior import Prior, write_tokens
-from unclip.models.prior import DiffusionPrior
+from unclip.models import DiffusionPrior, Prior, write_tokens
 from unclip.progress import Report
 
 Bind = Callable[[Denoiser, str, Sequence[int], Sequence[int]], Denoiser]

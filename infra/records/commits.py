@@ -15,7 +15,7 @@ from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name, put_object
 
 if TYPE_CHECKING:
-    from infra.store.base import Store
+    from infra.store import Store
 
 
 def check_inputs(store: Store, action: Action) -> None:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from infra.documents import SCHEMA_VERSION, canonical, digest
 from infra.records.objects import document
-from infra.store.base import Store
+from infra.store import Store
 
 FORGOTTEN = "forgotten"
 """The state of a row that is in the list below: nothing is left of it but its uid."""
@@ -32,7 +32,7 @@ _MOST = 100_000
 
 
 @dataclass(frozen=True)
-class Names:
+class ForgottenNames:
     """Samples named by a person: uids (16 bytes), URLs as in the list, and SHA-256s (32 bytes) of what was fetched."""
 
     uids: frozenset[bytes] = frozenset()
@@ -69,7 +69,7 @@ class Forgotten:
         return known
 
     @classmethod
-    def of(cls, names: Names, salt: bytes) -> Forgotten:
+    def of(cls, names: ForgottenNames, salt: bytes) -> Forgotten:
         """What a person named, as it would stand in the list."""
         return cls(salt, names.uids, frozenset(_secret(salt, url) for url in names.urls), names.pictures)
 
@@ -108,7 +108,7 @@ def salt_of(store: Store) -> bytes:
     return store.get(SALT)
 
 
-def add(store: Store, more: Forgotten) -> None:
+def add_request(store: Store, more: Forgotten) -> None:
     """Puts names into the store's list. The same names twice are one request."""
     lines = [("uid", name) for name in more.uids]
     lines += [("url", name) for name in more.urls] + [("sha256", name) for name in more.pictures]
@@ -121,7 +121,7 @@ def add(store: Store, more: Forgotten) -> None:
         store.put_new(f"{SAMPLES}{digest(data)}.json", data)
 
 
-def requests(store: Store) -> Iterator[Forgotten]:
+def requests_made(store: Store) -> Iterator[Forgotten]:
     """Each request of the list by itself."""
     for entry in store.list(SAMPLES):
         yield _read(store, entry.name)

@@ -25,7 +25,7 @@ from infra.records.damage import damaged, reading
 from infra.records.objects import object_name, put_object
 
 if TYPE_CHECKING:
-    from infra.store.base import Store
+    from infra.store import Store
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from infra.errors import Refused
 from infra.records.damage import damaged, reading
 
 if TYPE_CHECKING:
-    from infra.store.base import Store
+    from infra.store import Store
 
 
 def document(store: Store, name: str) -> dict[str, Any]:

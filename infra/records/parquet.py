@@ -15,7 +15,7 @@ from infra.errors import NotFound
 from infra.records.damage import reading
 from infra.records.manifest import File
 from infra.records.objects import object_name
-from infra.store.base import Store
+from infra.store import Store
 
 SMALL = 4 << 20
 """Bytes of a file that is fetched whole, with one request."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.records.schemas import KEPT
+from infra.records import KEPT
 
 NEUTRAL = frozenset({"listed", "looked", "counted", "sampled"})
 """States of rows in stages that go through all rows and reject none."""

@@ -13,7 +13,7 @@ from pipelines.cli.options import StoreOption
 from pipelines.cli.terminal import columns, meter, say, show, size
 
 if TYPE_CHECKING:
-    from pipelines.versions.forget import Account
+    from pipelines.versions import Account
 
 data = typer.Typer(
     no_args_is_help=True,
@@ -27,7 +27,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 @data.command("ls")
 def data_ls(store: StoreOption = "./store") -> None:
     """Versions of every stage's data in the store."""
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.versions import show as versions
 
     show(versions.table(open_store(store, create=False)))
@@ -39,7 +39,7 @@ def data_show(
     store: StoreOption = "./store",
 ) -> None:
     """One version: how it was made, its shards, rows and states, as JSON."""
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.versions import show as versions
 
     say(json.dumps(versions.show(open_store(store, create=False), version), indent=1, ensure_ascii=False))
@@ -62,7 +62,7 @@ def data_verify(
     it held forgotten samples is counted apart. Everything is read once: in S3 that is the whole data.
     """
     from infra.errors import Refused
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.versions import verify as verifying
 
     opened = open_store(store, create=False)
@@ -101,7 +101,7 @@ def data_diff(
 
     Of two releases, every version that they were made from is compared.
     """
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.versions import diff as comparing
 
     found = comparing.diff(open_store(store, create=False), a, b, rows)
@@ -124,7 +124,7 @@ def data_report(
 
     It goes as far as the version given: of a download it tells what was fetched, of a selection what stays.
     """
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.reports import data as reporting
 
     page, about = reporting.write(open_store(store, create=False), ref, out)
@@ -152,7 +152,7 @@ def data_gc(
     Goes beside runs; --keep newest and --abandoned wait for none, and are refused while one goes on.
     """
     from infra.errors import Refused
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.versions import gc
 
     if keep not in (*gc.Keep,):
@@ -195,7 +195,7 @@ def data_forget(
     removed. The next run redoes what is behind those shards. Without any sample it goes over the data once more for
     all that was ever forgotten, as after a run that was under way meanwhile. A command that was killed: give it again.
     """
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.versions import forget as forgetting
 
     names = forgetting.names_of(tuple(url or ()), tuple(uid or ()), tuple(sha256 or ()), file)

@@ -40,7 +40,7 @@ def _command(*shared: Callable[..., None]) -> Callable[[Callable[..., None]], Ca
 
     def made(own: Callable[..., None]) -> Callable[..., None]:
         def do(store: str, **order: Any) -> None:
-            from infra.store.opening import open_store
+            from infra.store import open_store
             from pipelines.draw import edit as editing
 
             typer.echo(f"wrote {getattr(editing, own.__name__)(open_store(store, create=False), **order)}")

@@ -124,8 +124,8 @@ def generate_grid(
     store: StoreOption = "./store",
 ) -> None:
     """Draws pictures with a release; what is not said comes from the release. An empty prompt draws anything."""
-    from infra.store.opening import open_store
-    from pipelines.draw.generate import generate_grid as draw
+    from infra.store import open_store
+    from pipelines.draw import generate_grid as draw
 
     scales = (_number("--guidance", guidance), _number("--prior-guidance", prior_guidance))
     guides: dict[str, Any] = {
@@ -143,7 +143,7 @@ def ui(
     store: StoreOption = "./store",
 ) -> None:
     """Serves MLflow's pages on the store's tracking database, or says where its server has them."""
-    from pipelines.promote.registry import tracking_uri
+    from pipelines.promote import tracking_uri
 
     with opened(store) as found:
         uri = tracking_uri(found)
@@ -205,7 +205,7 @@ def main() -> None:
     import warnings
 
     from infra.errors import EXPECTED, NotFound, Refused, advice
-    from infra.records.damage import damaged
+    from infra.records import damaged
     from unclip.errors import Refused as Impossible
 
     interrupted = _Interrupted()

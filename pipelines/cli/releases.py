@@ -81,7 +81,7 @@ def releases_export(
     store: StoreOption = "./store",
 ) -> None:
     """Writes a release as a folder that diffusers' unCLIP pipelines load."""
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.release import diffusers as interop
 
     say(interop.export(open_store(store, create=False), ref, folder, form))
@@ -97,7 +97,7 @@ def releases_import(
     store: StoreOption = "./store",
 ) -> None:
     """Makes a folder of diffusers' (Karlo's layout) a release in the store; promotes nothing."""
-    from infra.store.opening import open_store
+    from infra.store import open_store
     from pipelines.release import diffusers as interop
 
     version = interop.bring(open_store(store), folder, name, images)[:12]
@@ -108,6 +108,6 @@ def releases_import(
 
 
 def _line(store: Any, name: str | None) -> str:
-    from pipelines.release.open import only_line
+    from pipelines.release import only_line
 
     return only_line(store) if name is None else name

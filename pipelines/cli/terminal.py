@@ -15,7 +15,7 @@ WIDE = 10_000
 @contextlib.contextmanager
 def opened(uri: str) -> Iterator[Any]:
     """The store there; Refused where there is none."""
-    from infra.store.opening import open_store
+    from infra.store import open_store
 
     yield open_store(uri, create=False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from infra.documents import canonical, digest
 from infra.errors import Refused
-from pipelines.source.files import Unreadable, place
+from pipelines.source import Unreadable, place
 
 _COMMENT = re.compile(r"(^|\s)#.*")
 

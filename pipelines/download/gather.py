@@ -17,15 +17,13 @@ import pyarrow.parquet as pq
 
 from infra.concurrent import map_unordered
 from infra.errors import Refused
-from infra.records.manifest import Action, Record
-from infra.records.objects import object_name
-from infra.records.schemas import KEPT, MEMBER, SOURCE, sample_uid
-from infra.store.base import Store
+from infra.records import KEPT, MEMBER, SOURCE, Action, Record, object_name, sample_uid
+from infra.store import Store
 from pipelines.download.images import DECODE_S, PictureSpec
 from pipelines.download.isolate import preparing
 from pipelines.download.shard import Outcome, Packing, pack
 from pipelines.download.stage import DownloadHow, DownloadSpec
-from pipelines.source.files import Unreadable, place
+from pipelines.source import Unreadable, place
 from unclip.config import AMOUNT, COUNT, outside
 
 DECIDING = ("opt_out", "block", "block_file", "again", "again_states")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.records.forgotten import blanked
+from infra.records import blanked
 
 
 def redact_tar(tar: Path, index: pa.Table, gone: np.ndarray, target: Path) -> pa.Table:

@@ -21,11 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.documents import canonical
-from infra.records.forgotten import FORGOTTEN, Forgotten
-from infra.records.manifest import Action, Block, Manifest, Record
-from infra.records.objects import object_name
-from infra.records.schemas import INDEX, KEPT, SOURCE
-from infra.store.base import Store
+from infra.records import FORGOTTEN, INDEX, KEPT, SOURCE, Action, Block, Forgotten, Manifest, Record, object_name
+from infra.store import Store
 from pipelines.download.images import Picture, PictureSpec, resizer
 from pipelines.download.redact import redact_tar
 from pipelines.progress import became, expect

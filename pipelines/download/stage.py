@@ -21,12 +21,8 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.commits import standing
-from infra.records.forgotten import FORGOTTEN
-from infra.records.manifest import Action, Record
-from infra.records.objects import object_name
-from infra.records.schemas import KEPT, SOURCE
-from infra.store.base import Store
+from infra.records import FORGOTTEN, KEPT, SOURCE, Action, Record, object_name, standing
+from infra.store import Store
 from pipelines.download.blocklist import Blocklist, blocklist, entries_digest, read_file
 from pipelines.download.guard import PATIENCE, Fault, Guard, networks
 from pipelines.download.images import DECODE_S, PictureSpec

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.store.base import Store
-from pipelines.download.images import FORMATS
+from infra.store import Store
+from pipelines.download import FORMATS
 from pipelines.draw.checks import check_order, check_share, check_way
 
 if TYPE_CHECKING:
@@ -179,12 +179,11 @@ def _is_file(path: Path) -> bool:
 
 def _directions(store: Store, release: str) -> tuple[Tensor, Tensor]:
     """(principal directions [d, d] by falling variance, mean [d]) of the image embeddings behind a release."""
-    from infra.records.manifest import Manifest
-    from infra.records.objects import object_name
-    from pipelines.embed.statistics import TENSORS
-    from pipelines.release.open import open_release
+    from infra.records import Manifest, object_name
+    from pipelines.embed import TENSORS
+    from pipelines.release import open_release
     from unclip.files import read_tensors
-    from unclip.release.folder import read_release
+    from unclip.release import read_release
 
     version = read_release(open_release(store, release)).data.get("statistics")
     if version is None or not store.exists(object_name(version)):
@@ -200,7 +199,7 @@ def _ready(store: Store, release: str, pictures: Sequence[Path]) -> tuple[UnCLIP
     """The model, and the pictures, which are read first: a mistake should show before the models are loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pipelines.draw.generate
     shown = [read_picture(path) for path in pictures]
-    from pipelines.release.open import open_release
+    from pipelines.release import open_release
     from unclip.cascade import UnCLIP
 
     return UnCLIP.load(open_release(store, release)), shown

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.store.base import Store
+from infra.store import Store
 from pipelines.draw.checks import check_guidance, check_order
 
 
@@ -38,13 +38,13 @@ def generate_grid(
     # Beside other busy processes, threads that spin while they wait make sampling up to thirty times slower (measured
     # on two cores: 67 s against 3 s); on an idle machine waiting asleep costs a second. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pipelines.release.open import open_release
+    from pipelines.release import open_release
 
     folder = open_release(store, release)
     guides: dict[str, Any] = {"labels": labels, "label_guidance": label_guidance, "clip_guidance": clip_guidance}
     from pipelines.evaluate import grids
     from unclip.cascade import UnCLIP
-    from unclip.release.folder import decoder_settings
+    from unclip.release import decoder_settings
 
     if not decoder_settings(folder, **guides).labels and label_guidance is not None:
         raise Refused("--label-guidance is how strongly to guide towards labels, and there are none: add --label")

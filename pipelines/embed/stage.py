@@ -22,16 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Block, Manifest, Record
-from infra.records.materialise import materialised
-from infra.records.objects import object_name
-from infra.records.schemas import KEPT, embedded
-from infra.store.base import Store
-from pipelines.download.images import decoded
+from infra.records import KEPT, Action, Block, Manifest, Record, embedded, materialised, object_name
+from infra.store import Store
+from pipelines.download import decoded
 from pipelines.embed.prefetch import Lane, ahead
 from pipelines.embed.text import Captions
 from pipelines.progress import expect, so_far
-from pipelines.select.stage import selected
+from pipelines.select import selected
 from pipelines.stage import PoolHow, plain
 from unclip.config import COUNT, LATER, SIDE, Range, outside
 
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from unclip.clip.model import Clip
+    from unclip.clip import Clip
 
 TABLE = "rows.parquet"
 BLOCK_ROWS = 256
@@ -294,7 +291,7 @@ def base(image: Image, side: int) -> bytes:
 
 def load_clip(store: Store, version: str, device: str, precision: str = "float32") -> Clip:
     """The CLIP of a manifest version, loaded once a process."""
-    from unclip.clip.model import Clip
+    from unclip.clip import Clip
 
     wanted = version, device, precision
     if wanted in _loaded:

@@ -17,10 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import object_name
-from infra.store.base import Store
-from pipelines.select.stage import selected
+from infra.records import Action, Manifest, Record, object_name
+from infra.store import Store
+from pipelines.select import selected
 
 TENSORS = "statistics.safetensors"
 LEAST_STD = 1e-6  # a constant dimension is divided by this, and stays 0

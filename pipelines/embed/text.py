@@ -13,7 +13,7 @@ from pipelines.embed.prefetch import Lane
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unclip.clip.model import Clip
+    from unclip.clip import Clip
 
 
 class Captions:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from infra.tracking.board import success_rate
+from infra.tracking import success_rate
 
 QUIET_SECONDS = 60.0
 """Where nobody watches a terminal, a running stage says so at most this often."""

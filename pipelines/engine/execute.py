@@ -21,10 +21,9 @@ from typing import Any
 from infra.cluster import Node
 from infra.errors import EXPECTED, NotFound, Refused, Stopped, advice
 from infra.lease import TTL_S
-from infra.records.damage import damaged
-from infra.records.manifest import Manifest, Record
-from infra.store.base import Store
-from infra.tracking.board import Extent
+from infra.records import Manifest, Record, damaged
+from infra.store import Store
+from infra.tracking import Extent
 from pipelines.engine.admission import Admission, check_room
 from pipelines.engine.console import Console
 from pipelines.engine.fits import Fits, settle

@@ -9,9 +9,8 @@ from typing import Any
 
 from infra.errors import Refused, Stopped
 from infra.lease import Lease
-from infra.records.commits import commit, standing
-from infra.records.manifest import Action, Record
-from infra.store.base import Store
+from infra.records import Action, Record, commit, standing
+from infra.store import Store
 from pipelines.engine.admission import Admission, needs_of
 from pipelines.engine.console import Console
 from pipelines.engine.graph import Resolved

@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import Refused
-from infra.records.damage import reading
-from infra.records.generations import newest
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import document, object_name
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, document, newest, object_name, reading
+from infra.store import Store
 from pipelines.stage import Stage, plain
 
 

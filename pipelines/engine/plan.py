@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from infra.records.manifest import Action, Manifest
-from infra.store.base import Store
+from infra.records import Action, Manifest
+from infra.store import Store
 from pipelines.engine.graph import order, resolve, why
-from pipelines.source.stage import Source
+from pipelines.source import Source
 from pipelines.stage import Stage, plain
 
 PLAN_BYTES = 1 << 30

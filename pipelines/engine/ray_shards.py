@@ -10,9 +10,8 @@ from typing import Any
 from infra.cluster import ClusterInfo
 from infra.documents import canonical
 from infra.errors import EXPECTED, Refused, advice
-from infra.records.commits import check_inputs, commit
-from infra.records.manifest import Action, Record
-from infra.store.base import Store
+from infra.records import Action, Record, check_inputs, commit
+from infra.store import Store
 from pipelines.engine.admission import most_actors
 from pipelines.engine.graph import Resolved
 from pipelines.progress import telling

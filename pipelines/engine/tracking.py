@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from infra.records.manifest import Action, Manifest
-from infra.records.objects import object_name
-from infra.store.base import Store
-from infra.tracking.provenance import git_tags, user
-from infra.tracking.tracker import DataSet
-from pipelines.fit.stage import ROLES
+from infra.records import Action, Manifest, object_name
+from infra.store import Store
+from infra.tracking import DataSet, git_tags, user
+from pipelines.fit import ROLES
 
 
 def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from infra.errors import Refused
-from infra.records.damage import reading
-from infra.records.manifest import Manifest
-from infra.records.objects import document
-from infra.records.schemas import KEPT
-from infra.store.base import Store
-from pipelines.source.stage import LISTED
+from infra.records import KEPT, Manifest, document, reading
+from infra.store import Store
+from pipelines.source import LISTED
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Version:
     """Name of the head in the store."""
 
 
-def versions(store: Store) -> list[Version]:
+def list_versions(store: Store) -> list[Version]:
     """Every version in the store, by stage, the newest of each first."""
     found: dict[tuple[str, str], Version] = {}
     for entry in store.list("manifests/"):
@@ -46,9 +43,9 @@ def versions(store: Store) -> list[Version]:
     return sorted(found.values(), key=lambda one: (one.stage, -one.made.timestamp()))
 
 
-def find(store: Store, version: str) -> Version:
+def find_version(store: Store, version: str) -> Version:
     """The version of those first digits; Refused where there is none, or several."""
-    matching = [one for one in versions(store) if version and one.version.startswith(version.lower())]
+    matching = [one for one in list_versions(store) if version and one.version.startswith(version.lower())]
     if not matching:
         raise Refused(f"there is no version {version!r} in {store.uri}; `unclip data ls` lists those that there are")
     if len({one.version for one in matching}) > 1:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.documents import canonical, digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import object_name
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, object_name
+from infra.store import Store
 from pipelines.evaluate.prompts import Chunk, Prompt, alternatives, chunks
 from pipelines.stage import PoolHow, plain
 from unclip.config import AMOUNT, COUNT, SEED, outside
@@ -326,7 +325,7 @@ def _cell(row: dict[str, Any]) -> Any:
 
 def _opened(store: Store, version: str, device: str) -> UnCLIP:
     """The release of that version, kept for the next chunk."""
-    from pipelines.release.open import open_release
+    from pipelines.release import open_release
     from unclip.cascade import UnCLIP
 
     key = (store.uri, version, device)

@@ -10,11 +10,10 @@ from typing import Any
 
 from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.materialise import materialise
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, materialise
+from infra.store import Store
 from pipelines.stage import blaming, plain
-from unclip.clip.open_clip_folder import PREFIX, files_of
+from unclip.clip import PREFIX, files_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class LoadClip:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Loads and saves it; raises Refused where hub or file do not give it, or the file is not the key's."""
-        from unclip.clip.model import Clip
+        from unclip.clip import Clip
 
         if self.spec.sha256 and _digest(self.how.file) != self.spec.sha256:
             raise Refused(f"{self.how.file} was changed while this run went on: run it again", code=5)
@@ -128,7 +127,7 @@ class TakeClip:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Copies it; raises Refused where the recipe describes another one."""
-        from unclip.clip.model import Clip
+        from unclip.clip import Clip
 
         bundle = Manifest.load(store, self.spec.release, "bundle").only
         files = {name.removeprefix(CLIP): file for name, file in bundle.files.items() if name.startswith(CLIP)}

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record
+from infra.store import Store
 from pipelines.stage import PoolHow, plain
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from training.data.batches import Data
-    from unclip.diffusion.schedule import Denoiser
-    from unclip.diffusion.settings import Sampling
-    from unclip.models.prior import DiffusionPrior
+    from training.data import Data
+    from unclip.diffusion import Denoiser, Sampling
+    from unclip.models import DiffusionPrior
 
 WINDOW = 4
 """Blocks among whose rows the samples are drawn; as many are held in memory."""
@@ -75,12 +74,12 @@ class Gamma:
         torch.set_num_threads(self.how.threads)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        from infra.records.materialise import materialise
-        from pipelines.embed.stage import load_clip
-        from training.data.batches import Data, Reads
-        from training.objectives.base import read_text
-        from unclip.diffusion.analytic import estimate_gamma
-        from unclip.release.model import load_model, save_gamma
+        from infra.records import materialise
+        from pipelines.embed import load_clip
+        from training.data import Data, Reads
+        from training.objectives import read_text
+        from unclip.diffusion import estimate_gamma
+        from unclip.release import load_model, save_gamma
 
         prior_version, clip, rows, selection = action.inputs
         device = "cuda" if self.how.gpus else "cpu"
@@ -96,8 +95,8 @@ class Gamma:
 
 def batches(prior: DiffusionPrior, data: Data, spec: GammaSpec) -> Iterator[tuple[Denoiser, Tensor]]:
     """(denoiser under a batch's captions, standardised z_i [batch, d]): the prior as it is sampled, but unguided."""
-    from training.data.order import Order
-    from unclip.diffusion.guidance import conditional
+    from training.data import Order
+    from unclip.diffusion import conditional
 
     device: torch.device = prior.mean.device
     order = Order(data.counts, 1, spec.batch, WINDOW, spec.seed)

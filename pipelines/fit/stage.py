@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record
+from infra.store import Store
 from pipelines.stage import plain
 from training.job import START
 from training.launch import FitHow, Job, discard, fit

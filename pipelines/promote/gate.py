@@ -11,9 +11,8 @@ from typing import Any
 from infra.documents import canonical
 from infra.errors import Refused
 from infra.ledger import Entry
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import object_name, read_object
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, object_name, read_object
+from infra.store import Store
 from pipelines.evaluate import scores
 from pipelines.stage import plain
 from unclip.config import FRACTION, outside

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from infra.documents import digest_file
 from infra.errors import NotFound, Refused
 from infra.ledger import Entry, Ledger
-from infra.records.manifest import Manifest, Record
-from infra.records.objects import document, object_name, read_object
-from infra.store.base import Store
+from infra.records import Manifest, Record, document, object_name, read_object
+from infra.store import Store
 from pipelines.promote.gate import judged_against
 from pipelines.promote.promote import after
-from pipelines.release.open import CHAMPION, cache, find
+from pipelines.release import CHAMPION, find_release, release_cache
 from pipelines.stage import plain
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def table(store: Store, name: str) -> Table | str:
 
 def show(store: Store, ref: str) -> dict[str, Any]:
     """What a release consists of, what it was made from, its scores and its entries in the ledgers."""
-    version = find(store, ref)
+    version = find_release(store, ref)
     record = Manifest.load(store, version, "bundle").only
     release = json.loads(read_object(store, record.sha("release.json")))
     evaluate = _evaluation(store, version)
@@ -72,7 +71,7 @@ def show(store: Store, ref: str) -> dict[str, Any]:
 
 def promote(store: Store, name: str, ref: str, reason: str) -> str:
     """Makes a release the champion by hand, past the gate, and says so."""
-    version = find(store, ref)
+    version = find_release(store, ref)
     ledger = Ledger(store, name)
     head = ledger.head()
     if head and head.release == version:
@@ -164,7 +163,7 @@ def summary(store: Store, name: str, made: dict[str, Manifest], store_uri: str, 
 
 def views(store: Store) -> Path:
     """The folder of all copies for people that were made on this machine."""
-    return (cache() if store.uri.startswith("s3://") else Path(store.uri)) / "view"
+    return (release_cache() if store.uri.startswith("s3://") else Path(store.uri)) / "view"
 
 
 def unfolded(store: Store, version: str, records: list[Record]) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 from infra.documents import canonical
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record
+from infra.store import Store
 from pipelines.promote.gate import judged_against
 
 PROMOTION = "promotion.json"

@@ -14,10 +14,9 @@ from typing import Any
 from infra.documents import SCHEMA_VERSION, canonical, digest
 from infra.errors import Refused
 from infra.ledger import Entry, Ledger
-from infra.records.objects import document, object_name
-from infra.store.base import Store
-from infra.tracking.mlflow import open_client
-from infra.tracking.uri import check_server, database_folder, default_uri
+from infra.records import document, object_name
+from infra.store import Store
+from infra.tracking import check_server, database_folder, default_uri, open_client
 
 ALIAS = "champion"
 _HEAD, _NUMBER, _RELEASE = "unclip.ledger.head", "unclip.ledger.number", "unclip.release"

@@ -13,7 +13,7 @@ from infra.errors import Refused
 from pipelines.recipe.schema import Recipe, Sampler
 from pipelines.recipe.sections import said
 from pipelines.stage import blaming
-from unclip.diffusion.settings import check_sampling
+from unclip.diffusion import check_sampling
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -35,14 +35,14 @@ def clip_widths(recipe: Recipe) -> dict[str, int]:
             f"clip.pretrained.name: open_clip's {recipe.clip.pretrained.name} has a text tower of another kind; take a "
             "CLIP with CLIP's own, such as ViT-L-14"
         )
-    from unclip.clip.model import clip_widths
+    from unclip.clip import clip_widths
 
     return clip_widths(config)
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
     """The model configuration of that name, open_clip's or a folder's, read without importing open_clip (7 s)."""
-    from unclip.clip.open_clip_folder import files_of, model_config
+    from unclip.clip import files_of, model_config
 
     with blaming("clip.pretrained.name"):
         files = files_of(name)
@@ -98,8 +98,7 @@ def models(recipe: Recipe) -> dict[str, Any]:
 
 def _guides(recipe: Recipe, row: Any, decoder: Any) -> dict[str, Any]:
     """Stage name → configuration of the classifier and the noised CLIP that the recipe asks for."""
-    from unclip.models.classifier import ClassifierConfig
-    from unclip.models.noised_clip import NoisedClipConfig
+    from unclip.models import ClassifierConfig, NoisedClipConfig
 
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
     if recipe.classifier is not None:

@@ -20,29 +20,23 @@ import pydantic
 
 from infra.documents import SCHEMA_VERSION
 from infra.errors import Refused
-from pipelines.download.stage import DownloadHow, DownloadSpec
-from pipelines.embed.stage import EmbedHow, EmbedSpec
-from pipelines.evaluate.stage import EvaluateSpec
-from pipelines.fit.clip import LoadHow, LoadSpec
-from pipelines.fit.estimate import Accelerator
-from pipelines.promote.gate import GateSpec
+from pipelines.download import DownloadHow, DownloadSpec
+from pipelines.embed import EmbedHow, EmbedSpec
+from pipelines.evaluate import EvaluateSpec
+from pipelines.fit import Accelerator, LoadHow, LoadSpec
+from pipelines.promote import GateSpec
 from pipelines.recipe import yaml as document
 from pipelines.recipe.errors import explain
 from pipelines.recipe.sections import changes, optional, said, section
 from pipelines.select.rules import RULES
-from pipelines.source.columns import Columns, columns_of
-from pipelines.source.stage import SourceHow, SourceSpec
+from pipelines.source import Columns, SourceHow, SourceSpec, columns_of
 from pipelines.stage import PoolHow
 from training.job import FitHow
 from training.options import CONFIGS
-from unclip.clip.config import ClipConfig
+from unclip.clip import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
-from unclip.diffusion.settings import Sampling
-from unclip.models.ar_prior import AutoregressivePriorConfig
-from unclip.models.decoder import DecoderConfig
-from unclip.models.prior import PriorConfig
-from unclip.models.unet_encoder import HalfUNetConfig
-from unclip.models.upsampler import UpsamplerConfig
+from unclip.diffusion import Sampling
+from unclip.models import AutoregressivePriorConfig, DecoderConfig, HalfUNetConfig, PriorConfig, UpsamplerConfig
 from unclip.presets import PRESETS
 
 FOLDER = Path(__file__).parent / "library"

@@ -8,29 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.ledger import Entry
-from pipelines.download.gather import Gather, GatherHow, check_unused
-from pipelines.download.images import PictureSpec
-from pipelines.download.stage import Download, DownloadHow, DownloadSpec
-from pipelines.embed.stage import Embed, EmbedHow, EmbedSpec
-from pipelines.embed.statistics import Statistics
-from pipelines.evaluate.prompts import read_prompts
-from pipelines.evaluate.stage import Evaluate, EvaluateSample, EvaluateSpec
-from pipelines.fit.clip import LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec
-from pipelines.fit.estimate import Accelerator
-from pipelines.fit.gamma import Gamma, wants_gamma
-from pipelines.fit.stage import Fit, FitSpec
-from pipelines.promote.gate import Gate
-from pipelines.promote.promote import Promote
+from pipelines.download import Download, DownloadHow, DownloadSpec, Gather, GatherHow, PictureSpec, check_unused
+from pipelines.embed import Embed, EmbedHow, EmbedSpec, Statistics
+from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec, read_prompts
+from pipelines.fit import Accelerator, Fit, FitSpec, Gamma, LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec, wants_gamma
+from pipelines.promote import Gate, Promote
 from pipelines.recipe.models import _priors, models
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.sections import part
-from pipelines.release.bundle import Bundle, BundleSpec
-from pipelines.reports.count import Count
-from pipelines.reports.data import DataReport
-from pipelines.reports.release import Report
+from pipelines.release import Bundle, BundleSpec
+from pipelines.reports import Count, DataReport, Report
+from pipelines.select import Look, Select
 from pipelines.select.rules import Rule, opened
-from pipelines.select.stage import Look, Select
-from pipelines.source.stage import Source, SourceHow, SourceSpec
+from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, blaming, plain
 from training.job import FitHow
 from training.options import CONFIGS

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from infra.errors import Refused
-from infra.store.base import Store
+from infra.store import Store
 from pipelines.recipe.schema import Recipe
-from pipelines.release.open import CHAMPION, find
+from pipelines.release import CHAMPION, find_release
 
 
 def starts(recipe: Recipe, store: Store) -> dict[str, str]:
@@ -18,7 +18,7 @@ def starts(recipe: Recipe, store: Store) -> dict[str, str]:
     named = {section.start for section in sections if section is not None and section.start is not None}
     found = {}
     for ref in sorted(named):
-        version = find(store, ref)
+        version = find_release(store, ref)
         if ref == CHAMPION or ref.endswith(f"@{CHAMPION}"):
             raise Refused(
                 f"start is {ref}, which this run may replace, so that the next one would train anew. Name the release "

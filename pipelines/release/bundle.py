@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.materialise import materialise
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, materialise
+from infra.store import Store
 from pipelines.stage import plain
 
 DATA = ("source", "download", "filter", "embed", "curate", "statistics")
@@ -60,8 +59,8 @@ class Bundle:
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Joins the models; raises Refused where they do not fit together."""
-        from unclip.diffusion.settings import Sampling
-        from unclip.release.folder import save_release
+        from unclip.diffusion import Sampling
+        from unclip.release import save_release
 
         versions = dict(zip(self.needs, action.inputs, strict=True))
         components = ("clip", *self.models)

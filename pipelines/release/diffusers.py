@@ -6,9 +6,8 @@ from pathlib import Path
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.commits import commit
-from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, commit
+from infra.store import Store
 from pipelines.release.open import open_release
 
 FORMATS = ("diffusers",)
@@ -19,7 +18,7 @@ def export(store: Store, ref: str, folder: Path, form: str) -> str:
     if form not in FORMATS:
         raise Refused(f"--format {form!r} is unknown; use one of {', '.join(FORMATS)}")
     release = open_release(store, ref)
-    from unclip.interop.diffusers import export_diffusers
+    from unclip.interop import export_diffusers
 
     done = export_diffusers(release, folder)
     said = f"wrote {folder} for diffusers' UnCLIPPipeline and UnCLIPImageVariationPipeline, pictures of {done.size} px"
@@ -33,7 +32,7 @@ def bring(store: Store, folder: Path, name: str, images: Path | None) -> str:
 
     It enters no ledger: nobody has judged it. Whoever wants it as champion promotes it by hand.
     """
-    from unclip.interop.diffusers import import_diffusers
+    from unclip.interop import import_diffusers
 
     with store.scratch() as scratch:
         import_diffusers(folder, scratch / "release", name=name, images=images)

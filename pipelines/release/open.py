@@ -12,9 +12,8 @@ from pathlib import Path
 from infra.documents import digest
 from infra.errors import Refused
 from infra.ledger import Ledger
-from infra.records.manifest import Manifest
-from infra.records.materialise import materialise
-from infra.store.base import Store
+from infra.records import Manifest, materialise
+from infra.store import Store
 
 CHAMPION = "champion"
 
@@ -28,9 +27,9 @@ def open_release(store: Store, ref: str) -> Path:
     with contextlib.suppress(OSError, ValueError):  # no path can be as long as `ref`, or holds what it holds
         if (Path(ref) / "release.json").is_file():
             return Path(ref)
-    version = find(store, ref)
+    version = find_release(store, ref)
     record = Manifest.load(store, version, "bundle").only
-    folder = cache() / digest(store.uri.encode())[:16] / version[:32]
+    folder = release_cache() / digest(store.uri.encode())[:16] / version[:32]
     if not all((folder / name).exists() for name in record.files):
         fresh = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
         materialise(store, record, fresh, verify=False)
@@ -45,7 +44,7 @@ def open_release(store: Store, ref: str) -> Path:
     return folder
 
 
-def find(store: Store, ref: str) -> str:
+def find_release(store: Store, ref: str) -> str:
     """The version that `ref` names; Refused where there is none, or several."""
     name, at, word = ref.rpartition("@")
     if word == CHAMPION:
@@ -90,5 +89,5 @@ def only_line(store: Store) -> str:
     return lines[0]
 
 
-def cache() -> Path:
+def release_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unclip" / "releases"

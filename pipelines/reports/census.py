@@ -20,11 +20,9 @@ import pyarrow.parquet as pq
 
 from infra.concurrent import map_ordered
 from infra.errors import Refused
-from infra.records.manifest import File, Manifest, Record
-from infra.records.parquet import columns
-from infra.records.schemas import KEPT, SELECTION
-from infra.store.base import Store
-from pipelines.download.shard import TABLE
+from infra.records import KEPT, SELECTION, File, Manifest, Record, columns
+from infra.store import Store
+from pipelines.download import TABLE
 
 ROWS = "rows.parquet"
 COUNTS, SHOWN = "counts.parquet", "shown.parquet"

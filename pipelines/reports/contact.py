@@ -13,12 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.concurrent import map_ordered
-from infra.records.manifest import Manifest
-from infra.records.objects import object_name
-from infra.records.parquet import columns
-from infra.store.base import Store
-from pipelines.download.images import picture
-from pipelines.download.shard import TABLE, TAR
+from infra.records import Manifest, columns, object_name
+from infra.store import Store
+from pipelines.download import TABLE, TAR, picture
 from pipelines.reports.census import THREADS, Row, Shard, shards
 from pipelines.reports.examples import UNSEEN
 from pipelines.reports.page import thumbnail

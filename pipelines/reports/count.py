@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.parquet import sized
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record, sized
+from infra.store import Store
 from pipelines.reports.census import counted, shards, write
 
 

@@ -15,18 +15,16 @@ from typing import Any
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import document, read_object
-from infra.records.schemas import KEPT
-from infra.store.base import Store
-from pipelines.engine.versions import Version, find, versions
+from infra.records import KEPT, Action, Manifest, Record, document, read_object
+from infra.store import Store
+from pipelines.engine import Version, find_version, list_versions
 from pipelines.reports.census import ASPECT, SCORES, WIDEST, Census, Row, census
 from pipelines.reports.charts import Chart, binned, histogram, linear, logarithmic, median_bin
 from pipelines.reports.contact import seen
 from pipelines.reports.count import Count
 from pipelines.reports.duplicates import COMPARED, groups
 from pipelines.reports.page import TEMPLATES, count, render, stage_line
-from pipelines.select.stage import OVER
+from pipelines.select import OVER
 
 TEMPLATE = TEMPLATES / "data.html.j2"
 PAGE = "data.html"
@@ -90,13 +88,13 @@ def write(store: Store, ref: str, out: Path) -> tuple[Path, Version]:
 def _last(store: Store, ref: str) -> Version:
     """The version that the page is about: of the furthest stage of the chain."""
     if ref:
-        found = find(store, ref)
+        found = find_version(store, ref)
         stage = found.stage.partition("/")[0]
         if stage != "bundle":
             return found
         release = json.loads(read_object(store, Manifest.load(store, found.version).only.sha("release.json")))
-        return find(store, release["data"]["curate"])
-    known = versions(store)
+        return find_version(store, release["data"]["curate"])
+    known = list_versions(store)
     for stage in reversed(CHAIN):
         if newest := next((one for one in known if one.stage.partition("/")[0] == stage), None):
             return newest
@@ -105,7 +103,7 @@ def _last(store: Store, ref: str) -> Version:
 
 def lineage(store: Store, last: Version) -> tuple[dict[str, Manifest], dict[str, Any]]:
     """Stage → manifest of all data stages that a version was made from, itself included; and group → its rules."""
-    known = {one.version: one for one in versions(store)}
+    known = {one.version: one for one in list_versions(store)}
     made: dict[str, Manifest] = {}
     rules: dict[str, Any] = {}
     queue = [last]

@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.concurrent import map_ordered
-from infra.records.manifest import File, Manifest
-from infra.records.parquet import columns
-from infra.store.base import Store
+from infra.records import File, Manifest, columns
+from infra.store import Store
 from pipelines.reports.census import THREADS, Row
-from pipelines.select.stage import LOOK
+from pipelines.select import LOOK
 
 COMPARED = {"exact_duplicates": "digest", "near_duplicates": "phash", "semantic_duplicates": "direction"}
 """Rule → the column of its look that says what is alike."""

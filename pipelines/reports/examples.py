@@ -15,13 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.records.manifest import Manifest, Record
-from infra.records.objects import object_name
-from infra.records.schemas import KEPT
-from infra.store.base import Store
-from pipelines.download.images import picture
-from pipelines.select.rules.base import kind_of
-from pipelines.select.stage import OVER
+from infra.records import KEPT, Manifest, Record, object_name
+from infra.store import Store
+from pipelines.download import picture
+from pipelines.select import OVER
+from pipelines.select.rules import kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.records.manifest import Manifest
+from infra.records import Manifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from infra.documents import digest_file
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import object_name, read_object
-from infra.store.base import Store
-from pipelines.engine.versions import reconcile
+from infra.records import Action, Manifest, Record, object_name, read_object
+from infra.store import Store
+from pipelines.engine import reconcile
 from pipelines.evaluate import scores
-from pipelines.promote.gate import VERDICT
-from pipelines.promote.promote import PROMOTION
-from pipelines.release.open import CHAMPION
+from pipelines.promote import PROMOTION, VERDICT
+from pipelines.release import CHAMPION
 from pipelines.reports.examples import examples
 from pipelines.reports.page import TEMPLATES, render, stage_line, thumbnail
-from pipelines.select.stage import OVER
+from pipelines.select import OVER
 
 TEMPLATE = TEMPLATES / "report.html.j2"
 PAGE = "report.html"

@@ -18,12 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import object_name
-from infra.records.schemas import INDEX, KEPT, SELECTION, embedded
-from infra.store.base import Store
-from pipelines.select.rules import Rule
-from pipelines.select.rules.image import MEASURES, measured
+from infra.records import INDEX, KEPT, SELECTION, Action, Manifest, Record, embedded, object_name
+from infra.store import Store
+from pipelines.select.rules import MEASURES, Rule, measured
 from pipelines.stage import plain
 
 LOOK = "look.parquet"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra.errors import Refused
-from infra.records.schemas import INDEX
+from infra.records import INDEX
 from unclip.config import LATER
 
 

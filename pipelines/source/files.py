@@ -19,8 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol, cast
 
 from infra.errors import NotFound, Refused
-from infra.store.base import Store
-from infra.store.opening import open_store
+from infra.store import Store, open_store
 
 CHUNK = 4 << 20
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.schemas import SOURCE, uid
+from infra.records import SOURCE, uid
 from pipelines.source.columns import Columns
 from pipelines.source.digest_cache import digest_of, remembered
 from pipelines.source.files import Unreadable, find, place, where

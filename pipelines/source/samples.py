@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.records.schemas import MEMBER, SOURCE, sample_uid, uid
+from infra.records import MEMBER, SOURCE, sample_uid, uid
 from pipelines.source.files import is_text
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.manifest import Action, Manifest, Record
-from infra.store.base import Store
+from infra.records import Action, Manifest, Record
+from infra.store import Store
 from pipelines.source import folders, lists, tars
 from pipelines.source.columns import Columns
 from pipelines.source.cut import slices, unique

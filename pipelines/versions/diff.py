@@ -25,14 +25,9 @@ import pyarrow.parquet as pq
 
 from infra.documents import canonical, digest
 from infra.errors import Refused
-from infra.records.damage import reading
-from infra.records.forgotten import buried
-from infra.records.manifest import Manifest, Record
-from infra.records.objects import document, object_name
-from infra.records.schemas import KEPT, UID
-from infra.store.base import Store
-from pipelines.engine.graph import differences
-from pipelines.engine.versions import find
+from infra.records import KEPT, UID, Manifest, Record, buried, document, object_name, reading
+from infra.store import Store
+from pipelines.engine import differences, find_version
 
 PART_ROWS = 100_000
 """Rows of a part, of both versions together, on average."""
@@ -77,7 +72,7 @@ def diff(store: Store, a: str, b: str, rows: Path | None = None) -> list[Differe
     rows: a Parquet file (ROWS) to write every row to that differs, for two versions of one stage. Refused for versions
     of different stages, and where there is none.
     """
-    one, other = find(store, a), find(store, b)
+    one, other = find_version(store, a), find_version(store, b)
     name = one.stage.partition("/")[0]
     if name != other.stage.partition("/")[0]:
         raise Refused(f"{a} is a version of {one.stage} and {b} one of {other.stage}; compare two of the same stage")
@@ -98,7 +93,7 @@ def _sources(store: Store, bundle: str) -> dict[str, str]:
 
 def _compare(store: Store, stage: str, a: str, b: str, rows: Path | None) -> Difference:
     before, after = Manifest.load(store, a, stage), Manifest.load(store, b, stage)
-    heads = [find(store, version).head for version in (a, b)]
+    heads = [find_version(store, version).head for version in (a, b)]
     actions = [document(store, head)["action"] for head in heads]
     said = [{"version": action["stage"].partition("/")[2], **(action["spec"] or {})} for action in actions]
     out = Difference(

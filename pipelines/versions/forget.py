@@ -32,18 +32,31 @@ import pyarrow.parquet as pq
 
 from infra.concurrent import map_unordered
 from infra.errors import NotFound, Refused
-from infra.records.commits import commit
-from infra.records.damage import reading
-from infra.records.forgotten import FORGOTTEN, SALT, Forgotten, Names, add, buried, bury, requests, salt_of
-from infra.records.generations import newest
-from infra.records.manifest import Action, Manifest, Record
-from infra.records.objects import document, object_name, read_object
-from infra.store.base import Store
-from pipelines.download.redact import redact_tar
-from pipelines.download.shard import TABLE, TAR, shard_record
-from pipelines.promote.ledger import views
-from pipelines.release.open import bundles
-from pipelines.reports.page import shows
+from infra.records import (
+    FORGOTTEN,
+    SALT,
+    Action,
+    Forgotten,
+    ForgottenNames,
+    Manifest,
+    Record,
+    add_request,
+    buried,
+    bury,
+    commit,
+    document,
+    newest,
+    object_name,
+    read_object,
+    reading,
+    requests_made,
+    salt_of,
+)
+from infra.store import Store
+from pipelines.download import TABLE, TAR, redact_tar, shard_record
+from pipelines.promote import views
+from pipelines.release import bundles
+from pipelines.reports import shows
 
 DOWNLOADS = "records/download-"
 ROUNDS = 3
@@ -84,7 +97,7 @@ class Account:
 
 def names_of(
     urls: tuple[str, ...] = (), uids: tuple[str, ...] = (), pictures: tuple[str, ...] = (), file: Path | None = None
-) -> Names:
+) -> ForgottenNames:
     """What a person named; Refused for what is none. A line of a file is a URL, or 32 (uid) or 64 (SHA-256) digits."""
     found: dict[str, list[str]] = {"--url": list(urls), "--uid": list(uids), "--sha256": list(pictures)}
     if file is not None:
@@ -105,7 +118,7 @@ def names_of(
                 f"--url {url!r} is no URL; write it as it stands in the list, such as https://…. A picture of a tar or "
                 "a folder is named by the --sha256 of its bytes, or by its --uid"
             )
-    names = Names(
+    names = ForgottenNames(
         frozenset(_hex("--uid", one, 16) for one in found["--uid"]),
         frozenset(url.strip() for url in found["--url"]),
         frozenset(_hex("--sha256", one, 32) for one in found["--sha256"]),
@@ -123,7 +136,7 @@ def _hex(option: str, text: str, size: int) -> bytes:
     return value
 
 
-def forget(store: Store, names: Names, *, dry: bool = False, told: Told = lambda *_: None) -> Account:
+def forget(store: Store, names: ForgottenNames, *, dry: bool = False, told: Told = lambda *_: None) -> Account:
     """Forgets what is named, and whatever of the list is still in the data; says what was done, or (dry) would be."""
     # A dry run writes nothing: where there is no salt yet, there is no list either, and any will do.
     salt = salt_of(store) if not dry or store.exists(SALT) else b""
@@ -134,7 +147,7 @@ def forget(store: Store, names: Names, *, dry: bool = False, told: Told = lambda
         uids |= {uid for one in touched for uid in one.uids}
         asked = asked.plus(Forgotten(uids=frozenset(uids)))  # by which it can be said later what was trained on them
         if not dry:
-            add(store, asked)
+            add_request(store, asked)
         known, held = Forgotten.load(store).plus(asked), buried(store)
         for done, one in enumerate(touched, 1):
             held |= _renewed(store, one.record, known, dry)
@@ -146,7 +159,7 @@ def forget(store: Store, names: Names, *, dry: bool = False, told: Told = lambda
         account.objects += _remove(store, derived, known, told, dry)
         if not touched:
             break
-    uids |= {uid for one in requests(store) if one.meets(asked) for uid in one.uids}
+    uids |= {uid for one in requests_made(store) if one.meets(asked) for uid in one.uids}
     _trained(store, frozenset(uids), derived.held, account)
     return account
 

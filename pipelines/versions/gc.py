@@ -35,11 +35,8 @@ from infra.concurrent import map_unordered
 from infra.errors import Refused
 from infra.lease import Lease, alive, clock, stands
 from infra.ledger import Ledger
-from infra.records.damage import reading
-from infra.records.generations import newest, split
-from infra.records.manifest import Manifest
-from infra.records.objects import document, object_name
-from infra.store.base import Entry, Store
+from infra.records import Manifest, document, newest, object_name, reading, split
+from infra.store import Entry, Store
 
 DAY_S = 86_400
 LEASE, STRICT, RUN = "gc", "gc-strict", "run-"

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from infra.records.manifest import Manifest
-from infra.records.objects import document
-from infra.store.base import Store
-from pipelines.engine.versions import find, versions
+from infra.records import Manifest, document
+from infra.store import Store
+from pipelines.engine import find_version, list_versions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def table(store: Store) -> Table:
-    """`versions` for a terminal."""
+    """`list_versions` for a terminal."""
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("stage", "version", "shards", "rows", "made"):
         out.add_column(title, no_wrap=True)
     out.add_column("states", overflow="fold")
-    for one in versions(store):
+    for one in list_versions(store):
         states = ", ".join(f"{state} {count}" for state, count in one.states.items())
         out.add_row(
             one.stage,
@@ -39,7 +38,7 @@ def table(store: Store) -> Table:
 
 def show(store: Store, version: str) -> dict[str, Any]:
     """One version, named by its first digits: how it was made, its rows, states, and the files of each shard."""
-    one = find(store, version)
+    one = find_version(store, version)
     head = document(store, one.head)
     shards = [
         {

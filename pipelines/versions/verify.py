@@ -17,11 +17,8 @@ from enum import StrEnum
 from infra.concurrent import map_unordered
 from infra.documents import SCHEMA_VERSION, canonical, digest
 from infra.errors import NotFound, Refused
-from infra.records.forgotten import buried
-from infra.records.generations import lost_name, newest, split
-from infra.records.manifest import Manifest, Record
-from infra.records.objects import document, object_name
-from infra.store.base import Store
+from infra.records import Manifest, Record, buried, document, lost_name, newest, object_name, split
+from infra.store import Store
 
 THREADS = 8
 PIECE = 8 << 20

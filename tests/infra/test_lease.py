@@ -52,7 +52,7 @@ def test_of_processes_that_race_for_a_lease_one_has_it(store_uri: str) -> None:
 def test_the_lease_of_a_killed_holder_is_free_at_once(store_uri: str) -> None:
     store = open_store(store_uri)
     script = (
-        "import sys, time; from infra.lease import Lease; from infra.store.base import open_store\n"
+        "import sys, time; from infra.lease import Lease; from infra.store.opening import open_store\n"
         "assert Lease.acquire(open_store(sys.argv[1]), 'work', ttl_s=3600)\n"
         "print('held', flush=True); time.sleep(600)\n"
     )

@@ -188,7 +188,7 @@ def test_a_copy_is_fetched_once(s3_uri: str) -> None:
 def test_a_copy_whose_process_was_killed_half_way_is_swept(s3_uri: str, tmp_path: Path) -> None:
     open_store(s3_uri).put_new("objects/aa/some", b"bytes")
     script = (
-        "import os, sys; from infra.store.base import open_store\n"
+        "import os, sys; from infra.store.opening import open_store\n"
         "store = open_store(sys.argv[1])\n"
         "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
         "store.local('objects/aa/some')\n"

@@ -163,7 +163,7 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path: Path) -
     store = open_store(str(tmp_path))
     assert isinstance(store, LocalStore)
     script = (
-        "import os, signal; from infra.store.base import open_store\n"
+        "import os, signal; from infra.store.opening import open_store\n"
         f"with open_store({str(tmp_path)!r}).scratch() as folder:\n"
         "    (folder / 'half').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from infra.records.commits import commit, standing
-from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, salt_of
 from infra.records.manifest import Manifest, Record
 from infra.records.schemas import KEPT
 from infra.store.base import Store
@@ -122,7 +122,7 @@ def test_what_was_forgotten_meanwhile_is_neither_asked_nor_kept(hasty: Any):
     before = [index.to_pylist() for index in indexes(store, make(store, download(server.port), listing))]
     number, failed = next((n, row) for n, rows in enumerate(before) for row in rows if row["state"] == "http_503")
     kept = next(row for row in before[number] if row["state"] == KEPT)
-    add(store, Forgotten.of(Names(uids=frozenset({kept["uid"], failed["uid"]})), salt_of(store)))
+    add_request(store, Forgotten.of(ForgottenNames(uids=frozenset({kept["uid"], failed["uid"]})), salt_of(store)))
     server.attempts.clear()
     after = indexes(store, make(store, download(server.port, again=1), listing))[number].to_pylist()
     assert {row["state"] for row in after if row["uid"] in (kept["uid"], failed["uid"])} == {FORGOTTEN}

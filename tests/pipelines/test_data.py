@@ -45,7 +45,7 @@ def test_versions_that_do_not_belong_together_are_refused(chain):
 
 
 def test_versions_are_listed_with_their_rows_and_states(data: Data, chain):
-    listed = {one.version: one for one in versions.versions(data.store)}
+    listed = {one.version: one for one in versions.list_versions(data.store)}
     for manifest in chain:
         one = listed[manifest.version]
         assert (one.rows, one.states, one.shards) == (manifest.rows, manifest.states, len(manifest.records))
@@ -78,6 +78,6 @@ def test_ambiguous_versions_are_refused(tmp_path):
     store = open_store(str(tmp_path / "store"))
     for number in range(17):  # sixteen first digits: two of these begin alike
         Manifest(Action("x/1", {}, ()), (Record("", 0, {}, facts={"number": number}),)).save(store)
-    firsts = [one.version[0] for one in versions.versions(store)]
+    firsts = [one.version[0] for one in versions.list_versions(store)]
     with pytest.raises(Refused, match="give more digits"):
         versions.show(store, max(firsts, key=firsts.count))

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from infra.errors import Refused
 from infra.records.commits import commit
-from infra.records.forgotten import Forgotten, add, salt_of
+from infra.records.forgotten import Forgotten, add_request, salt_of
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.schemas import UID
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.versions import diff as data_diff
 from pipelines.versions.diff import Difference, as_json, as_text, diff
-from pipelines.versions.forget import Names, forget
+from pipelines.versions.forget import ForgottenNames, forget
 from pipelines.versions.verify import lose
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.stages import Data
@@ -112,7 +112,7 @@ def test_the_stages_of_a_run_are_compared_by_row(chain: Chain, data: Data, tmp_p
     """The other run obeys a list of forgotten samples, which this one, made before, did not have."""
     own = chain.copy(tmp_path / "store")
     row = next(row for row in own.index() if row["uid"] in own.stays("curate"))
-    add(own.store, Forgotten(uids=frozenset({row["uid"]})))
+    add_request(own.store, Forgotten(uids=frozenset({row["uid"]})))
     salt_of(own.store)
     for entry in list(own.store.list("records/download-1/")):
         lose(own.store, entry.name)
@@ -134,7 +134,7 @@ def test_the_stages_of_a_run_are_compared_by_row(chain: Chain, data: Data, tmp_p
 
 def test_what_is_gone_with_forgotten_samples_is_said(chain: Chain, data: Data, tmp_path: Path) -> None:
     own = chain.copy(tmp_path / "store")
-    forget(own.store, Names(uids=frozenset({next(iter(own.stays("curate")))})))
+    forget(own.store, ForgottenNames(uids=frozenset({next(iter(own.stays("curate")))})))
     made = run(own.store, data, own.made["source"])
     found = only(own.store, own.made["download"].version, made["download"].version)
     assert found.forgotten == (1, 0)

@@ -25,7 +25,7 @@ from infra.records.objects import object_name
 from infra.records.schemas import INDEX, KEPT, uid
 from infra.store.base import Store
 from infra.store.opening import open_store
-from pipelines.engine.versions import find
+from pipelines.engine.versions import find_version
 from pipelines.reports import contact
 from pipelines.reports import data as data_report
 from pipelines.reports.census import Row, census
@@ -49,7 +49,7 @@ def rules() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def page(chain: Chain) -> dict[str, Any]:
     """What the page about the chain's data says."""
-    made, said = lineage(chain.store, find(chain.store, chain.made["curate"].version))
+    made, said = lineage(chain.store, find_version(chain.store, chain.made["curate"].version))
     assert said == rules()
     assert {name: one.version for name, one in made.items()} == {
         name: one.version for name, one in chain.made.items() if name != "clip"
@@ -185,7 +185,7 @@ def test_the_page_is_whole_in_itself_and_says_the_same_for_the_same_data(chain: 
     }
     assert "url(" not in html
     assert chain.store.uri not in html
-    made, said = lineage(chain.store, find(chain.store, chain.made["curate"].version))
+    made, said = lineage(chain.store, find_version(chain.store, chain.made["curate"].version))
     assert render(data_report.TEMPLATE, contents(chain.store, made, said, partial(census, threads=2))) == html
 
 

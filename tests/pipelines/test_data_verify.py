@@ -16,7 +16,7 @@ from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
 from pipelines.versions import verify as data_verify
-from pipelines.versions.forget import Names, forget
+from pipelines.versions.forget import ForgottenNames, forget
 from pipelines.versions.verify import Trouble, mend, verify
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.stages import Data
@@ -150,7 +150,7 @@ def test_memory_holds_pieces_and_not_objects(store: LocalStore, monkeypatch: pyt
 def test_what_was_forgotten_is_not_missing(chain: Chain, data: Data, tmp_path: Path) -> None:
     own = chain.copy(tmp_path / "store")
     uid = next(iter(own.stays("curate")))
-    account = forget(own.store, Names(uids=frozenset({uid})))
+    account = forget(own.store, ForgottenNames(uids=frozenset({uid})))
     found = verify(own.store)
     assert (found.findings, found.forgotten) == ([], account.objects)
     run(own.store, data, own.made["source"])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, salt_of
 from infra.records.objects import object_name
 from infra.records.schemas import INDEX
 from infra.store.opening import open_store
@@ -105,8 +105,8 @@ def test_what_was_forgotten_is_not_read_and_not_kept(tmp_path):
     listed = make(store, source_of(how))
     uids = {str(row["url"]): row["uid"] for row in table_of(store, listed, "")}
     sha256 = hashlib.sha256(picture(2)).digest()
-    names = Names(uids=frozenset({uids["000001.png"]}), pictures=frozenset({sha256}))
-    add(store, Forgotten.of(names, salt_of(store)))
+    names = ForgottenNames(uids=frozenset({uids["000001.png"]}), pictures=frozenset({sha256}))
+    add_request(store, Forgotten.of(names, salt_of(store)))
     (folder / "000001.png").unlink()  # to read it would be refused
     manifest = make(store, gather_of(how), listed)
     rows = table_of(store, manifest, "index.parquet")

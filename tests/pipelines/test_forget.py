@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.records.forgotten import FORGOTTEN, Forgotten, Names, add, salt_of
+from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, salt_of
 from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.versions import reconcile
@@ -34,11 +34,11 @@ def row_of(chain: Chain, stage: str = "curate") -> dict[str, Any]:
     return next(row for row in chain.index() if row["uid"] in stays)
 
 
-def named(row: dict[str, Any], by: str) -> Names:
+def named(row: dict[str, Any], by: str) -> ForgottenNames:
     return {
-        "url": Names(urls=frozenset({row["url"]})),
-        "uid": Names(uids=frozenset({row["uid"]})),
-        "sha256": Names(pictures=frozenset({row["sha256"]})),
+        "url": ForgottenNames(urls=frozenset({row["url"]})),
+        "uid": ForgottenNames(uids=frozenset({row["uid"]})),
+        "sha256": ForgottenNames(pictures=frozenset({row["sha256"]})),
     }[by]
 
 
@@ -76,7 +76,7 @@ def test_only_the_shards_that_held_it_are_redone(own: Chain, data: Data) -> None
 def test_a_rewritten_shard_is_what_a_download_gives_that_obeys_the_list(own: Chain, data: Data, tmp_path: Path) -> None:
     row = row_of(own)
     fresh = open_store(str(tmp_path / "fresh"))
-    add(fresh, Forgotten.of(named(row, "url"), salt_of(fresh)))
+    add_request(fresh, Forgotten.of(named(row, "url"), salt_of(fresh)))
     obeyed = make(fresh, download(data.server.port), make(fresh, source(data.rows)))
     forget(own.store, named(row, "url"))
     rewritten = make(own.store, download(data.server.port), own.made["source"])
@@ -87,7 +87,7 @@ def test_a_rewritten_shard_is_what_a_download_gives_that_obeys_the_list(own: Cha
 def test_a_picture_is_known_by_its_digest_wherever_it_comes_from(data: Data, chain: Chain, tmp_path: Path) -> None:
     row = row_of(chain)
     fresh = open_store(str(tmp_path / "fresh"))
-    add(fresh, Forgotten.of(named(row, "sha256"), b""))
+    add_request(fresh, Forgotten.of(named(row, "sha256"), b""))
     salt_of(fresh)
     rows = pa.table({"url": [row["url"]], "caption": ["another caption of it"]})
     pq.write_table(rows, tmp_path / "list.parquet")
@@ -153,11 +153,11 @@ def test_killed_at_any_step_the_same_command_finishes(chain: Chain, data: Data, 
 
 def test_what_a_run_committed_meanwhile_is_found_when_the_list_is_applied_again(own: Chain, data: Data) -> None:
     row = row_of(own)
-    add(own.store, Forgotten.of(named(row, "url"), salt_of(own.store)))  # as if killed right behind this
-    account = forget(own.store, Names())
+    add_request(own.store, Forgotten.of(named(row, "url"), salt_of(own.store)))  # as if killed right behind this
+    account = forget(own.store, ForgottenNames())
     assert account.samples >= 1
     assert traces(own.store, row["uid"]) == []
-    assert forget(own.store, Names()).samples == 0
+    assert forget(own.store, ForgottenNames()).samples == 0
 
 
 def test_in_s3(chain: Chain, s3_uri: str, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_names_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("https://a.test/1.png\n\n" + "ab" * 16 + "\n" + "cd" * 32 + "\n")
     names = names_of(file=path)
-    assert names == Names(
+    assert names == ForgottenNames(
         frozenset({bytes.fromhex("ab" * 16)}),
         frozenset({"https://a.test/1.png"}),
         frozenset({bytes.fromhex("cd" * 32)}),

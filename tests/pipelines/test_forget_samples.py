@@ -21,7 +21,7 @@ from infra.store.opening import open_store
 from pipelines.cli.main import app
 from pipelines.source.stage import SourceHow
 from pipelines.versions import gc
-from pipelines.versions.forget import Names, forget, names_of
+from pipelines.versions.forget import ForgottenNames, forget, names_of
 from pipelines.versions.verify import verify
 from tests.fixtures.chain import behind, release, traces
 from tests.fixtures.samples import caption, gather_of, picture, source_of, table_of, write_folder, write_tar
@@ -110,7 +110,7 @@ def test_a_source_that_is_made_anew_does_not_bring_it_back(tmp_path: Path) -> No
         made = taken(store, how)["download"]
         assert made.states[FORGOTTEN] == count
         assert traces(store, UID) == []
-    assert forget(store, Names()).samples == 0
+    assert forget(store, ForgottenNames()).samples == 0
 
 
 def test_in_s3_the_same_is_forgotten_as_on_a_disk(tmp_path: Path, s3_uri: str) -> None:

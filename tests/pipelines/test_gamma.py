@@ -16,8 +16,8 @@ import torch
 
 from infra.errors import Refused as ImpossibleHere
 from infra.records.commits import commit
+from infra.records.folders import materialise
 from infra.records.manifest import Action, Block, Manifest, Record
-from infra.records.materialise import materialise
 from infra.records.objects import object_name
 from infra.records.schemas import embedded
 from infra.store.base import Store

@@ -13,7 +13,7 @@ from infra.errors import Refused
 from infra.lease import Lease
 from infra.ledger import Entry, Ledger
 from infra.records.commits import commit
-from infra.records.forgotten import Names
+from infra.records.forgotten import ForgottenNames
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
 from infra.store.base import Store
@@ -21,7 +21,7 @@ from infra.store.local import LocalStore
 from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
-from pipelines.engine.versions import versions
+from pipelines.engine.versions import list_versions
 from pipelines.versions import gc
 from pipelines.versions.forget import forget
 from pipelines.versions.gc import Garbage, Keep, announced, collect
@@ -130,7 +130,7 @@ def test_a_run_and_a_release_lose_nothing(chain: Chain, data: Data, tmp_path: Pa
         assert data.server.attempts.total() == attempts
         for manifest in made.values():
             assert whole(own.store, manifest)
-        assert {one.stage for one in versions(own.store)} == {one.stage for one in versions(chain.store)}
+        assert {one.stage for one in list_versions(own.store)} == {one.stage for one in list_versions(chain.store)}
 
 
 def test_what_a_release_came_from_stays_however_old_it_is(store: Store) -> None:
@@ -260,7 +260,7 @@ def test_killed_at_any_step_nothing_refers_to_what_is_gone_and_the_next_gc_ends_
             break
         except Killed:
             pass
-        for one in versions(store):
+        for one in list_versions(store):
             assert whole(store, Manifest.load(store, one.version))
         for entry in store.list("records/"):
             files = Record.from_json(store.get(entry.name)).files.values()
@@ -309,6 +309,6 @@ def test_a_generation_that_no_manifest_lists_yet_stays(chain: Chain, tmp_path: P
     """As after `data forget`, or a later pass over failed rows, before a run lists what they wrote."""
     own = chain.copy(tmp_path / "store")
     row = next(row for row in own.index() if row["state"] == "kept")
-    forget(own.store, Names(uids=frozenset({row["uid"]})))
+    forget(own.store, ForgottenNames(uids=frozenset({row["uid"]})))
     collect(own.store, older_s=0, delete=True)
     assert verify(own.store).findings == []

@@ -13,8 +13,8 @@ import pytest
 from infra.errors import Refused
 from infra.ledger import Ledger
 from infra.records.commits import commit
+from infra.records.folders import materialise
 from infra.records.manifest import Action, Manifest, Record
-from infra.records.materialise import materialise
 from infra.records.objects import object_name
 from infra.store.local import LocalStore
 from infra.store.opening import open_store
@@ -22,7 +22,7 @@ from pipelines.promote import ledger as releases
 from pipelines.promote.gate import Gate, GateSpec
 from pipelines.promote.promote import Promote
 from pipelines.release.bundle import Bundle, BundleSpec
-from pipelines.release.open import find, open_release
+from pipelines.release.open import find_release, open_release
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line
 from tests.fixtures.stages import make, todo
 
@@ -150,15 +150,15 @@ def test_a_rollback_brings_the_one_before_and_no_run_brings_the_other_back(line:
         releases.rollback(line.store, "unclip", "")
     line.judge(second)
     assert "again" in releases.rollback(line.store, "unclip", "grey pictures")
-    assert find(line.store, "champion") == first["bundle"].version
+    assert find_release(line.store, "champion") == first["bundle"].version
     with pytest.raises(Refused, match=r"was rolled back .*entry 3: grey pictures") as refused:
         line.judge(second)
     assert refused.value.code == 3
     releases.promote(line.store, "unclip", second["bundle"].version[:8], "they were not grey")
-    assert find(line.store, "champion") == second["bundle"].version
+    assert find_release(line.store, "champion") == second["bundle"].version
     line.judge(second)
     releases.rollback(line.store, "unclip", "they were")
-    assert find(line.store, "champion") == first["bundle"].version
+    assert find_release(line.store, "champion") == first["bundle"].version
     kinds = [entry.kind for entry in Ledger(line.store, "unclip").entries()]
     assert kinds == ["promote", "promote", "rollback", "promote", "rollback"]
 
@@ -187,12 +187,14 @@ def test_names_that_mean_no_release_or_several_are_refused(line: Line) -> None:
         open_release(line.store, "00000000")
     line.name = "landscapes"
     line.judge(line.release(GOOD))
-    assert find(line.store, "champion") == find(line.store, "landscapes@champion")  # the only line that there is
+    assert find_release(line.store, "champion") == find_release(
+        line.store, "landscapes@champion"
+    )  # the only line that there is
     assert line.head is not None
     for name in ("portraits", "cars"):
         Ledger(line.store, name).append(line.head, None)
     with pytest.raises(Refused, match=r"several model lines.*cars, landscapes, portraits"):
-        find(line.store, "champion")
+        find_release(line.store, "champion")
 
 
 def test_verify_finds_a_changed_byte_and_a_missing_file(line: Line) -> None:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from infra.records.folders import materialise
 from infra.records.manifest import Manifest
-from infra.records.materialise import materialise
 from infra.records.objects import object_name
 from infra.store.local import LocalStore
 from pipelines.embed.stage import base

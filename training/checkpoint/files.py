@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from infra.errors import EXPECTED, Unavailable, advice
-from infra.store.retry import patiently
+from infra.store import patiently
 from training.checkpoint.store import Checkpoints, Written
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.checkpoint.files import put_tensors
 from training.checkpoint.store import Checkpoints, Part, Stored
-from training.parallel.flat import Group
+from training.parallel import Group
 
 ONE = "00000-of-00001.safetensors"
 """The file of a single worker."""
@@ -113,7 +113,7 @@ class Saver:
         self._copies[name].copy_(local, non_blocking=True)
         if local is tensor:
             return self._copies[name]
-        from training.parallel.fsdp import placed
+        from training.parallel import placed
 
         return placed(self._copies[name], tensor)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
 from infra.errors import NotFound, Refused
-from infra.store.base import Store
+from infra.store import Store
 from training.job import Job
 
 MANIFEST = "manifest.json"

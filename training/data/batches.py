@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from infra.records.parquet import RowGroups
-from infra.store.base import Store
+from infra.records import RowGroups
+from infra.store import Store
 from training.data.blocks import Index, Place, Spans, Wanted, matrix, places
 from training.data.labels import Labels, Reader
 

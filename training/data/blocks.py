@@ -17,11 +17,8 @@ import pyarrow.parquet as pq
 from infra.concurrent import map_ordered
 from infra.documents import digest
 from infra.errors import Refused
-from infra.records.manifest import File, Manifest, Record
-from infra.records.objects import object_name
-from infra.records.parquet import columns
-from infra.records.schemas import UID
-from infra.store.base import Store
+from infra.records import UID, File, Manifest, Record, columns, object_name
+from infra.store import Store
 from training.data.labels import Labels, labelled
 
 Wanted = Callable[[pa.Array], np.ndarray]

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from infra.records.objects import object_name
-from infra.records.schemas import UID
-from infra.store.base import Store
+from infra.records import UID, object_name
+from infra.store import Store
 
 MOST = 1 << 14
 """Classes of a label, at most: a column with more of them (a title, an id) is hardly meant as one."""

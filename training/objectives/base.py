@@ -16,25 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest
-from infra.records.materialise import materialised
-from infra.records.objects import object_name
-from infra.store.base import Store
-from training.data.batches import Batch, Reads, ReadText
+from infra.records import Manifest, materialised, object_name
+from infra.store import Store
+from training.data import Batch, Reads, ReadText
 from training.job import Job
-from training.parallel.flat import Group
+from training.parallel import Group
 from training.warm_start import started
-from unclip.clip.model import clip_widths
-from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
-from unclip.diffusion.schedule import Schedule
+from unclip.clip import clip_widths
+from unclip.diffusion import Schedule, hybrid_loss, simple_loss, weights
 from unclip.files import CONFIG, read_json, read_tensors, write_json
-from unclip.models.ar_prior import AutoregressivePrior
-from unclip.models.decoder import Decoder
-from unclip.models.prior import DiffusionPrior
-from unclip.release.model import config_from, save_model
+from unclip.models import AutoregressivePrior, Decoder, DiffusionPrior
+from unclip.release import config_from, save_model
 
 if TYPE_CHECKING:
-    from unclip.clip.model import Clip
+    from unclip.clip import Clip
 
 
 class Losses(NamedTuple):
@@ -171,7 +166,7 @@ def read_tokens(clip: Clip, captions: Sequence[str]) -> dict[str, Tensor]:
 
 def read_clip(store: Store, version: str) -> Clip:
     """The CLIP of a manifest."""
-    from unclip.clip.model import Clip
+    from unclip.clip import Clip
 
     with materialised(store, version) as folder:
         return Clip.load(folder)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from infra.store.base import Store
+from infra.store import Store
 from training.job import Job
 from training.objectives.base import Objective
 from training.objectives.prior import AutoregressivePriorObjective, PriorObjective

@@ -12,16 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infra.records.parquet import columns
-from infra.store.base import Store
-from training.data.batches import Batch, Reads, picture
-from training.data.blocks import Place, places
-from training.data.labels import MISSING, Labels, class_table
+from infra.records import columns
+from infra.store import Store
+from training.data import MISSING, Batch, Labels, Place, Reads, class_table, picture, places
 from training.job import Job
 from training.objectives.base import Losses, Noised
-from training.parallel.flat import Group
+from training.parallel import Group
 from training.warm_start import configured
-from unclip.models.classifier import Classifier, ClassifierConfig
+from unclip.models import Classifier, ClassifierConfig
 from unclip.pictures import to_unit
 
 

@@ -16,21 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.records.manifest import Manifest
-from infra.records.objects import object_name
-from infra.store.base import Store
-from training.data.batches import Batch, Reads, decode, picture
+from infra.records import Manifest, object_name
+from infra.store import Store
+from training.data import Batch, Reads, decode, picture
 from training.job import START, Job
 from training.objectives.base import Losses, Noised
-from training.optim.precision import in_float32
+from training.optim import in_float32
 from training.options import ClipTrain
-from training.parallel.flat import Group
+from training.parallel import Group
 from training.warm_start import finished
-from unclip.clip.model import Clip, Preprocess, build_clip, check_clip, clip_widths
-from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
-from unclip.diffusion.schedule import Schedule
+from unclip.clip import CLIP_VOCABULARY, Clip, Preprocess, Tokenizer, build_clip, check_clip, clip_widths
+from unclip.diffusion import Schedule
 from unclip.files import CONFIG, read_json
-from unclip.models.noised_clip import MAX_SCALE, NoisedClip
+from unclip.models import MAX_SCALE, NoisedClip
 from unclip.pictures import to_unit
 
 SCHEDULE = Schedule.named("cosine")

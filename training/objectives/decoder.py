@@ -8,14 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from infra.store.base import Store
-from training.data.batches import Batch, Reads, picture
+from infra.store import Store
+from training.data import Batch, Reads, picture
 from training.job import Job
 from training.objectives.base import Conditioned, Diffusion, Losses
 from training.objectives.masks import random_masks
 from training.options import DecoderTrain, InpainterTrain
-from training.parallel.flat import Group
-from unclip.models.decoder import Context, Decoder
+from training.parallel import Group
+from unclip.models import Context, Decoder
 from unclip.pictures import to_unit
 
 

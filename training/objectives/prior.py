@@ -8,18 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infra.records.parquet import RowGroups
-from infra.store.base import Store
-from training.data.batches import Batch, Reads
-from training.data.blocks import matrix, places
+from infra.records import RowGroups
+from infra.store import Store
+from training.data import Batch, Reads, matrix, places
 from training.job import Job
 from training.objectives.base import Conditioned, Diffusion, Losses
-from training.optim.precision import in_float32
+from training.optim import in_float32
 from training.options import AutoregressivePriorTrain, PriorTrain
-from training.parallel.flat import Group
+from training.parallel import Group
 from training.warm_start import configured
-from unclip.models.ar_prior import AutoregressivePrior
-from unclip.models.prior import DiffusionPrior
+from unclip.models import AutoregressivePrior, DiffusionPrior
 
 DOTS = 1 << 14
 """Rows that are enough to bound 1024 buckets of equal frequency."""

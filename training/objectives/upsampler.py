@@ -9,16 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infra.store.base import Store
-from training.data.batches import Batch, Reads, picture
-from training.data.order import derived
+from infra.store import Store
+from training.data import Batch, Reads, derived, picture
 from training.job import Job
 from training.objectives.base import Diffusion, Losses
-from training.optim.precision import in_float32
+from training.optim import in_float32
 from training.options import UpsamplerTrain
-from training.parallel.flat import Group
-from unclip.degrade.bsr import BSR_FULL, BSR_LIGHT, bsr_degrade, gaussian_blur
-from unclip.models.upsampler import Upsampler
+from training.parallel import Group
+from unclip.degrade import BSR_FULL, BSR_LIGHT, bsr_degrade, gaussian_blur
+from unclip.models import Upsampler
 from unclip.pictures import to_unit
 
 

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from infra.documents import digest_file
 from infra.errors import NotFound, Refused
-from infra.store.base import Store
+from infra.store import Store
 from training.optim.ema import PowerEma
 from training.optim.posthoc import Average, combination, combined
 from training.options import TrainConfig
-from training.parallel.flat import Group, Vectors
-from training.parallel.fsdp import whole
+from training.parallel import Group, Vectors, whole
 from unclip.files import read_tensors, write_tensors
 
 TRACKED = (0.05, 0.10)

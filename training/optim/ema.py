@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from training.optim import posthoc
-from training.parallel.flat import Vectors
+from training.parallel import Vectors
 
 
 def ema_decay(decay: float, ramp: float, updates: int) -> float:

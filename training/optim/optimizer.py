@@ -11,7 +11,7 @@ from torch import Tensor
 from infra.errors import Refused
 from training.optim.muon import dealt, direction, move_
 from training.options import TrainConfig
-from training.parallel.flat import Group, Vectors
+from training.parallel import Group, Vectors
 
 MAX_SKIPPED_IN_A_ROW = 50
 ALONE = Group()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from training.parallel.flat import Group
-from unclip.models.layers import ContextAttention, ResBlock, TransformerBlock
+from unclip.models import ContextAttention, ResBlock, TransformerBlock
 
 
 def shard(learner: nn.Module, device: torch.device, ranks: int, extra: int) -> Shards:

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from training.job import FitHow
-from unclip.models.layers import ContextAttention, ResBlock, TransformerBlock
-from unclip.models.unet_encoder import SelfAttention
+from unclip.models import ContextAttention, ResBlock, SelfAttention, TransformerBlock
 
 BLOCKS = (ResBlock, ContextAttention, SelfAttention, TransformerBlock)
 """What is computed a second time under `recompute`: blocks of U-Nets and transformers."""

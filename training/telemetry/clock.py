@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infra.tracking.system import Vitals
+from infra.tracking import Vitals
 from training.job import FitHow, Job
-from training.objectives.base import Losses
+from training.objectives import Losses
 from training.options import TrainConfig
-from training.parallel.flat import Group
+from training.parallel import Group
 from training.telemetry.mfu import Utilisation
 from training.telemetry.stopwatch import Stopwatch
 

@@ -21,17 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.data.batches import Batch, Data
+from training.data import Batch, Data
 from training.job import FitHow, Job
-from training.objectives.base import Objective
-from training.optim.precision import Precision
-from training.parallel.flat import Group
-from unclip.clip.text import Text
-from unclip.diffusion.guidance import conditional
-from unclip.diffusion.settings import Sampling, guided, in_range
-from unclip.models.ar_prior import Prior
-from unclip.models.decoder import Decoder
-from unclip.models.upsampler import Upsampler
+from training.objectives import Objective
+from training.optim import Precision
+from training.parallel import Group
+from unclip.clip import Text
+from unclip.diffusion import Sampling, conditional, guided, in_range
+from unclip.models import Decoder, Prior, Upsampler
 from unclip.pictures import to_uint8, to_unit
 from unclip.sample import draw, draw_embeddings
 

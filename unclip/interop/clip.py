@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.clip.model import Clip, Preprocess
-from unclip.clip.text import TextTower, foreign_settings
-from unclip.clip.tokenizer import FIXED, Tokenizer
+from unclip.clip import FIXED, Clip, Preprocess, TextTower, Tokenizer, foreign_settings
 from unclip.config import DEPTH, WIDTH
 from unclip.errors import Refused
 from unclip.files import read_text

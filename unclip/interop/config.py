@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from unclip.errors import Refused
-from unclip.models.decoder import IMAGE_TOKENS, DecoderConfig
-from unclip.models.prior import PriorConfig
-from unclip.models.upsampler import UpsamplerConfig
+from unclip.models import IMAGE_TOKENS, DecoderConfig, PriorConfig, UpsamplerConfig
 
 DIFFUSERS = "0.42.0"
 """The version whose classes these documents are written for, and against which the tests compare."""

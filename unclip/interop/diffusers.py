@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip.cascade import UnCLIP
-from unclip.clip.model import Clip
-from unclip.diffusion.settings import Sampling
+from unclip.clip import Clip
+from unclip.diffusion import Sampling
 from unclip.errors import Refused
 from unclip.files import read_document, read_tensors, understood
 from unclip.interop.clip import (
@@ -55,13 +55,8 @@ from unclip.interop.config import (
 )
 from unclip.interop.layout import PRIOR, TEXT_PROJ, UNET
 from unclip.meta import weightless
-from unclip.models.decoder import IMAGE_TOKENS, Decoder
-from unclip.models.prior import DiffusionPrior
-from unclip.models.text import NullText
-from unclip.models.upsampler import Upsampler
-from unclip.release.compatibility import check_fit
-from unclip.release.folder import Release, save_release
-from unclip.release.model import save_model
+from unclip.models import IMAGE_TOKENS, Decoder, DiffusionPrior, NullText, Upsampler
+from unclip.release import Release, check_fit, save_model, save_release
 
 PIPELINE = "UnCLIPPipeline"
 INDEX = "model_index.json"

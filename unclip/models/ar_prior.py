@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import DEPTH, POSITIVE, WIDTH, Range, outside
-from unclip.diffusion.guidance import join
-from unclip.diffusion.samplers import Noise
+from unclip.diffusion import Noise, join
 from unclip.errors import Refused
 from unclip.models.layers import KeyValues, TransformerBlock
 from unclip.models.pca import Pca, components_for, dequantise, quantise

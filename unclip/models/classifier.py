@@ -13,8 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from unclip.diffusion.guidance import LogProb
-from unclip.diffusion.schedule import Schedule
+from unclip.diffusion import LogProb, Schedule
 from unclip.errors import Refused
 from unclip.models.unet_encoder import HalfUNet, HalfUNetConfig
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import DEPTH, TIMESTEPS, UNSAID, WHOLE, WIDTH, Range, outside
-from unclip.diffusion.schedule import Prediction, Schedule, check_process
+from unclip.diffusion import Prediction, Schedule, check_process
 from unclip.errors import Refused
 from unclip.models.text import NullText, NullTokens, TextEncoder, TokenEncoder
 from unclip.models.unet import UNet, UNetConfig

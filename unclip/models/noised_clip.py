@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import WIDTH, outside
-from unclip.diffusion.schedule import Schedule
+from unclip.diffusion import Schedule
 from unclip.errors import Refused
 from unclip.models.unet_encoder import HalfUNet, HalfUNetConfig
 

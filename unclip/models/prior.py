@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import DEPTH, LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
-from unclip.diffusion.guidance import clipped
-from unclip.diffusion.schedule import Denoiser, Prediction, Schedule, check_process
+from unclip.diffusion import Denoiser, Prediction, Schedule, check_process, clipped
 from unclip.errors import Refused
 from unclip.models.layers import KeyValues, Remembered, TimeEmbedding, TransformerBlock
 from unclip.models.text import NullText

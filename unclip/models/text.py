@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unclip.clip.text import real_tokens
+from unclip.clip import real_tokens
 from unclip.models.layers import TransformerBlock
 
 Caption = tuple[Tensor, ...]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import TIMESTEPS, WIDTH, outside
-from unclip.diffusion.schedule import check_process
+from unclip.diffusion import check_process
 from unclip.errors import Refused
 from unclip.models.layers import Conv2d, ResBlock, TimeEmbedding, attend, zeroed
 from unclip.models.unet import UNetConfig

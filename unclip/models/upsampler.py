@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import LATER, SIDE, TIMESTEPS, outside
-from unclip.degrade.filters import mirrored
-from unclip.diffusion.schedule import Prediction, Schedule, check_process
+from unclip.degrade import mirrored
+from unclip.diffusion import Prediction, Schedule, check_process
 from unclip.errors import Refused
 from unclip.models.strips import in_strips
 from unclip.models.unet import UNet, UNetConfig

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from unclip.errors import Refused
-from unclip.models.ar_prior import AutoregressivePriorConfig
-from unclip.models.decoder import DecoderConfig
-from unclip.models.noised_clip import NoisedClipConfig
-from unclip.models.prior import PriorConfig
-from unclip.models.unet_encoder import HalfUNetConfig
-from unclip.models.upsampler import UpsamplerConfig
+from unclip.models import (
+    AutoregressivePriorConfig,
+    DecoderConfig,
+    HalfUNetConfig,
+    NoisedClipConfig,
+    PriorConfig,
+    UpsamplerConfig,
+)
 
 
 def check_fit(

@@ -20,14 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip.clip.model import MERGES, Clip, clip_widths
+from unclip.clip import MERGES, Clip, clip_widths
 from unclip.config import mistyped
-from unclip.diffusion.settings import Sampling, check_sampling
+from unclip.diffusion import Sampling, check_sampling
 from unclip.errors import Damaged, Refused
 from unclip.files import CONFIG, WEIGHTS, read_json, understood, write_json
-from unclip.models.ar_prior import AutoregressivePriorConfig, Prior
-from unclip.models.decoder import Decoder
-from unclip.models.upsampler import Upsampler
+from unclip.models import AutoregressivePriorConfig, Decoder, Prior, Upsampler
 from unclip.release.compatibility import check_fit, check_guides
 from unclip.release.guides import GUIDES, Guides, check_asked
 from unclip.release.model import GAMMA, PRIORS, load_gamma, load_model, read_model_config

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unclip.diffusion.guidance import classifier, clip_guided
-from unclip.diffusion.schedule import Denoiser, Schedule
-from unclip.diffusion.settings import Sampling
+from unclip.diffusion import Denoiser, Sampling, Schedule, classifier, clip_guided
 from unclip.errors import Refused
-from unclip.models.classifier import Classifier, ClassifierConfig
-from unclip.models.noised_clip import NoisedClip
-from unclip.models.unet_encoder import HalfUNetConfig
+from unclip.models import Classifier, ClassifierConfig, HalfUNetConfig, NoisedClip
 
 GUIDES = ("classifier", "noised-clip")
 """Components of a release that can be guides."""

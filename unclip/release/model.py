@@ -28,12 +28,20 @@ from unclip.files import (
     write_tensors,
 )
 from unclip.meta import weightless
-from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig
-from unclip.models.classifier import Classifier, ClassifierConfig
-from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.noised_clip import NoisedClip, NoisedClipConfig
-from unclip.models.prior import DiffusionPrior, PriorConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.models import (
+    AutoregressivePrior,
+    AutoregressivePriorConfig,
+    Classifier,
+    ClassifierConfig,
+    Decoder,
+    DecoderConfig,
+    DiffusionPrior,
+    NoisedClip,
+    NoisedClipConfig,
+    PriorConfig,
+    Upsampler,
+    UpsamplerConfig,
+)
 
 GAMMA = "gamma.safetensors"
 """Beside a model that Analytic-DPM samples: its table of γ (unclip/diffusion/analytic.py)."""

@@ -10,11 +10,11 @@ base.py what a rule is · picture.py · text.py · duplicates.py, hamming.py · 
 
 from __future__ import annotations
 
-from pipelines.select.rules.base import Rule, opened
+from pipelines.select.rules.base import Rule, kind_of, opened
 from pipelines.select.rules.contamination import Contamination
 from pipelines.select.rules.duplicates import ExactDuplicates, NearDuplicates
 from pipelines.select.rules.embeddings import SemanticDuplicates
-from pipelines.select.rules.image import Aspect, Blank, Size
+from pipelines.select.rules.image import MEASURES, Aspect, Blank, Size, measured
 from pipelines.select.rules.scores import Aesthetic, ClipScore, Nsfw, Watermark
 from pipelines.select.rules.text import BlockedTerms, Caption, Language
 
@@ -35,23 +35,3 @@ RULES: tuple[type, ...] = (
     Contamination,
 )
 """Every rule that a recipe may name."""
-
-__all__ = [
-    "RULES",
-    "Aesthetic",
-    "Aspect",
-    "Blank",
-    "BlockedTerms",
-    "Caption",
-    "ClipScore",
-    "Contamination",
-    "ExactDuplicates",
-    "Language",
-    "NearDuplicates",
-    "Nsfw",
-    "Rule",
-    "SemanticDuplicates",
-    "Size",
-    "Watermark",
-    "opened",
-]

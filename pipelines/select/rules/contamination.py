@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
-from pipelines.download.images import SUFFIXES, picture
+from pipelines.download import SUFFIXES, picture
 from pipelines.select.rules.base import (
     COSINE,
     EMBEDDING,

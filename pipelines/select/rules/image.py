@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.download.images import picture
+from pipelines.download import picture
 from pipelines.select.rules.base import DEVIATION, PHASH, BaseRule, numbers
 from unclip.config import SIDE, Range
 

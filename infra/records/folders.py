@@ -16,7 +16,7 @@ from infra.records.manifest import Manifest, Record
 from infra.records.objects import object_name
 
 if TYPE_CHECKING:
-    from infra.store.base import Store
+    from infra.store import Store
 
 
 def materialise(store: Store, record: Record, folder: Path, *, verify: bool = True) -> Path:
