@@ -22,6 +22,8 @@ class Stage(Protocol):
     `name` is unique in the graph ("filter-look"), `group` is what the command line calls it ("filter").
     `version` rises when the bytes that the same spec and inputs give change.
     `needs` names the stages whose manifests `actions` takes, in that order.
+    `maps`, where a stage has it, names the one of which each shard gives one action here.
+    `preview_bytes()`, where a stage has it, is what its `run` would read, so that a plan may do it for itself.
     `kind`: "task" (Ray task each), "actor" (a pool of actors, each set up once), "driver" (runs in the driver's thread:
     reduces over small things, ledger) or "fit" (Ray Train, started from a thread of the driver under a lease).
     One of kind "task" may have `carefully()`: itself as it does an action that ended its workers.
@@ -94,3 +96,15 @@ def blaming(where: str) -> Iterator[None]:
         yield
     except (Refused, Impossible) as error:
         raise Refused(f"{where}: {error}", code=getattr(error, "code", 2)) from error
+
+
+ROLES = {
+    "download": "rows",
+    "filter": "selection",
+    "embed": "rows",
+    "curate": "selection",
+    "statistics": "statistics",
+    "clip": "clip",
+    "decoder": "start",
+}
+"""What a manifest is to a trainer, by the stage that made it."""

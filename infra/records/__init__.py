@@ -30,6 +30,6 @@ if TYPE_CHECKING:
     from infra.records.manifest import Action, Block, File, Manifest, Record
     from infra.records.objects import document, object_name, read_object
     from infra.records.parquet import RowGroups, columns, sized
-    from infra.records.schemas import INDEX, KEPT, MEMBER, SELECTION, SOURCE, UID, embedded, sample_uid, uid
+    from infra.records.schemas import INDEX, KEPT, LISTED, MEMBER, SELECTION, SOURCE, UID, embedded, sample_uid, uid
 else:
     __getattr__ = exports(__name__)

@@ -10,7 +10,10 @@ import hashlib
 
 import pyarrow as pa
 
+LISTED = "listed"
+"""State of a row that is in a slice: its final state is decided by the stages behind."""
 KEPT = "kept"
+"""State of a row that a stage passed on."""
 UID = pa.binary(16)
 
 # A slice of the URL list. Columns named in `columns.keep` follow.

@@ -10,26 +10,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import boto3
-import botocore.session
 from botocore import exceptions as boto
-from botocore.config import Config
-from botocore.utils import parse_timestamp
 from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from infra.documents import canonical, digest
-from infra.errors import NotFound, Refused, Unavailable
+from infra.errors import NotFound, Refused
 from infra.store.base import RENEW_S, Entry, check_name
 from infra.store.cache import Parts, copying, fetched
 from infra.store.local import same_bytes, scratch_folder, sweep
+from infra.store.s3_client import BROKEN, client_for, code_of, speaking
 from infra.store.s3_listing import listed
 
 # S3 takes at most 5 GiB in one PUT. What is larger goes in parts.
@@ -42,12 +39,10 @@ ABANDONED_S = 86_400
 """An upload in parts that was begun so long ago and is not finished is nobody's any more."""
 _MARKER = "store.json"
 _CONFLICT = "ConditionalRequestConflict"
-_BROKEN = (boto.ReadTimeoutError, boto.ResponseStreamingError, boto.IncompleteReadError, boto.ConnectionClosedError)
-_UNREACHABLE = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError, boto.SSLError)
 
 # Reading a body can break after botocore's own retries are done with.
 _again = retry(
-    retry=retry_if_exception_type(_BROKEN),
+    retry=retry_if_exception_type(BROKEN),
     stop=stop_after_attempt(6),
     wait=wait_random_exponential(multiplier=0.2, max=10),
     reraise=True,
@@ -56,7 +51,7 @@ _again = retry(
 # S3's advice to one of two writers of a name whose requests meet: wait and begin again, an upload in parts from its
 # first part. By then the name is mostly taken.
 _settled = retry(
-    retry=retry_if_exception(lambda error: isinstance(error, boto.ClientError) and _code(error) == _CONFLICT),
+    retry=retry_if_exception(lambda error: isinstance(error, boto.ClientError) and code_of(error) == _CONFLICT),
     stop=stop_after_attempt(8),
     wait=wait_random_exponential(multiplier=0.2, max=10),
     reraise=True,
@@ -99,7 +94,7 @@ class S3Store:
     def check(self, create: bool) -> None:
         """Refused if there is no such bucket, we may not use it, or its server does not know If-None-Match."""
         with self._speaking():
-            client = _client(self.endpoint, 3, 3)  # little patience: a person waits
+            client = client_for(self.endpoint, 3, 3)  # little patience: a person waits
             client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
         if not create:
             return
@@ -131,7 +126,7 @@ class S3Store:
             try:
                 return read()
             except boto.ClientError as error:
-                if _code(error) == "InvalidRange":  # begins at or behind the end
+                if code_of(error) == "InvalidRange":  # begins at or behind the end
                     return b""
                 raise
 
@@ -185,7 +180,7 @@ class S3Store:
             try:
                 self._client.head_object(Bucket=self.bucket, Key=self._key(check_name(name)))
             except boto.ClientError as error:
-                if _code(error) in ("404", "NoSuchKey", "NotFound"):
+                if code_of(error) in ("404", "NoSuchKey", "NotFound"):
                     return False
                 raise
         return True
@@ -200,7 +195,7 @@ class S3Store:
 
     @property
     def _client(self) -> Any:
-        return _client(self.endpoint, PATIENCE_S, ATTEMPTS)
+        return client_for(self.endpoint, PATIENCE_S, ATTEMPTS)
 
     @property
     def _copies(self) -> Path:
@@ -225,7 +220,7 @@ class S3Store:
                     client.put_object(Bucket=self.bucket, Key=self._key(name), Body=file, IfNoneMatch="*")
             return True
         except boto.ClientError as error:
-            if _code(error) in ("PreconditionFailed", "412"):
+            if code_of(error) in ("PreconditionFailed", "412"):
                 return False
             raise
 
@@ -256,9 +251,9 @@ class S3Store:
             with suppress(boto.BotoCoreError, boto.ClientError):
                 self._client.abort_multipart_upload(**place, UploadId=upload)
             if isinstance(error, boto.ClientError):
-                if _code(error) in ("PreconditionFailed", "412"):
+                if code_of(error) in ("PreconditionFailed", "412"):
                     return False
-                if _code(error) == "NoSuchUpload" and self.exists(name):  # joined, and the answer to that was lost
+                if code_of(error) == "NoSuchUpload" and self.exists(name):  # joined, and the answer to that was lost
                     return False
             raise
 
@@ -284,7 +279,7 @@ class S3Store:
                 if same and _age(self._client.head_object(**place)) > RENEW_S:
                     self._client.copy(place, **place, ExtraArgs={"MetadataDirective": "REPLACE"})
             except boto.ClientError as error:
-                if _code(error) not in ("404", "NoSuchKey", "NotFound"):  # removed since: `commit` looks again
+                if code_of(error) not in ("404", "NoSuchKey", "NotFound"):  # removed since: `commit` looks again
                     raise
         return same
 
@@ -296,89 +291,11 @@ class S3Store:
         except NotFound:  # deleted since
             return False
 
-    @contextmanager
-    def _speaking(self, name: str = "") -> Iterator[None]:
-        """Turns what the server says into what the person can do about it."""
-        where = f"store {self.uri}" + (f" at {self.endpoint}" if self.endpoint else "")
-        try:
-            yield
-        except (*_UNREACHABLE, *_BROKEN) as error:
-            told = f"{where} does not answer ({error}). Is its server running, and AWS_ENDPOINT_URL right?"
-            raise (Unavailable if name else Refused)(told) from error
-        except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound) as error:
-            raise Refused(
-                f"{where}: {error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
-            ) from error
-        except Refused:
-            raise
-        except ValueError as error:  # an endpoint or a region that is none
-            raise Refused(f"{where}: {error}. Check the bucket's name, AWS_ENDPOINT_URL and AWS_REGION.") from error
-        except boto.ClientError as error:
-            match _code(error):
-                case "NoSuchKey" | "404" | "NotFound" if name:
-                    raise NotFound(name, self.uri) from error
-                case "NoSuchBucket":
-                    raise Refused(f"{where}: there is no such bucket. Create it, or name another.") from error
-                case "AccessDenied" | "403" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken":
-                    raise Refused(
-                        f"{where}: access denied ({_code(error)}{f' for {name}' if name else ''}). It needs listing, "
-                        "reading and writing; check the credentials and the bucket's policy."
-                    ) from error
-                case "ConditionalRequestConflict":
-                    raise Refused(f"{where}: others kept writing {name}; run again", code=5) from error
-                case "MethodNotAllowed" | "NotImplemented":
-                    raise Refused(f"{where}: its server cannot do this ({error}).") from error
-            told = error.response.get("ResponseMetadata", {})
-            # Of an answer that is no XML botocore makes a nameless 500, whatever its status was.
-            nameless = not name and _code(error) == "500" and not told.get("RequestId")
-            if told.get("HTTPStatusCode") in (500, 502, 503, 504) and not nameless:
-                raise Unavailable(
-                    f"{where}: its server fails just now ({error}) What is done stays done; run again later."
-                ) from error
-            hint = "" if name else " Does an S3 server listen there, and are AWS_ENDPOINT_URL and AWS_REGION right?"
-            raise Refused(f"{where}: {error}.{hint}", code=5 if name else 2) from error
-        except boto.BotoCoreError as error:  # such as an answer that is no XML
-            raise Refused(
-                f"{where} answers, and not as an S3 server does ({type(error).__name__}). Is AWS_ENDPOINT_URL right?",
-                code=5 if name else 2,
-            ) from error
+    def _speaking(self, name: str = "") -> AbstractContextManager[None]:
+        return speaking(self.uri, self.endpoint, name)
 
 
 def _age(head: dict[str, Any]) -> float:
     """Seconds since an object was put, by the server's own clock."""
     now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
     return (now - head["LastModified"]).total_seconds()
-
-
-@cache
-def _client(endpoint: str | None, patience_s: float, attempts: int) -> Any:
-    """One client a process (they are thread-safe). Checksums only on demand: not every server knows the new ones."""
-    core = botocore.session.get_session()
-    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
-    session = boto3.session.Session(botocore_session=core)
-    return session.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name=session.region_name or "us-east-1",
-        config=Config(
-            connect_timeout=min(patience_s, 5),
-            read_timeout=patience_s * 3,
-            retries={"mode": "standard", "total_max_attempts": attempts},  # with jitter
-            max_pool_connections=32,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if endpoint else "auto"},
-        ),
-    )
-
-
-def _time(said: Any) -> datetime:
-    """What botocore would make of a time, without dateutil's guessing, which takes two thirds of a listing."""
-    if isinstance(said, str) and said.endswith("Z"):
-        with suppress(ValueError):
-            return datetime.fromisoformat(said)
-    return parse_timestamp(said)
-
-
-def _code(error: boto.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))

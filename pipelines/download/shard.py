@@ -50,6 +50,7 @@ class Packing:
     version: int = 1
     needs: tuple[str, ...] = ("source",)
     kind: str = "task"
+    maps: str = "source"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (source,) = inputs

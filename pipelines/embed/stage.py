@@ -119,6 +119,7 @@ class Embed:
     version: int = 1
     needs: tuple[str, ...] = ("download", "filter", "clip")
     kind: str = "actor"
+    maps: str = "download"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         download, selection, clip = inputs

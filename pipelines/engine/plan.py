@@ -13,19 +13,10 @@ from rich.table import Table
 from infra.records import Action, Manifest
 from infra.store import Store
 from pipelines.engine.graph import order, resolve, why
-from pipelines.source import Source
 from pipelines.stage import Stage, plain
 
 PLAN_BYTES = 1 << 30
 """Of a source that is new or has changed, a plan reads as many bytes, to say exactly what is to do."""
-MAPS = {
-    "download": "source",
-    "filter-look": "download",
-    "embed": "download",
-    "curate-look": "embed",
-    "data-count": "download",
-}
-"""Stages with one action for each shard of another."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ def plan(stages: Sequence[Stage], store: Store) -> list[Line]:
             todo, present = len(resolved.todo), len(resolved.actions) - len(resolved.todo)
             if not todo:
                 known[stage.name] = resolved.manifest()
-            elif isinstance(stage, Source) and stage.how.size() <= PLAN_BYTES:
+            elif _previewable(stage):
                 known[stage.name] = _preview(stage, resolved.todo[0], store)
             reason = why(stage, resolved.whole, store) if todo else ""
             lines.append(Line(stage.name, present + todo, present, todo, False, reason, _parameters(stage)))
@@ -79,7 +70,14 @@ def shards_of(stage: Stage, shards: dict[str, int | None]) -> int | None:
     count = getattr(stage, "shards", None)
     if count is not None:
         return count
-    return shards[MAPS[stage.name]] if stage.name in MAPS else 1
+    over = getattr(stage, "maps", "")
+    return shards[over] if over else 1
+
+
+def _previewable(stage: Any) -> bool:
+    """Whether a plan may do a stage's work for itself: it says in `preview_bytes` how much that would read."""
+    size = getattr(stage, "preview_bytes", None)
+    return size is not None and size() <= PLAN_BYTES
 
 
 def _preview(stage: Stage, action: Action, store: Store) -> Manifest:

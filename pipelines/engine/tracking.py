@@ -9,7 +9,7 @@ from typing import Any
 from infra.records import Action, Manifest, object_name
 from infra.store import Store
 from infra.tracking import DataSet, git_tags, user
-from pipelines.fit import ROLES
+from pipelines.stage import ROLES
 
 
 def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:

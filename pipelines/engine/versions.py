@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from infra.errors import Refused
-from infra.records import KEPT, Manifest, document, reading
+from infra.records import KEPT, LISTED, Manifest, document, reading
 from infra.store import Store
-from pipelines.source import LISTED
 
 
 @dataclass(frozen=True)

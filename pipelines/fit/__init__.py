@@ -15,6 +15,6 @@ if TYPE_CHECKING:
     from pipelines.fit.clip import LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec
     from pipelines.fit.estimate import Accelerator
     from pipelines.fit.gamma import Gamma, wants_gamma
-    from pipelines.fit.stage import ROLES, Fit, FitSpec
+    from pipelines.fit.stage import Fit, FitSpec
 else:
     __getattr__ = exports(__name__)

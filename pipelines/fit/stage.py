@@ -10,21 +10,10 @@ from typing import Any
 from infra.errors import Refused
 from infra.records import Action, Manifest, Record
 from infra.store import Store
-from pipelines.stage import plain
+from pipelines.stage import ROLES, plain
 from training.job import START
 from training.launch import FitHow, Job, discard, fit
 from unclip.config import LATER
-
-ROLES = {
-    "download": "rows",
-    "filter": "selection",
-    "embed": "rows",
-    "curate": "selection",
-    "statistics": "statistics",
-    "clip": "clip",
-    "decoder": "start",
-}
-"""What a manifest is to a trainer, by the stage that made it."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Count:
     version: int = 1
     needs: tuple[str, ...] = ("download", "filter", "embed", "curate")
     kind: str = "task"
+    maps: str = "download"
     how: None = None
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:

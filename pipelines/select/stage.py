@@ -129,6 +129,10 @@ class Look(_Selecting):
     def needs(self) -> tuple[str, ...]:
         return (self.over.stage,)
 
+    @property
+    def maps(self) -> str:
+        return self.over.stage
+
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (data,) = inputs
         spec = plain(self.spec)

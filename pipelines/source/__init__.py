@@ -12,6 +12,6 @@ from infra.lazy import exports
 if TYPE_CHECKING:
     from pipelines.source.columns import Columns, columns_of
     from pipelines.source.files import Unreadable, place
-    from pipelines.source.stage import LISTED, Source, SourceHow, SourceSpec
+    from pipelines.source.stage import Source, SourceHow, SourceSpec
 else:
     __getattr__ = exports(__name__)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records import Action, Manifest, Record
+from infra.records import LISTED, Action, Manifest, Record
 from infra.store import Store
 from pipelines.source import folders, lists, tars
 from pipelines.source.columns import Columns
@@ -25,7 +25,6 @@ from pipelines.source.lists import check_columns, list_digests
 from pipelines.stage import plain
 from unclip.config import COUNT, outside
 
-LISTED = "listed"  # rows that are in a slice; their final state is decided downstream
 REPEATED = "duplicate_row"  # uid stands in the same slice before, or the whole slice came before
 
 
@@ -131,6 +130,10 @@ class Source:
 
     def setup(self) -> None:
         """Nothing to prepare."""
+
+    def preview_bytes(self) -> int:
+        """What cutting the source into slices reads."""
+        return self.how.size()
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         names: list[str] = []

@@ -23,14 +23,13 @@ from rich.console import Console as Terminal
 
 from infra.cluster import connect, disconnect
 from infra.records.manifest import Action, Manifest, Record
-from infra.records.schemas import KEPT
+from infra.records.schemas import KEPT, LISTED
 from infra.store.base import Store
 from infra.store.opening import open_store
 from infra.tracking.monitor import NullMonitor
 from pipelines.download.stage import Download, DownloadHow, DownloadSpec
 from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution
-from pipelines.source.stage import LISTED
 from tests.benchmarks.bench_download import HOSTS, rows
 from tests.benchmarks.web import serving
 from tests.fixtures.holding import ROOT

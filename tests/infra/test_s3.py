@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import infra.store.s3
+import infra.store.s3_client
 from infra.errors import Refused
 from infra.store.opening import open_store
 
@@ -219,12 +220,12 @@ def test_a_bucket_that_does_not_exist_is_refused(s3_endpoint: str) -> None:
 
 def test_wrong_credentials_are_refused(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    infra.store.s3._client.cache_clear()
+    infra.store.s3_client.client_for.cache_clear()
     try:
         with pytest.raises(Refused, match="access denied"):
             open_store(s3_uri)
     finally:
-        infra.store.s3._client.cache_clear()
+        infra.store.s3_client.client_for.cache_clear()
 
 
 def test_a_bucket_that_may_only_be_read_can_be_looked_at_and_not_run_on(s3_endpoint: str, s3_uri: str) -> None:
@@ -297,4 +298,4 @@ def test_a_time_in_an_answer_is_what_botocore_reads(time: datetime) -> None:
     listed = f"{time.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
     headed = format_datetime(time.replace(microsecond=0), usegmt=True)
     for said in (listed, headed):
-        assert infra.store.s3._time(said) == parse_timestamp(said)
+        assert infra.store.s3_client._time(said) == parse_timestamp(said)

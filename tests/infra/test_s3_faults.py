@@ -13,6 +13,7 @@ import boto3
 import pytest
 
 import infra.store.s3
+import infra.store.s3_client
 from infra.errors import NotFound, Refused
 from infra.store.base import Store
 from infra.store.opening import open_store
@@ -28,9 +29,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits less long for an answer than the proxy stalls, and tries three times."""
     monkeypatch.setattr(infra.store.s3, "PATIENCE_S", 0.25)
     monkeypatch.setattr(infra.store.s3, "ATTEMPTS", 3)
-    infra.store.s3._client.cache_clear()
+    infra.store.s3_client.client_for.cache_clear()
     yield
-    infra.store.s3._client.cache_clear()
+    infra.store.s3_client.client_for.cache_clear()
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from infra.store.base import Store
 from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from pipelines.embed.statistics import Statistics
-from pipelines.fit.stage import ROLES, Fit, FitSpec
-from pipelines.stage import plain
+from pipelines.fit.stage import Fit, FitSpec
+from pipelines.stage import ROLES, plain
 from training.data.batches import Batch, Data
 from training.data.feed import Feed
 from training.data.order import Order
