@@ -71,7 +71,7 @@ proof-elastic: $(STAMP)  ## fits on Ray that lose a node and get another end as 
 	$(BIN)/python -m tests.proofs.elastic --out $(STORE)-proof-elastic
 
 proof-algebra: $(STAMP)  ## a thousand histories of a list: what is touched is done again, and nothing else; an hour
-	$(BIN)/python -m pytest tests/pipelines/test_algebra.py --hypothesis-profile=proof --timeout=0 -q
+	$(BIN)/python -m pytest tests/pipelines/versions/test_algebra.py --hypothesis-profile=proof --timeout=0 -q
 
 proof-million: $(STAMP)  ## peak memory at a million rows against a hundred thousand; under an hour, goes on where it was stopped
 	$(BIN)/python -m tests.proofs.million --out $(STORE)-proof-million

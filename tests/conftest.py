@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
 
-CHAINS = ("pipelines/test_chain.py", "pipelines/test_chain_stopped.py")
+HERE = Path(__file__).parent
+CHAINS = ("chain/test_chain.py", "chain/test_chain_stopped.py")
 LONG = (
-    "training/test_speed.py", "training/test_loop.py", "training/test_sharded.py", "training/test_tracked.py",
-    "training/test_precision.py", "training/test_averages.py", "pipelines/test_algebra.py", "infra/test_s3_faults.py",
-    "training/test_interrupt.py", "pipelines/test_killed.py",
+    "training/parallel/test_modes.py", "training/test_loop.py", "training/parallel/test_fsdp.py", "training/test_tracked.py",
+    "training/optim/test_precision.py", "training/optim/test_averages.py", "pipelines/versions/test_algebra.py", "infra/store/test_s3_faults.py",
+    "training/test_interrupt.py", "pipelines/engine/test_killed.py",
 )  # fmt: skip
 """Files without Ray that take half a minute or more, the longest first."""
 ALONE = "infra/test_cluster.py"
@@ -26,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     begin = [*CHAINS, *LONG]
 
     def place(item: pytest.Item) -> tuple[int, bool, bool]:
-        name = "/".join(item.path.parts[-2:])
+        name = item.path.relative_to(HERE).as_posix()
         return begin.index(name) if name in begin else len(begin), item.path in ray, name == ALONE
 
     items.sort(key=place)

@@ -39,7 +39,7 @@ from infra.records.objects import object_name
 from infra.tracking.monitor import NullMonitor
 from tests.benchmarks.embedding import Took, timed
 from tests.benchmarks.measure import one_core
-from tests.training.tiny import Tiny, tiny
+from tests.fixtures.fits import Tiny, tiny
 from training.data.batches import Data
 from training.job import FitHow, Job
 from training.launch import train_local

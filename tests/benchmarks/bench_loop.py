@@ -25,7 +25,7 @@ import torch
 
 from infra.tracking.monitor import NullMonitor
 from tests.benchmarks.measure import one_core
-from tests.training.tiny import CLIP, Tiny, tiny
+from tests.fixtures.fits import CLIP, Tiny, tiny
 from training.data.batches import Batch, Data
 from training.job import FitHow, Job
 from training.launch import train_local

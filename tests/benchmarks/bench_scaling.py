@@ -32,8 +32,8 @@ from torch import Tensor
 from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from pipelines.recipe import schema as recipe
-from tests.training.ranks import PRELOADED
-from tests.training.tiny import CLIP, Tiny, tiny
+from tests.fixtures.fits import CLIP, Tiny, tiny
+from tests.fixtures.ranks import PRELOADED
 from training.job import FitHow, Job
 from training.parallel.flat import Group
 from unclip.presets import preset

@@ -16,7 +16,7 @@ from PIL import Image
 from infra.records import schemas as rows
 from infra.store.base import Store
 from infra.store.local import LocalStore
-from tests.training.tiny import committed, listed, parquet, selection
+from tests.fixtures.fits import committed, listed, parquet, selection
 
 WIDTH, BASE, LARGE = 768, 64, 256
 """ViT-L/14's embeddings, the decoder's side and that of the pictures in the tars, in pixels."""

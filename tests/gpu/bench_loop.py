@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from infra.tracking.monitor import NullMonitor
+from tests.fixtures.fits import SIDE, Tiny, tiny
 from tests.gpu.bench_models import TINY, peak
-from tests.training.tiny import SIDE, Tiny, tiny
 from training.cost import cost
 from training.job import FitHow, Job
 from training.loop import train
@@ -36,7 +36,7 @@ WARM = 5
 """Steps that are not counted; the first one compiles."""
 GROUP, SHARDS = 64, 4
 KEPT = 0.8 * 6 / 7
-"""Share of the rows of tests.training.tiny that a fit may read."""
+"""Share of the rows of tests.fixtures.fits that a fit may read."""
 VARIANTS = {
     "eager": FitHow(),
     "recompute": FitHow(recompute=True),

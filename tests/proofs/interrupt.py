@@ -27,8 +27,8 @@ import torch
 from safetensors import safe_open
 
 from infra.store.local import LocalStore
+from tests.fixtures.fits import tiny
 from tests.proofs.interrupt_ranks import BATCH, MICRO, Attempt, Strike, attempt
-from tests.training.tiny import tiny
 from training.checkpoint.store import Checkpoint, Checkpoints
 from training.data.batches import Data, Reads
 from training.data.order import derived

@@ -16,7 +16,7 @@ from typing import Any
 from infra.errors import Stopped
 from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
-from tests.training.ranks import PRELOADED
+from tests.fixtures.ranks import PRELOADED
 from training.job import FitHow, Job
 
 BATCH, MICRO = 12, 2

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.training.tiny import CLIP
+from tests.fixtures.fits import CLIP
 from training.cost import cost, parameters
 from training.parallel.flat import STATE_BYTES
 from training.parallel.modes import recompute
@@ -177,7 +177,7 @@ def test_a_crop_costs_as_much_less_as_it_is_smaller():
 
 @pytest.mark.slow
 def test_every_kind_has_a_cost(tmp_path):
-    from tests.training.tiny import tiny
+    from tests.fixtures.fits import tiny
 
     data = tiny(tmp_path / "store")
     for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip"):

@@ -13,7 +13,7 @@ import pytest
 
 from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
-from tests.training.tiny import Tiny, tiny
+from tests.fixtures.fits import Tiny, tiny
 from training.checkpoint.store import Checkpoints
 from training.job import FitHow
 from training.launch import discard, fit, request_stop, train_local

@@ -16,7 +16,7 @@ import torch
 from infra.documents import canonical, digest_file
 from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
-from tests.training.tiny import Tiny, tiny
+from tests.fixtures.fits import Tiny, tiny
 from training.checkpoint.store import EARLIER, Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local

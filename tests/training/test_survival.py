@@ -16,7 +16,7 @@ from infra.store.opening import open_store
 from infra.tracking.monitor import NullMonitor
 from tests.fixtures.disk import Disk
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, Request, unharmed
-from tests.training.tiny import Tiny, tiny
+from tests.fixtures.fits import Tiny, tiny
 from training.checkpoint.store import Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local

@@ -13,10 +13,10 @@ import pytest
 from infra.tracking.mlflow import open_client
 from infra.tracking.tracker import DataSet, Tracker
 from infra.tracking.uri import check_server, default_uri
+from tests.fixtures.fits import Tiny, tiny
 from tests.fixtures.mlflow import Tracked, mlflow_server
 from tests.fixtures.s3 import free_port
 from tests.training.test_loop import SHORT, Seen
-from tests.training.tiny import Tiny, tiny
 from training.checkpoint.store import Checkpoints
 from training.job import FitHow, Job
 from training.launch import train_local
