@@ -13,10 +13,17 @@ from filelock import FileLock, Timeout
 HERE = Path(__file__).parent
 CHAINS = ("chain/test_chain.py", "chain/test_chain_stopped.py")
 LONG = (
-    "training/parallel/test_modes.py", "training/test_loop.py", "training/parallel/test_fsdp.py", "training/test_tracked.py",
-    "training/optim/test_precision.py", "training/optim/test_averages.py", "pipelines/versions/test_algebra.py", "infra/store/test_s3_faults.py",
-    "training/test_interrupt.py", "pipelines/engine/test_killed.py",
-)  # fmt: skip
+    "training/parallel/test_modes.py",
+    "training/test_loop.py",
+    "training/parallel/test_fsdp.py",
+    "training/test_tracked.py",
+    "training/optim/test_precision.py",
+    "training/optim/test_averages.py",
+    "pipelines/versions/test_algebra.py",
+    "infra/store/test_s3_faults.py",
+    "training/test_interrupt.py",
+    "pipelines/engine/test_killed.py",
+)
 """Files without Ray that take half a minute or more, the longest first."""
 ALONE = "infra/test_cluster.py"
 PLACES = ("first", "second")
