@@ -88,6 +88,8 @@ start_daemons() {  # $1 folder, $2 port
   radosgw -f -n client.admin >"$1/log/rgw.out" 2>&1 & echo $! >>"$1/pids"
   local attempt
   for attempt in $(seq 600); do
+    # It must live: one that finds its port taken ends, and another's server would answer in its place.
+    kill -0 "$(tail -1 "$1/pids")" 2>/dev/null || break
     (exec 3<>"/dev/tcp/127.0.0.1/$2") 2>/dev/null && return
     sleep 0.1
   done

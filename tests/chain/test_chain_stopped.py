@@ -15,7 +15,7 @@ import pytest
 
 from infra.store.opening import open_store
 from tests.fixtures.net import wait_for_port
-from tests.fixtures.s3 import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.tiny_run import UNCLIP, newest, unclip
 from tests.proofs import kill, parallel
 

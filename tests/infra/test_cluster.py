@@ -21,7 +21,7 @@ from infra.tracking.uri import default_uri
 from pipelines.engine.admission import needs_of
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
-from tests.fixtures.s3 import free_port
+from tests.fixtures.ports import free_port
 
 RUN = """
 import json, os, signal, sys, time

@@ -25,7 +25,8 @@ from infra.store.opening import open_store
 from tests.fixtures.faulty_s3 import FaultyS3, failing
 from tests.fixtures.holding import ROOT, Holding, Step, drawn, release
 from tests.fixtures.nodes import Nodes, nodes
-from tests.fixtures.s3 import SCRIPT, free_port
+from tests.fixtures.ports import free_port
+from tests.fixtures.s3 import SCRIPT
 
 STAGES = ("source", "download", "filter-look", "filter", "embed", "curate-look", "curate", "statistics")
 """Of the data, in their order. CLIP, which is trained between filter and embed, is no data, and nobody disturbs it."""

@@ -15,7 +15,7 @@ from infra.tracking.tracker import DataSet, Tracker
 from infra.tracking.uri import check_server, default_uri
 from tests.fixtures.fits import Tiny, tiny
 from tests.fixtures.mlflow import Tracked, mlflow_server
-from tests.fixtures.s3 import free_port
+from tests.fixtures.ports import free_port
 from tests.training.test_loop import SHORT, Seen
 from training.checkpoint.store import Checkpoints
 from training.job import FitHow, Job

@@ -53,12 +53,6 @@ def refused(result: tuple[int, str, str], *words: str, code: int = 2) -> None:
         assert word in err, err
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_an_unknown_recipe_names_the_nearest(unclip: Run) -> None:
     refused(unclip("plan", "dmo"), "no recipe 'dmo'", "Did you mean 'demo'")
 
@@ -146,11 +140,11 @@ def test_a_label_without_a_class_shows_the_form(unclip: Run) -> None:
 
 
 def test_a_ray_address_that_does_not_answer(unclip: Run) -> None:
-    refused(unclip("run", "tiny", "--address", f"127.0.0.1:{closed_port()}"), "127.0.0.1", "answer")
+    refused(unclip("run", "tiny", "--address", f"127.0.0.1:{free_port()}"), "127.0.0.1", "answer")
 
 
 def test_an_mlflow_server_that_does_not_answer(unclip: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     refused(unclip("run", "tiny"), "MLflow", "tracking.required=false")
 
 
@@ -207,7 +201,7 @@ def test_a_port_that_cannot_be_had(unclip: Run) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1", "http://localhost"])
 def test_a_job_on_this_machine_may_use_a_folder(unclip: Run, address: str) -> None:
     """Whichever way the address is written: it is the job server that is missed, not an S3 store."""
-    refused(unclip("submit", "tiny", "--address", f"{address}:{closed_port()}"), "no Ray job server answers")
+    refused(unclip("submit", "tiny", "--address", f"{address}:{free_port()}"), "no Ray job server answers")
     refused(unclip("submit", "tiny", "--address", "10.9.8.7:8265"), "cannot reach the folder", "s3://")
 
 

@@ -18,7 +18,7 @@ from pipelines.cli import main as cli
 from pipelines.promote import ledger as releases
 from pipelines.promote import registry
 from tests.fixtures.mlflow import mlflow_server
-from tests.fixtures.s3 import free_port
+from tests.fixtures.ports import free_port
 
 FIRST, SECOND = "a1" * 32, "b2" * 32
 
