@@ -21,6 +21,7 @@ from infra.ledger import Entry, Ledger
 from infra.store.opening import open_store
 from pipelines.cli import main as cli
 from pipelines.engine.console import Console as StageConsole
+from tests.fixtures.ports import free_port
 
 Run = Callable[..., tuple[int, str, str]]
 
