@@ -132,7 +132,7 @@ DEMO = Preset(
     ),
 )  # fmt: skip
 """For ten minutes on two cores: prior 0.7 M, decoder 3.8 M, upsamplers 1.8 M and 0.8 M; x0-prediction and unshuffled
-pixels, of which docs/design.md has the comparisons."""
+pixels, of which docs/demo.md has the comparisons."""
 
 TINY = Preset(
     prior=PriorConfig(embedding=32, text_width=32, context=24, width=32, depth=1, heads=2),

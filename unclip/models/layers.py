@@ -45,7 +45,7 @@ class Conv2d(nn.Conv2d):
     """A convolution that may multiply in bfloat16, between float32 activations and with float32 weights.
 
     On CPUs with bfloat16 units a 3×3 convolution of 64 channels takes 0.4 of the time so, while whole-model autocast
-    loses it again in attention and GroupNorm (see docs/design.md). Off unless `bfloat16_convolutions` turned it on.
+    loses it again in attention and GroupNorm (see docs/demo.md). Off unless `bfloat16_convolutions` turned it on.
     """
 
     in_bfloat16 = False
