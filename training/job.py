@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from infra.errors import Refused
-from training.options import CONFIGS, TrainConfig
+from training.options import KINDS, TrainConfig
 from unclip.config import AMOUNT, COUNT, FRACTION, SEED, WHOLE, Range, outside
 
-KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 SHARDS = ("auto", "flat", "fsdp")
 START = "start"
 """The role, in a job's data, of the version that a fit goes on from."""
@@ -28,11 +27,11 @@ class Job:
     key: str
     """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
     kind: str
-    """One of `KINDS`."""
+    """One of `training.options.KINDS`."""
     model: dict[str, Any]
     """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
     train: dict[str, Any]
-    """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
+    """The training options as a plain dict: the fields of `KINDS[kind].options`."""
     data: dict[str, str]
     """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
     inpainter, clip for a noised CLIP; start, which an inpainter needs and any may have: the finished model, or the
@@ -45,10 +44,11 @@ class Job:
     @property
     def config(self) -> TrainConfig:
         """The training options; Refused for an unknown or impossible one."""
-        known = {field.name for field in fields(CONFIGS[self.kind])}
+        options = KINDS[self.kind].options
+        known = {field.name for field in fields(options)}
         if unknown := sorted(set(self.train) - known):
             raise Refused(f"{self.stage}: unknown training option {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        return CONFIGS[self.kind](**self.train)
+        return options(**self.train)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from pipelines.fit import Accelerator, LoadHow, LoadSpec
 from pipelines.promote import GateSpec
 from pipelines.recipe import yaml as document
 from pipelines.recipe.errors import explain
+from pipelines.recipe.kinds import asked
 from pipelines.recipe.sections import changes, optional, said, section
 from pipelines.select.rules import RULES
 from pipelines.source import Columns, SourceHow, SourceSpec, columns_of
 from pipelines.stage import PoolHow
 from training.job import FitHow
-from training.options import CONFIGS
+from training.options import KINDS
 from unclip.clip import ClipConfig
 from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
 from unclip.diffusion import Sampling
@@ -62,7 +63,7 @@ Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # t
     CLASSIFIER_TRAIN,
     NOISED_CLIP_TRAIN,
 ) = (
-    section(f"{kind} train", CONFIGS[kind])
+    section(f"{kind} train", KINDS[kind].options)
     for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 )
 
@@ -283,10 +284,11 @@ class Recipe:
         for side in self.upsamplers:
             if wanted := SIDE.refuses(side):
                 raise Refused(f"upsamplers names {side} px; a side must be {wanted}")
-        for path, one in self.fits.items():
-            if one.accelerator is not None and one.accelerator not in self.hardware:
+        for one in asked(self):
+            wanted = one.section.accelerator
+            if wanted is not None and wanted not in self.hardware:
                 known = ", ".join(sorted(self.hardware)) or "no kind"
-                raise Refused(f"{path}.accelerator is {one.accelerator!r}, and hardware names {known}")
+                raise Refused(f"{one.path}.accelerator is {wanted!r}, and hardware names {known}")
         where = {name: getattr(self.source, name) for name in ("urls", "tars", "folder")}
         if "" in where.values() or self.world is None or any(where.values()):
             SourceHow(**where)
@@ -296,12 +298,9 @@ class Recipe:
         """What the source's columns are called: what `source.columns` says, for the rest what its layout does."""
         return columns_of(self.source.layout, said(self.source.columns))
 
-    @property
-    def fits(self) -> dict[str, Any]:
-        """The sections that train, by their path."""
-        names = ("clip", "prior", "ar_prior", "decoder", "inpainter", "classifier", "noised_clip")
-        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return found | {f"upsamplers.{side}": one for side, one in self.upsamplers.items()}
+    def section(self, name: str) -> Any:
+        """The section of that name, or None."""
+        return getattr(self, name)
 
     @property
     def prompts_only(self) -> bool:

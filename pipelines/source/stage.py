@@ -22,7 +22,7 @@ from pipelines.source.columns import Columns
 from pipelines.source.cut import slices, unique
 from pipelines.source.files import find
 from pipelines.source.lists import check_columns, list_digests
-from pipelines.stage import plain
+from pipelines.stage import StageBase, plain
 from unclip.config import COUNT, outside
 
 REPEATED = "duplicate_row"  # uid stands in the same slice before, or the whole slice came before
@@ -110,7 +110,7 @@ class SourceHow:
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(StageBase):
     """Stage: a source → slices. One action in all; facts["slices"] names the slices in the source's order."""
 
     spec: SourceSpec
@@ -119,17 +119,12 @@ class Source:
     """`how.digests`, taken by whoever builds the graph, since `actions` reads nothing."""
     unread: str = ""
     """Why they were not taken; then it can be planned, and not run."""
-    name: str = "source"
-    group: str = "source"
-    version: int = 1
-    needs: tuple[str, ...] = ()
-    kind: str = "driver"
+    name = group = "source"
+    needs = ()
+    step = "in the list"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), self.digests)
-
-    def setup(self) -> None:
-        """Nothing to prepare."""
+        yield self.action(plain(self.spec), self.digests)
 
     def preview_bytes(self) -> int:
         """What cutting the source into slices reads."""
