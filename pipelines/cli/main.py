@@ -100,7 +100,7 @@ def submit(
     say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
 
 
-@app.command()
+@app.command("generate")
 def generate_grid(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
     release: ReleaseOption = "champion",

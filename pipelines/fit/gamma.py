@@ -27,7 +27,7 @@ WINDOW = 4
 
 def wants_gamma(prior: Sampling) -> bool:
     """Whether these settings of a diffusion prior ask for a table that they do not bring."""
-    return prior.sampler == "analytic_dpm" and not prior.gamma
+    return prior.takes_gamma and not prior.gamma
 
 
 @dataclass(frozen=True)
