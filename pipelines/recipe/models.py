@@ -12,8 +12,8 @@ from typing import Any
 
 from infra.errors import Refused
 from pipelines.recipe.kinds import KINDS
+from pipelines.recipe.partial import said
 from pipelines.recipe.schema import Recipe, Sampler
-from pipelines.recipe.sections import said
 from pipelines.stage import blaming
 from training.options import named
 from unclip.diffusion import check_sampling

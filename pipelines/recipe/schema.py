@@ -28,7 +28,7 @@ from pipelines.promote import GateSpec
 from pipelines.recipe import yaml as document
 from pipelines.recipe.errors import explain
 from pipelines.recipe.kinds import asked
-from pipelines.recipe.sections import changes, optional, said, section
+from pipelines.recipe.partial import changes, optional, said, section
 from pipelines.select.rules import RULES
 from pipelines.source import Columns, SourceHow, SourceSpec, columns_of
 from pipelines.stage import PoolHow

@@ -18,8 +18,8 @@ from pipelines.fit import Fit, FitSpec, Gamma, LoadClip, LoadHow, LoadSpec, Take
 from pipelines.promote import Gate, Promote
 from pipelines.recipe.kinds import Asked, asked
 from pipelines.recipe.models import models
+from pipelines.recipe.partial import part
 from pipelines.recipe.schema import Recipe
-from pipelines.recipe.sections import part
 from pipelines.release import Bundle, BundleSpec
 from pipelines.reports import Count, DataReport, Report
 from pipelines.select import Look, Select
