@@ -81,7 +81,7 @@ class FitHow:
     """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
     overlap: bool = True
     """Training goes on while a checkpoint is written."""
-    patience_s: float = 600
+    store_wait_s: float = 600
     """Seconds for which a store that does not answer, or has no room, is waited for; what was to be written is kept
     meanwhile. Less than the 1,800 for which workers wait for each other."""
     compile: bool = False
@@ -121,7 +121,7 @@ class FitHow:
         names = ("cpus", "gpus", "log_seconds", "system_seconds", "checkpoint_seconds", "peak_tflops")
         amounts = dict.fromkeys(names, AMOUNT) | {"preview_share": FRACTION}
         ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
-        ranges["patience_s"] = Range(0, 1500)
+        ranges["store_wait_s"] = Range(0, 1500)
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
         if self.shard not in SHARDS:

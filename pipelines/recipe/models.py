@@ -33,11 +33,12 @@ def sizes(recipe: Recipe) -> list[int]:
 
 def clip_widths(recipe: Recipe) -> dict[str, int]:
     """embedding, text_width, context and vocabulary of the recipe's CLIP, from its configuration alone."""
-    config = recipe.clip.model or open_clip_config(recipe.clip.pretrained.name)
+    name = "" if recipe.clip.pretrained is None else recipe.clip.pretrained.name
+    config = recipe.clip.model or open_clip_config(name)
     text = config.get("text_cfg", {})
     if "embed_dim" not in config or "width" not in text:
         raise Refused(
-            f"clip.pretrained.name: open_clip's {recipe.clip.pretrained.name} has a text tower of another kind; take a "
+            f"clip.pretrained.name: open_clip's {name} has a text tower of another kind; take a "
             "CLIP with CLIP's own, such as ViT-L-14"
         )
     from unclip.clip import clip_widths

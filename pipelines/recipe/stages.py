@@ -13,7 +13,7 @@ from typing import Any
 from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec, Gather, GatherHow, PictureSpec, check_unused
 from pipelines.embed import Embed, EmbedHow, EmbedSpec, Statistics
-from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec, read_prompts
+from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec, read_prompts, scores
 from pipelines.fit import Fit, FitSpec, Gamma, LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec, wants_gamma
 from pipelines.promote import Gate, Promote
 from pipelines.recipe.kinds import Asked, asked
@@ -28,6 +28,7 @@ from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, blaming, plain
 from training.job import FitHow
 from training.options import KINDS
+from unclip.release import KINDS as MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Build:
     @property
     def source(self) -> SourceHow:
         """Where the pictures come from."""
-        return SourceHow(self.inputs.urls, self.recipe.source.tars, self.recipe.source.folder)
+        section = self.recipe.source
+        return SourceHow(self.inputs.urls, section.tars, section.folder, section.uri)
 
 
 def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -96,10 +98,10 @@ def source(build: Build) -> Iterable[Stage]:
 def download(build: Build) -> Iterable[Stage]:
     """The pictures: fetched, or taken from where the source has them."""
     section, where = build.recipe.download, build.source
-    if where.tars or where.folder:
-        check_unused(section, "source.tars" if where.tars else "source.folder")
+    if not where.fetched:
+        check_unused(section, f"source.{where.kind}")
         samples = "" if build.inputs.unread else where.samples or ""
-        how = GatherHow(samples, section.threads, section.cpus, section.apart, section.decode_s)
+        how = GatherHow(samples, section.threads, section.cpus, section.isolate, section.decode_s)
         yield Gather(part(section, PictureSpec), how)
     else:
         yield Download.of(part(section, DownloadSpec), part(section, DownloadHow))
@@ -128,10 +130,10 @@ def clip(build: Build) -> Iterable[Stage]:
     if section.pretrained is not None:
         yield LoadClip.of(part(section.pretrained, LoadSpec), part(section.pretrained, LoadHow))
     elif section.train is None:
-        yield TakeClip(TakeSpec(build.inputs.starts[str(section.start)], section.model))
+        yield TakeClip(TakeSpec(build.inputs.starts[str(section.start)], section.model or {}))
     else:
         (one,) = (one for one in asked(build.recipe) if one.kind == "clip")
-        yield fit(build, one, section.model)
+        yield fit(build, one, section.model or {})
 
 
 def embed(build: Build) -> Iterable[Stage]:
@@ -170,7 +172,8 @@ def bundle(build: Build) -> Iterable[Stage]:
         sampling["prior"] = chosen.prior.document()
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
     spec = BundleSpec(build.recipe.release.name, sampling)
-    yield Bundle(spec, tuple(one.stage for one in build.fits), build.measured)
+    parts = tuple(one.stage for one in build.fits if MODELS[one.kind].part)
+    yield Bundle(spec, parts, build.measured)
 
 
 def evaluate(build: Build) -> Iterable[Stage]:
@@ -179,7 +182,8 @@ def evaluate(build: Build) -> Iterable[Stage]:
     with blaming("evaluate.prompts"):
         prompts = read_prompts(build.inputs.prompts)
     yield EvaluateSample(part(section, EvaluateSpec), part(section, PoolHow), prompts)
-    yield Evaluate()
+    added = [name for name in scores.METRICS if name not in scores.BUILT_IN]
+    yield Evaluate({"metrics": added} if added else {})
 
 
 def promote(build: Build) -> Iterable[Stage]:

@@ -151,7 +151,7 @@ def _kinds(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _similarity(part: dict[str, Any]) -> dict[str, float | None]:
     """What CLIP measured; None for what an older evaluation did not."""
-    return {name: part.get(name) for name in scores.SIMILARITIES}
+    return {name: part.get(name) for name in scores.METRICS}
 
 
 def _grids(store: Store, evaluate: Record) -> list[dict[str, str]]:

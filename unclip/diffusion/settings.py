@@ -135,8 +135,8 @@ def check_sampling(name: str, sampling: Sampling, *, written: bool = False, gamm
         raise Refused(f"interval and rescale guide what denoises, and this {name} is autoregressive")
     if sampling.takes_gamma and not (sampling.gamma or gamma or written):
         raise Refused(
-            f"{name}: {sampling.sampler} takes its variances from a table of γ, and there is none for this model. A run of a "
-            "recipe with sampling.prior.sampler analytic_dpm measures the prior's; "
+            f"{name}: {sampling.sampler} takes its variances from a table of γ, and there is none for this model. A "
+            "run of a recipe with sampling.prior.sampler analytic_dpm measures the prior's; "
             "unclip.diffusion.analytic.estimate_gamma any. Or choose another sampler."
         )
     if not written and sampling.temperature != 1:
