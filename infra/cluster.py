@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 from infra.errors import Refused
+from infra.plugins import VARIABLE, load_plugins
 
 _OBJECT_STORE = 512 << 20  # rows travel through files, so it holds little
 _PATIENCE_S = 5.0
@@ -99,6 +100,9 @@ def connect(address: str | None = None, cpus: int | None = None, *, dashboard: b
     ray = _import_ray()
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if plugins := os.environ.get(VARIABLE):  # each worker imports them before its first task
+            hook = {"env_vars": {VARIABLE: plugins}, "worker_process_setup_hook": load_plugins}
+            quiet["runtime_env"] = hook
         try:
             if address is None:
                 _start(

@@ -68,7 +68,7 @@ def _joined(
     """What the recipe reads from outside itself, and its stages; a world's list and prompts are written to `folder`."""
     urls, prompts = recipe.source.urls, recipe.evaluate.prompts
     if recipe.world:
-        if not (recipe.source.tars or recipe.source.folder):
+        if not (recipe.source.tars or recipe.source.folder or recipe.source.uri):
             urls = urls or str(write_list(recipe.world, folder))
         prompts = prompts or str(write_prompts(recipe.world, folder))
     if prompts is None:
@@ -77,7 +77,7 @@ def _joined(
         prompts = str(recipes.FOLDER / prompts)
     if not os.path.isfile(prompts):  # unlike Path's, it takes a name of any length
         raise Refused(f"evaluate.prompts: there is no file {prompts!r}")
-    where = SourceHow(urls, recipe.source.tars, recipe.source.folder)
+    where = SourceHow(urls, recipe.source.tars, recipe.source.folder, recipe.source.uri)
     head = Ledger(store, recipe.release.name).head()
     digests, unread, missing = _read(where, recipe, planning=planning)
     inputs = workflow.Inputs(urls, digests, prompts, head, starts(recipe, store), unread)
@@ -201,7 +201,7 @@ def written(recipe: Recipe) -> str:
     """A recipe as YAML that gives the same recipe again, but for the tracking server's address, which may hold a
     password."""
     told = dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, uri=None))
-    return yaml.safe_dump(_said(plain(told)), sort_keys=False)
+    return yaml.safe_dump(_said(plain(told) | plain(recipe.sections)), sort_keys=False)
 
 
 def _said(value: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from infra.errors import Refused
 from infra.records import Action, Manifest, Record
@@ -17,25 +17,46 @@ from unclip.errors import Refused as Impossible
 
 
 class Stage(Protocol):
-    """One step of the workflow; an instance is picklable and small, since it travels to Ray workers.
+    """What the engine asks of a stage; an instance is picklable and small, since it travels to Ray workers.
 
-    `name` is unique in the graph ("filter-look"), `group` is what the command line calls it ("filter").
-    `version` rises when the bytes that the same spec and inputs give change.
-    `needs` names the stages whose manifests `actions` takes, in that order.
-    `maps`, where a stage has it, names the one of which each shard gives one action here.
-    `preview_bytes()`, where a stage has it, is what its `run` would read, so that a plan may do it for itself.
-    `kind`: "task" (Ray task each), "actor" (a pool of actors, each set up once), "driver" (runs in the driver's thread:
-    reduces over small things, ledger) or "fit" (Ray Train, started from a thread of the driver under a lease).
-    One of kind "task" may have `carefully()`: itself as it does an action that ended its workers.
+    `StageBase` has what most stages share.
     """
 
-    name: str
-    group: str
-    version: int
-    needs: tuple[str, ...]
-    kind: str
-    spec: Any
-    how: Any
+    @property
+    def name(self) -> str:
+        """Unique in the graph: "filter-look"."""
+        ...
+
+    @property
+    def group(self) -> str:
+        """What the command line calls it: "filter"."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """It rises when the bytes that the same spec and inputs give change."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the stages whose manifests `actions` takes, in that order."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Where its actions are done: "task" (a Ray task each), "actor" (a pool of actors, each set up once), "driver"
+        (the driver's thread: reduces over small things, the ledger) or "fit" (Ray Train, under a lease)."""
+        ...
+
+    @property
+    def spec(self) -> Any:
+        """All that decides its bytes beside its inputs; it goes into keys."""
+        ...
+
+    @property
+    def how(self) -> Any:
+        """How it is run; it goes into no key."""
+        ...
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """What is to be made from these manifests (in the order of `needs`). Pure: no store, no clock, no network."""
@@ -48,6 +69,64 @@ class Stage(Protocol):
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Does one action: files go to the empty folder `out`; returns `Record.of(action, out, …)` to be committed."""
         ...
+
+
+class StageBase:
+    """What most stages share. A stage is a frozen dataclass of this base: it says `name`, `needs`, `spec`, `how` and
+    `run`, as fields where instances differ and as plain class attributes (without a type) where they do not.
+
+    A stage may also have `preview_bytes()`: what its `run` would read, so that a plan may do it for itself;
+    `carefully()`, of kind "task": itself as it does an action that ended its workers; `stale(record)`: whether a record
+    is to have a next generation; `shards`: how many actions it has, where that is known without its inputs; and
+    `unread`: why its inputs were not read, so that it can be planned and not run.
+    """
+
+    if TYPE_CHECKING:  # to be read only, as fields of frozen dataclasses and properties are
+
+        @property
+        def name(self) -> str: ...
+        @property
+        def group(self) -> str: ...
+        @property
+        def needs(self) -> tuple[str, ...]: ...
+        @property
+        def spec(self) -> Any: ...
+        @property
+        def how(self) -> Any: ...
+        @property
+        def version(self) -> int: ...
+        @property
+        def kind(self) -> str: ...
+        @property
+        def maps(self) -> str:
+            """The stage of which each shard gives one action here."""
+
+        @property
+        def role(self) -> str:
+            """What its manifest is to a trainer: rows, selection, statistics, clip; empty: its own name."""
+
+        @property
+        def step(self) -> str:
+            """What a report calls the rows that it passes on, where the rows of a data set pass through it."""
+
+        @property
+        def section(self) -> str:
+            """The recipe's section that says how it is run; empty: its group."""
+
+    else:
+        version, kind = 1, "driver"
+        maps = role = step = section = ""
+
+    def action(self, spec: Any, inputs: Iterable[str]) -> Action:
+        """One of this stage's actions, on inputs that digests or versions name."""
+        return Action(f"{self.name}/{self.version}", spec, tuple(inputs))
+
+    def actions(self, *inputs: Manifest) -> Iterator[Action]:
+        """One in all, on the versions of its inputs."""
+        yield self.action(plain(self.spec), (manifest.version for manifest in inputs))
+
+    def setup(self) -> None:
+        """Nothing to set up."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +175,3 @@ def blaming(where: str) -> Iterator[None]:
         yield
     except (Refused, Impossible) as error:
         raise Refused(f"{where}: {error}", code=getattr(error, "code", 2)) from error
-
-
-ROLES = {
-    "download": "rows",
-    "filter": "selection",
-    "embed": "rows",
-    "curate": "selection",
-    "statistics": "statistics",
-    "clip": "clip",
-    "decoder": "start",
-}
-"""What a manifest is to a trainer, by the stage that made it."""

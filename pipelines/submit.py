@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.errors import Refused
+from infra.plugins import VARIABLE
 from infra.tracking import SENT, git_tags
 from pipelines.recipe import schema as recipes
 from pipelines.recipe import stages as workflow
@@ -40,6 +41,7 @@ def submit_recipe(
         "MLFLOW_TRACKING_URI",
         "AWS_ENDPOINT_URL",
         "AWS_DEFAULT_REGION",
+        VARIABLE,
     )  # no secrets: those are the cluster's own
     environment = {name: os.environ[name] for name in passed if name in os.environ}
     environment[SENT] = json.dumps(git_tags())  # the job's copy of the code has no repository

@@ -61,7 +61,10 @@ def test_the_commands_page_names_every_command_and_no_other() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_can_be_read(page: Path) -> None:
     lines = page.read_text().splitlines()
-    assert [line for line in lines if len(line) > WIDTH and not line.startswith(("|", "    "))] == []
+    code = [line.startswith("```") for line in lines]
+    inside = [sum(code[: number + 1]) % 2 == 1 for number in range(len(lines))]
+    long = [line for line, fenced in zip(lines, inside, strict=True) if len(line) > WIDTH and not fenced]
+    assert [line for line in long if not line.startswith(("|", "    "))] == []
 
 
 def test_the_readme_is_short_and_begins_with_what_it_is() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from training.meta import Weightless, shapes
+from training.options import KINDS, named
 from training.parallel import STATE_BYTES, recomputed
 from unclip.clip import build_clip
 from unclip.meta import weightless
@@ -73,7 +74,7 @@ def cost(
     configuration that it refuses.
     """
     network = _built(kind, model).train()
-    count, forward = _count(network), partial(_FORWARD.get(kind, _pictures), network, crop)
+    count, forward = _count(network), partial(named(KINDS[kind].forward), network, crop)
     if precision == "float32":
         found = _traced(network, forward, TRACED, recompute)
         return Cost(count, found.flops // TRACED, found.kept // TRACED, found.again // TRACED)
@@ -98,8 +99,8 @@ def _count(network: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What models are traced on: tensors of so many samples, on the device on which the model's are."""
+class Given:
+    """What a forward pass is traced on: tensors of so many samples, on the device on which the model's are."""
 
     samples: int
     device: torch.device
@@ -119,24 +120,28 @@ class _Given:
         return self.floats(config.embedding), self.floats(config.context, config.text_width), seen
 
 
-def _clip(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
+def pass_clip(network: nn.Module, crop: int | None, given: Given) -> Tensor:
+    """Both towers of a CLIP."""
     clip = cast(Any, network)
     side = clip.visual.image_size
     height, width = (side, side) if isinstance(side, int) else side
     return clip.encode_image(given.floats(3, height, width)) + clip.encode_text(given.integers(clip.context_length))
 
 
-def _prior(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
+def pass_prior(network: nn.Module, crop: int | None, given: Given) -> Tensor:
+    """A diffusion prior."""
     prior = cast(DiffusionPrior, network)
     return prior(given.floats(prior.config.embedding), given.integers(), *prior.context(*given.caption(prior.config)))
 
 
-def _ar_prior(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
+def pass_ar_prior(network: nn.Module, crop: int | None, given: Given) -> Tensor:
+    """An autoregressive prior."""
     prior = cast(AutoregressivePrior, network)
     return prior(given.integers(prior.config.kept), *prior.context(*given.caption(prior.config)))
 
 
-def _decoder(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
+def pass_decoder(network: nn.Module, crop: int | None, given: Given) -> Tensor:
+    """A decoder, or an inpainter."""
     decoder = cast(Decoder, network)
     config = decoder.config
     image = given.floats(config.embedding) if config.image else None
@@ -147,7 +152,8 @@ def _decoder(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     return decoder(picture, given.integers(), context)
 
 
-def _upsampler(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
+def pass_upsampler(network: nn.Module, crop: int | None, given: Given) -> Tensor:
+    """An upsampler."""
     upsampler = cast(Upsampler, network)
     high = given.picture(crop or upsampler.config.size)
     low = given.picture(high.shape[-1] // upsampler.config.factor)
@@ -155,20 +161,10 @@ def _upsampler(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
     return upsampler.unet(torch.cat([high, upsampler.enlarge(low)], 1), given.integers())
 
 
-def _pictures(network: nn.Module, crop: int | None, given: _Given) -> Tensor:
+def pass_encoder(network: nn.Module, crop: int | None, given: Given) -> Tensor:
     """What is told a picture and its timestep alone: a noised classifier, a noised CLIP."""
     known = cast(Any, network)
     return known.encoder(given.picture(known.config.size), given.integers())
-
-
-_FORWARD: dict[str, Callable[[nn.Module, int | None, _Given], Tensor]] = {
-    "clip": _clip,
-    "prior": _prior,
-    "ar_prior": _ar_prior,
-    "decoder": _decoder,
-    "inpainter": _decoder,
-    "upsampler": _upsampler,
-}
 
 
 @dataclass(frozen=True)
@@ -181,12 +177,12 @@ class _Found:
 
 
 def _traced(
-    network: nn.Module, forward: Callable[[_Given], Tensor], samples: int, recompute: bool, gpu: bool = False
+    network: nn.Module, forward: Callable[[Given], Tensor], samples: int, recompute: bool, gpu: bool = False
 ) -> _Found:
     """One forward and backward pass of so many samples; gpu: autocast's rules for one."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    given, fused = _Given(samples, next(network.parameters()).device), _Fused(norms_in_float32=gpu)
+    given, fused = Given(samples, next(network.parameters()).device), _Fused(norms_in_float32=gpu)
     counter = FlopCounterMode(display=False)
     kept = _Kept(network, lambda: counter.get_total_flops() + fused.forward_flops)
     weightless = Weightless() if given.device.type == "meta" else nullcontext()

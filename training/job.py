@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from infra.errors import Refused
-from training.options import CONFIGS, TrainConfig
+from training.options import KINDS, TrainConfig
 from unclip.config import AMOUNT, COUNT, FRACTION, SEED, WHOLE, Range, outside
 
-KINDS = ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
 SHARDS = ("auto", "flat", "fsdp")
 START = "start"
 """The role, in a job's data, of the version that a fit goes on from."""
@@ -28,11 +27,11 @@ class Job:
     key: str
     """Key of the fit's action: its checkpoints lie under `checkpoints/<key>/`."""
     kind: str
-    """One of `KINDS`."""
+    """One of `training.options.KINDS`."""
     model: dict[str, Any]
     """The model's configuration as a plain dict (PriorConfig, …; for clip an open_clip model configuration)."""
     train: dict[str, Any]
-    """The training options as a plain dict: the fields of `CONFIGS[kind]`."""
+    """The training options as a plain dict: the fields of `KINDS[kind].options`."""
     data: dict[str, str]
     """Role → manifest version. rows and selection always; statistics and clip for the priors, the decoder and the
     inpainter, clip for a noised CLIP; start, which an inpainter needs and any may have: the finished model, or the
@@ -45,10 +44,11 @@ class Job:
     @property
     def config(self) -> TrainConfig:
         """The training options; Refused for an unknown or impossible one."""
-        known = {field.name for field in fields(CONFIGS[self.kind])}
+        options = KINDS[self.kind].options
+        known = {field.name for field in fields(options)}
         if unknown := sorted(set(self.train) - known):
             raise Refused(f"{self.stage}: unknown training option {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        return CONFIGS[self.kind](**self.train)
+        return options(**self.train)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FitHow:
     """The name of a metric, such as `loss`: the checkpoint at which it was least is kept too."""
     overlap: bool = True
     """Training goes on while a checkpoint is written."""
-    patience_s: float = 600
+    store_wait_s: float = 600
     """Seconds for which a store that does not answer, or has no room, is waited for; what was to be written is kept
     meanwhile. Less than the 1,800 for which workers wait for each other."""
     compile: bool = False
@@ -121,7 +121,7 @@ class FitHow:
         names = ("cpus", "gpus", "log_seconds", "system_seconds", "checkpoint_seconds", "peak_tflops")
         amounts = dict.fromkeys(names, AMOUNT) | {"preview_share": FRACTION}
         ranges = {"cache_bytes": SEED, "nice": Range(0, 19), "max_failures": WHOLE, "least_workers": WHOLE}
-        ranges["patience_s"] = Range(0, 1500)
+        ranges["store_wait_s"] = Range(0, 1500)
         if wrong := outside(self, **counts, **amounts, **ranges):
             raise Refused(wrong)
         if self.shard not in SHARDS:

@@ -44,11 +44,11 @@ def train(
 
     Every rank calls it. `stop` and `save` are asked at each step; if any rank says yes, all save after it, and for
     `stop` raise Stopped. While the store is slow or not to be reached, training goes on with the rows that it has, and
-    begins no second checkpoint; raises Unavailable once `how.patience_s` are over.
+    begins no second checkpoint; raises Unavailable once `how.store_wait_s` are over.
     """
     config = job.config
     torch.set_num_threads(how.threads)
-    store = Patient(store, how.patience_s)
+    store = Patient(store, how.store_wait_s)
 
     def told(samples: int, digest: str) -> None:
         monitor.tag(job.stage, {"unclip.checkpoint": digest, "unclip.checkpoint.samples": str(samples)})

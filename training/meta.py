@@ -28,4 +28,4 @@ class Weightless(TorchFunctionMode):
 def shapes(kind: str, config: Any) -> nn.Module:
     """A model of that kind (not open_clip's) and configuration, all of it on the meta device."""
     with weightless():
-        return KINDS[kind][1](config)
+        return KINDS[kind].module(config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from infra.errors import Refused
 from unclip.config import AMOUNT, COUNT, FRACTION, LATER, POSITIVE, SEED, SHARE, SIDE, WEIGHTINGS, WHOLE, Range, outside
@@ -237,17 +239,59 @@ class NoisedClipTrain(NoisedTrain):
     """Options of a noised CLIP's contrastive training."""
 
 
-CONFIGS: dict[str, type[TrainConfig]] = {
-    "clip": ClipTrain,
-    "prior": PriorTrain,
-    "ar_prior": AutoregressivePriorTrain,
-    "decoder": DecoderTrain,
-    "inpainter": InpainterTrain,
-    "upsampler": UpsamplerTrain,
-    "classifier": ClassifierTrain,
-    "noised_clip": NoisedClipTrain,
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of model is trained. Functions and classes are named "module:name" and imported when a fit asks for
+    them: whoever reads a recipe imports no network."""
+
+    options: type[TrainConfig]
+    """What a recipe says under `train`."""
+    objective: str
+    """A class that takes (job, store, device): see `training.objectives.base.Objective`."""
+    forward: str
+    """A function that takes (network, crop, given) and makes one forward pass, from which `training.cost` counts."""
+    whole_batch: bool = False
+    """Whether its loss compares all samples of a batch: then a worker holds all of its own at once."""
+    from_kinds: tuple[str, ...] = ()
+    """Kinds beside its own that it may go on from; a release has them under these names."""
+
+
+KINDS: dict[str, Kind] = {
+    "clip": Kind(ClipTrain, "training.objectives.clip:ClipObjective", "training.cost:pass_clip", whole_batch=True),
+    "prior": Kind(PriorTrain, "training.objectives.prior:PriorObjective", "training.cost:pass_prior"),
+    "ar_prior": Kind(
+        AutoregressivePriorTrain,
+        "training.objectives.prior:AutoregressivePriorObjective",
+        "training.cost:pass_ar_prior",
+    ),
+    "decoder": Kind(DecoderTrain, "training.objectives.decoder:DecoderObjective", "training.cost:pass_decoder"),
+    "inpainter": Kind(
+        InpainterTrain,
+        "training.objectives.decoder:InpainterObjective",
+        "training.cost:pass_decoder",
+        from_kinds=("decoder",),
+    ),
+    "upsampler": Kind(
+        UpsamplerTrain, "training.objectives.upsampler:UpsamplerObjective", "training.cost:pass_upsampler"
+    ),
+    "classifier": Kind(
+        ClassifierTrain, "training.objectives.classifier:ClassifierObjective", "training.cost:pass_encoder"
+    ),
+    "noised_clip": Kind(
+        NoisedClipTrain,
+        "training.objectives.clip:NoisedClipObjective",
+        "training.cost:pass_encoder",
+        whole_batch=True,
+    ),
 }
-"""The training options of each kind of model."""
+"""Every kind of model that can be trained. `unclip.release.model.KINDS` and `pipelines.recipe.kinds.KINDS` have a row
+for each too."""
+
+
+def named(path: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _check(config: TrainConfig, **ranges: Range) -> None:

@@ -16,11 +16,9 @@ from torch import nn
 from infra.records import materialised
 from infra.store import Store
 from training.job import START, Job
+from training.options import KINDS
 from unclip.errors import Refused
 from unclip.release import MANIFEST, read_model_config, warm_start
-
-ALSO = {"inpainter": ("inpainter", "decoder")}
-"""Kinds that a model may go on from, where that is not its own alone."""
 
 
 @contextmanager
@@ -31,7 +29,7 @@ def finished(job: Job, store: Store) -> Iterator[Path]:
     """
     with materialised(store, job.data[START]) as folder:
         if (folder / MANIFEST).is_file():
-            names = [job.stage] + ["decoder"] * (job.kind == "inpainter")
+            names = [job.stage, *KINDS[job.kind].from_kinds]
             there = [folder / name for name in names if (folder / name).is_dir()]
             if not there:
                 parts = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
@@ -58,5 +56,5 @@ def started(model: nn.Module, job: Job, store: Store, clip: str | None = None) -
     """
     if START in job.data:
         with finished(job, store) as folder:
-            warm_start(model, folder, *ALSO.get(job.kind, (job.kind,)), clip=clip)
+            warm_start(model, folder, job.kind, *KINDS[job.kind].from_kinds, clip=clip)
     return model

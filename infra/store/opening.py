@@ -1,12 +1,31 @@
-"""Which store a URI means: a folder, or S3."""
+"""Which store a URI means: a folder, S3, or what a plug-in adds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from infra.errors import Refused
 from infra.store.base import Store
 from infra.store.local import LocalStore
+
+
+class Opener(Protocol):
+    """Opens the stores of one scheme."""
+
+    def __call__(self, uri: str, *, create: bool, cache: Path | None, endpoint: str | None) -> Store:
+        """The store at a URI of that scheme: see `open_store`."""
+        ...
+
+
+def _open_s3(uri: str, *, create: bool, cache: Path | None, endpoint: str | None) -> Store:
+    from infra.store.s3 import S3Store
+
+    return S3Store.open(uri, create=create, cache=cache, endpoint=endpoint)
+
+
+SCHEMES: dict[str, Opener] = {"s3": _open_s3}
+"""What stands before `://` → what opens it. A folder has none, or `file`."""
 
 
 def open_store(uri: str, *, create: bool = True, cache: Path | None = None, endpoint: str | None = None) -> Store:
@@ -16,11 +35,9 @@ def open_store(uri: str, *, create: bool = True, cache: Path | None = None, endp
     cache (S3 only): the folder of local copies, default `$XDG_CACHE_HOME/unclip`. endpoint (S3 only): the URL of an S3
     server other than Amazon's, default `$AWS_ENDPOINT_URL`. Refused if it cannot be read, or (create) not be written.
     """
-    if uri.startswith("s3://"):
-        from infra.store.s3 import S3Store
-
-        return S3Store.open(uri, create=create, cache=cache, endpoint=endpoint)
     scheme, separator, path = uri.partition("://")
+    if separator and scheme in SCHEMES:
+        return SCHEMES[scheme](uri, create=create, cache=cache, endpoint=endpoint)
     if separator and scheme != "file":
         raise Refused(f"store {uri!r}: unknown scheme {scheme!r}. Use a folder's path, or s3://bucket/prefix.")
     if not uri:

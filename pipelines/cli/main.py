@@ -100,7 +100,7 @@ def submit(
     say(submit_recipe(recipe, store, change or (), address, until=until, only=only))
 
 
-@app.command()
+@app.command("generate")
 def generate_grid(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What to draw.")],
     release: ReleaseOption = "champion",
@@ -205,6 +205,7 @@ def main() -> None:
     import warnings
 
     from infra.errors import EXPECTED, NotFound, Refused, advice
+    from infra.plugins import load_plugins
     from infra.records import damaged
     from unclip.errors import Refused as Impossible
 
@@ -214,6 +215,7 @@ def main() -> None:
     logging.getLogger("unclip").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     try:
+        load_plugins()  # which may add commands
         app(standalone_mode=True)
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes a Ctrl-C an exit without a word
         if interrupted.seen and (isinstance(end, KeyboardInterrupt) or end.code):

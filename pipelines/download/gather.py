@@ -26,7 +26,7 @@ from pipelines.download.stage import DownloadHow, DownloadSpec
 from pipelines.source import Unreadable, place
 from unclip.config import AMOUNT, COUNT, outside
 
-DECIDING = ("opt_out", "block", "block_file", "again", "again_states")
+DECIDING = ("opt_out", "block", "block_file", "retry_pass", "retry_states")
 """Settings of a download that decide about rows, or ask for work. Whoever sets one relies on it."""
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class GatherHow:
     """Pictures read at a time, a task."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
-    apart: bool = False
+    isolate: bool = False
     decode_s: float = 60.0
     """Both as DownloadHow's."""
 
@@ -59,7 +59,7 @@ class Gather(Packing):
 
     def carefully(self) -> Gather:
         """The stage as it does a shard that ended its workers."""
-        return replace(self, how=replace(self.how, apart=True))
+        return replace(self, how=replace(self.how, isolate=True))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         table = pq.read_table(store.local(object_name(action.inputs[0])))
@@ -80,7 +80,7 @@ class Gather(Packing):
             except Unreadable as error:
                 raise self._changed(str(error)) from error
 
-        with preparing(self.spec, self.how.apart, self.how.decode_s) as prepare:
+        with preparing(self.spec, self.how.isolate, self.how.decode_s) as prepare:
             for which, data in map_unordered(read, wanted, self.how.threads):
                 row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
                 if sample_uid(sha, row["caption"]) != row["uid"]:

@@ -26,7 +26,7 @@ from infra.store import Store
 from pipelines.download.images import Picture, PictureSpec, resizer
 from pipelines.download.redact import redact_tar
 from pipelines.progress import became, expect
-from pipelines.stage import plain
+from pipelines.stage import StageBase, plain
 
 TAR, TABLE = "images.tar", "index.parquet"
 BLOCK_ROWS = 256
@@ -37,7 +37,7 @@ Members = list[tuple[str, bytes]]
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packing(StageBase):
     """What `Download` and `Gather` share as stages: each slice → `images.tar` and `index.parquet`, under one name.
 
     Blocks are ranges of the index.
@@ -45,18 +45,18 @@ class Packing:
 
     spec: PictureSpec
     how: Any
-    name: str = "download"
-    group: str = "download"
-    version: int = 1
-    needs: tuple[str, ...] = ("source",)
-    kind: str = "task"
-    maps: str = "source"
+    name = group = "download"
+    needs = ("source",)
+    kind = "task"
+    maps = "source"
+    role = "rows"
+    step = "downloaded"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         (source,) = inputs
         spec = plain(self.spec)
         for name in source.only.facts["slices"]:
-            yield Action(f"{self.name}/{self.version}", spec, (source.only.sha(name),))
+            yield self.action(spec, (source.only.sha(name),))
 
     def setup(self) -> None:
         """Imports what the first picture would otherwise wait for."""

@@ -84,30 +84,36 @@ class DownloadHow(Manners):
     """A shard is not recorded, and the stage fails, where at least so many rows were tried and no server answered a
     single one: then the network or these settings are at fault, not the hosts, and a record would say for good that the
     pictures are gone. 0: recorded all the same. A smaller shard of dead hosts, as at a list's end, holds nobody up."""
-    again: int = 0
+    retry_pass: int = 0
     """How often the failed rows of shards that are there already are asked once more: each pass writes the next
-    generation of the shards that have rows in `again_states`, and touches no other row. The number is the generation
+    generation of the shards that have rows in `retry_states`, and touches no other row. The number is the generation
     to be reached (forgetting makes generations as well): a pass that was made is not made again until it is raised."""
-    again_states: tuple[str, ...] = PASSING
+    retry_states: tuple[str, ...] = PASSING
     """Which failed rows those are. Rows that were kept, blocked or opted out are never asked again."""
-    apart: bool = False
+    isolate: bool = False
     """Whether pictures are decoded in processes of their own, so that one which ends or holds its decoder costs its row
     alone. A shard that ended its workers is done so in any case."""
     decode_s: float = 60.0
     """Seconds that a picture may be with its decoder. A worker with one that takes longer is ended, as a crash would
-    end it; apart, the row ends as `decoder_hung`."""
+    end it; isolated, the row ends as `decoder_hung`."""
     cpus: float = 1
     """CPUs that Ray reserves a task."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranges = {"timeout_s": POSITIVE, "cpus": AMOUNT, "silent_rows": WHOLE, "again": WHOLE, "decode_s": DECODE_S}
+        ranges = {
+            "timeout_s": POSITIVE,
+            "cpus": AMOUNT,
+            "silent_rows": WHOLE,
+            "retry_pass": WHOLE,
+            "decode_s": DECODE_S,
+        }
         if wrong := outside(self, **ranges):
             raise Refused(f"download.{wrong}")
         if not self.contact.isprintable() or not self.contact.isascii():
             raise Refused("download.contact goes into an HTTP header: write it in ASCII, on one line")
-        if never := [state for state in self.again_states if state in FINAL]:
-            raise Refused(f"download.again_states names {never[0]!r}: such rows are never asked again")
+        if never := [state for state in self.retry_states if state in FINAL]:
+            raise Refused(f"download.retry_states names {never[0]!r}: such rows are never asked again")
         networks(self.allow)
 
 
@@ -132,11 +138,11 @@ class Download(Packing):
 
     def carefully(self) -> Download:
         """The stage as it does a shard that ended its workers."""
-        return replace(self, how=replace(self.how, apart=True))
+        return replace(self, how=replace(self.how, isolate=True))
 
     def stale(self, record: Record) -> bool:
-        """Whether the next generation of a record is asked for (`again`), and there is something to ask for."""
-        return record.generation < self.how.again and not record.states.keys().isdisjoint(self.how.again_states)
+        """Whether the next generation of a record is asked for (`retry_pass`), and there is something to ask for."""
+        return record.generation < self.how.retry_pass and not record.states.keys().isdisjoint(self.how.retry_states)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         before = standing(store, action)
@@ -159,7 +165,7 @@ class Download(Packing):
         if before is None:
             return pack(action, table, _unfetched(rows), take, store, out, self.spec.format)
         earlier = Earlier.read(store, before)
-        settled = earlier.lines(without=self.how.again_states)
+        settled = earlier.lines(without=self.how.retry_states)
         return pack(action, table, settled, take, store, out, self.spec.format, earlier)
 
     @contextmanager
@@ -176,7 +182,7 @@ class Download(Packing):
             if opted_out(headers, self.spec.opt_out):
                 raise Fault("opt_out")
 
-        with closing(guard), preparing(self.spec, self.how.apart, self.how.decode_s) as prepare:
+        with closing(guard), preparing(self.spec, self.how.isolate, self.how.decode_s) as prepare:
 
             def fetch(url: str) -> Outcome:
                 body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body

@@ -29,7 +29,7 @@ from pipelines.embed.prefetch import Lane, ahead
 from pipelines.embed.text import Captions
 from pipelines.progress import expect, so_far
 from pipelines.select import selected
-from pipelines.stage import PoolHow, plain
+from pipelines.stage import PoolHow, StageBase, plain
 from unclip.config import COUNT, LATER, SIDE, Range, outside
 
 if TYPE_CHECKING:
@@ -109,17 +109,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Embed:
+class Embed(StageBase):
     """Stage: each downloaded shard → `rows.parquet`; a block is a row group of at most 256 rows."""
 
     spec: EmbedSpec = field(default_factory=EmbedSpec)
     how: EmbedHow = field(default_factory=EmbedHow)
-    name: str = "embed"
-    group: str = "embed"
-    version: int = 1
-    needs: tuple[str, ...] = ("download", "filter", "clip")
-    kind: str = "actor"
-    maps: str = "download"
+    name = group = "embed"
+    needs = ("download", "filter", "clip")
+    kind = "actor"
+    maps = "download"
+    role = "rows"
+    step = "embedded"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         download, selection, clip = inputs
@@ -127,7 +127,7 @@ class Embed:
         for record in download.records:
             tar, index = record.sha("images.tar"), record.sha("index.parquet")
             chosen = selection.only.sha(f"{index}.parquet")
-            yield Action(f"{self.name}/{self.version}", spec, (tar, index, chosen, clip.version))
+            yield self.action(spec, (tar, index, chosen, clip.version))
 
     def setup(self) -> None:
         """Sets the number of threads; CLIP is loaded by the first `run`, which knows which one, and then stays."""

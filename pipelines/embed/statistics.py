@@ -20,6 +20,7 @@ from infra.errors import Refused
 from infra.records import Action, Manifest, Record, object_name
 from infra.store import Store
 from pipelines.select import selected
+from pipelines.stage import StageBase
 
 TENSORS = "statistics.safetensors"
 LEAST_STD = 1e-6  # a constant dimension is divided by this, and stays 0
@@ -60,7 +61,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(StageBase):
     """Stage: embed's rows through curate's selection → `statistics.safetensors`.
 
     float32: image_mean, image_std, text_mean, text_std [d]; pca [d, d], whose row k is the k-th principal component of
@@ -68,18 +69,10 @@ class Statistics:
     """
 
     spec: dict[str, Any] = field(default_factory=dict)
-    how: None = None
-    name: str = "statistics"
-    group: str = "statistics"
-    version: int = 1
-    needs: tuple[str, ...] = ("embed", "curate")
-    kind: str = "task"
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        yield Action(f"{self.name}/{self.version}", self.spec, tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Nothing to prepare."""
+    how = None
+    name = group = role = "statistics"
+    needs = ("embed", "curate")
+    kind = "task"
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         from safetensors.numpy import save_file

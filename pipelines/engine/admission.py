@@ -28,7 +28,7 @@ def check_room(stages: Iterable[Stage], nodes: Sequence[Node], growth: Sequence[
             continue
         unit = {"fit": f"{units} worker{'s' * (units > 1)}", "task": "a task", "actor": "a process"}[stage.kind]
         wants.append(f"{stage.name} wants {_amount(cpus, gpus)} for {unit}{' each' * (units > 1)}")
-        section = _section(stage)
+        section = getattr(stage, "section", "") or stage.group
         changes += [f"{section}.{name}" for name in ("workers", "cpus", "gpus") if getattr(how, name, 0)]
     if wants:
         has = "; ".join(f"{node.count:g} with {_amount(node.cpus, node.gpus)}" for node in (*nodes, *growth))
@@ -46,13 +46,6 @@ def _holds(nodes: Iterable[Node], cpus: float, gpus: float) -> float:
 def _amount(cpus: float, gpus: float) -> str:
     shown = f"{cpus:g} CPU{'s' * (cpus != 1)}"
     return shown if not gpus or math.isinf(gpus) else f"{shown} and {gpus:g} GPU{'s' * (gpus != 1)}"
-
-
-def _section(stage: Any) -> str:
-    """Where the recipe says how a stage is run."""
-    if getattr(stage, "model", "") == "ar_prior":
-        return "ar_prior"
-    return stage.name.replace("upsampler-", "upsamplers.") if stage.kind == "fit" else stage.group
 
 
 class Admission:

@@ -61,6 +61,7 @@ class Execution:
     ) -> None:
         self.store, self.stages, self.console = store, order(stages), console
         self.ready, self.lease_s = ready, lease_s
+        self.roles = {stage.name: getattr(stage, "role", "") for stage in self.stages}
         self.manifests: dict[str, Manifest] = {}
         self.failures: dict[str, BaseException] = {}
         self._connect, self._lock = connect, threading.Lock()
@@ -99,7 +100,7 @@ class Execution:
         self.console.note("")
         check_room(waiting, info.nodes, info.growth)
         admission = Admission(*info.most)
-        self._fits = Fits(self.store, self.console, monitor, admission, self._stopping, self.lease_s)
+        self._fits = Fits(self.store, self.console, monitor, admission, self._stopping, self.lease_s, self.roles)
         return info, monitor
 
     def stop(self) -> None:
@@ -259,7 +260,7 @@ class Execution:
         spec = plain(stage.spec)
         tags = {"unclip.key": resolved.whole.key, "unclip.inputs": " ".join(resolved.whole.inputs)}
         extent = Extent(count, present, states, ago)
-        read = data_sets(self.store, ((need, self.manifests[need]) for need in stage.needs))
+        read = data_sets(self.store, ((need, self.manifests[need]) for need in stage.needs), self.roles)
         monitor.begin(stage.name, extent, spec if isinstance(spec, dict) else {}, tags, read)
 
         def heard(made: Sequence[Record]) -> None:

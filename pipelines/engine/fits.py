@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,7 +19,10 @@ from training.launch import request_stop
 
 
 class Fits:
-    """The fits of one run on one cluster. `stopping` is set once the run is to stop; `lease_s`: see `Execution`."""
+    """The fits of one run on one cluster.
+
+    `stopping` is set once the run is to stop; `lease_s`: see `Execution`; `roles`: see `data_sets`.
+    """
 
     def __init__(
         self,
@@ -29,9 +32,11 @@ class Fits:
         admission: Admission,
         stopping: threading.Event,
         lease_s: float,
+        roles: Mapping[str, str],
     ) -> None:
         self.store, self.console, self.monitor = store, console, monitor
         self.admission, self.stopping, self.lease_s = admission, stopping, lease_s
+        self.roles = roles
         self._leases: dict[str, int] = {}
 
     def stop(self) -> None:
@@ -101,7 +106,7 @@ class Fits:
     def _train(self, stage: Any, action: Action, lease: int, lost: threading.Event) -> Record:
         """One fit, as a child run in MLflow from its start to its end."""
         self.console.state(stage.name, "running")
-        tell_fit(self.monitor, stage, action, self.store)
+        tell_fit(self.monitor, stage, action, self.store, self.roles)
         status = "FAILED"
         try:
             self._leases[action.key] = lease

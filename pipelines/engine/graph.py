@@ -175,7 +175,7 @@ def why(stage: Stage, whole: Action, store: Store) -> str:
             reasons.append(f"{need} changed")
     if len(before["inputs"]) != len(whole.inputs) or (not stage.needs and before["inputs"] != list(whole.inputs)):
         reasons.append("its inputs changed")
-    again = getattr(stage.how, "again", 0)
+    again = getattr(stage.how, "retry_pass", 0)
     return "; ".join(reasons) or ("failed rows are asked again" if again else "records are missing")
 
 

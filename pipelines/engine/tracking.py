@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from infra.records import Action, Manifest, object_name
 from infra.store import Store
 from infra.tracking import DataSet, git_tags, user
-from pipelines.stage import ROLES
 
 
-def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
+def tell_fit(monitor: Any, stage: Any, action: Action, store: Store, roles: Mapping[str, str]) -> None:
     """Begins a fit's run: how it is made as parameters, which never change, how it is run as a tag, which may."""
     start = {"start": stage.spec.start} if stage.spec.start else {}
     params = {"model": stage.spec.model, "train": stage.spec.train, **start}
@@ -23,7 +22,7 @@ def tell_fit(monitor: Any, stage: Any, action: Action, store: Store) -> None:
         **source_tag(f"--only {stage.name}"),
     }
     read = [(need, Manifest.load(store, version)) for need, version in zip(stage.needs, action.inputs, strict=True)]
-    monitor.start(stage.name, params, tags, data_sets(store, read))
+    monitor.start(stage.name, params, tags, data_sets(store, read, roles))
 
 
 def source_tag(words: str) -> dict[str, str]:
@@ -37,14 +36,17 @@ def tell_made(monitor: Any, stage: str, digests: dict[str, str]) -> None:
     monitor.tag(stage, {f"unclip.made.{name}": sha256 for name, sha256 in digests.items()})
 
 
-def data_sets(store: Store, read: Iterable[tuple[str, Manifest]]) -> list[DataSet]:
-    """Each manifest, by the stage that made it, as a data set. Where its list of files lies is what makes it up."""
+def data_sets(store: Store, read: Iterable[tuple[str, Manifest]], roles: Mapping[str, str]) -> list[DataSet]:
+    """Each manifest, by the stage that made it, as a data set. Where its list of files lies is what makes it up.
+
+    roles: stage → what its manifest is to a trainer; without one, its name.
+    """
     return [
         DataSet(
             name,
             manifest.version,
             f"{store.uri}/{object_name(manifest.version)}",
-            ROLES.get(name, name),
+            roles.get(name) or name,
             {
                 "rows": manifest.rows,
                 "states": manifest.states,

@@ -52,24 +52,23 @@ def find_version(store: Store, version: str) -> Version:
     return matching[0]
 
 
-def reconcile(
-    source: Manifest, download: Manifest, filter: Manifest, embed: Manifest, curate: Manifest
-) -> dict[str, int]:
+def reconcile(source: Manifest, *chain: Manifest) -> dict[str, int]:
     """The final state of every row of the list → rows: "download.http_404", "filter.size", …, and "kept".
 
-    The counts add up to the list's rows; raises Refused where what one stage passed on is not what the next one got.
+    chain: what the stages made that rows pass through behind the source, in their order. The counts add up to the
+    list's rows; raises Refused where what one stage passed on is not what the next one got.
     """
-    chain = [("source", source), ("download", download), ("filter", filter), ("embed", embed), ("curate", curate)]
     final: dict[str, int] = {}
     passed = source.rows
-    for name, manifest in chain:
+    for manifest in (source, *chain):
+        name = manifest.action.stage.partition("/")[0]
         if manifest.rows != passed:
             raise Refused(
                 f"{name} accounts for {manifest.rows} rows, and {passed} were passed on to it. These versions do not "
                 "belong together, or a stage is defective.",
                 code=5,
             )
-        on = LISTED if name == "source" else KEPT
+        on = LISTED if manifest is source else KEPT
         passed = manifest.states.get(on, 0)
         final |= {f"{name}.{state}": count for state, count in manifest.states.items() if state != on}
     final[KEPT] = passed

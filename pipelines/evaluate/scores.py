@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from infra.documents import SCHEMA_VERSION, check_schema
 from infra.errors import Refused
-from unclip.metrics import cmmd, coverage, frechet, mcnemar, paired_difference, wilson
+from unclip.metrics import Coverage, cmmd, coverage, frechet, mcnemar, paired_difference, wilson
 
 ALL = "all"
 """The verdict that everything at once is right."""
-SIMILARITIES = ("clip_score", "cmmd", "fd", "precision", "recall")
-"""What CLIP's embeddings say of a set of pictures: see unclip/metrics.py; all but the first beside true ones. FD is of
-raw embeddings."""
 NEIGHBOURS = 3
 """Of precision and recall, as Kynkäänniemi et al. 2019 chose."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of drawn pictures, as CLIP sees them."""
+
+    clip_scores: Sequence[float]
+    """Of each, with its prompt."""
+    drawn: Sequence[Any]
+    """Raw embeddings."""
+    true: Sequence[Any]
+    """Raw embeddings of true pictures of the same prompts; none where there are no such."""
+
+    @cached_property
+    def overlap(self) -> Coverage | None:
+        """Precision and recall; None of a handful."""
+        few = min(len(self.drawn), len(self.true)) <= NEIGHBOURS
+        return None if few else coverage(self.drawn, self.true, NEIGHBOURS)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says something of a set of pictures."""
+
+    measure: Callable[[Pictures], float | None]
+    """None: it cannot be said of these."""
+    compared: bool = True
+    """Whether it takes true pictures beside the drawn ones."""
+
+
+METRICS: dict[str, Metric] = {
+    "clip_score": Metric(lambda seen: sum(seen.clip_scores) / len(seen.clip_scores), compared=False),
+    "cmmd": Metric(lambda seen: cmmd(seen.drawn, seen.true) if seen.true else None),
+    "fd": Metric(lambda seen: frechet(seen.drawn, seen.true) if min(len(seen.drawn), len(seen.true)) > 1 else None),
+    "precision": Metric(lambda seen: seen.overlap and seen.overlap.precision),
+    "recall": Metric(lambda seen: seen.overlap and seen.overlap.recall),
+}
+"""What CLIP's embeddings say of a set of pictures (unclip/metrics.py), in the order of scores.json."""
+BUILT_IN = tuple(METRICS)
+"""Those that every evaluation has; what plug-ins add is in an evaluation's key."""
 
 
 def score(rows: Sequence[dict[str, Any]], release: str) -> dict[str, Any]:
@@ -62,9 +101,9 @@ def read(data: bytes, where: str = "scores.json") -> dict[str, Any]:
 
 def flat(scores: dict[str, Any]) -> dict[str, float]:
     """The main numbers under dotted names ("single.all", "single.all.low", "pair.ceiling.all", "cmmd"), as metrics."""
-    found = {name: scores.get(name) for name in SIMILARITIES}  # the first documents had two of them
+    found = {name: scores.get(name) for name in METRICS}  # the first documents had two of them
     for kind, part in scores["kinds"].items():
-        found |= {f"{kind}.{name}": part.get(name) for name in SIMILARITIES}
+        found |= {f"{kind}.{name}": part.get(name) for name in METRICS}
         for name, rate in (part["attributes"] or {}).items():
             found |= {f"{kind}.{name}": rate["value"], f"{kind}.{name}.low": rate["low"]}
         for group in ("ceiling", "floor", "zero_shot"):
@@ -79,13 +118,13 @@ def check_name(name: str, kinds: Sequence[str], *, judge: bool, reference: bool)
     """
     kind = max((kind for kind in kinds if name.startswith(f"{kind}.")), key=len, default="")
     measure = name.removeprefix(f"{kind}.") if kind else name
-    if measure in SIMILARITIES[1:] and not reference:
+    if measure in METRICS and METRICS[measure].compared and not reference:
         raise Refused(f"{name} compares with true pictures, and evaluate.reference names none")
-    if measure in SIMILARITIES:
+    if measure in METRICS:
         return
     if not kind:
         raise Refused(
-            f"no evaluation gives a score {name!r}; there are {', '.join(SIMILARITIES)}, and for each kind of prompt "
+            f"no evaluation gives a score {name!r}; there are {', '.join(METRICS)}, and for each kind of prompt "
             f"({', '.join(kinds)}) its own and what the judge says, such as {kinds[0]}.all"
         )
     if not judge:
@@ -140,13 +179,9 @@ def _rates(rows: Sequence[dict[str, Any]], column: str) -> dict[str, Any] | None
 
 
 def _similarity(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    drawn = [row["embedding"] for row in rows]
-    true = [row["true_embedding"] for row in rows if row["true_embedding"] is not None]
-    overlap = coverage(drawn, true, NEIGHBOURS) if min(len(drawn), len(true)) > NEIGHBOURS else None
-    return {
-        "clip_score": sum(row["clip_score"] for row in rows) / len(rows),
-        "cmmd": cmmd(drawn, true) if true else None,
-        "fd": frechet(drawn, true) if min(len(drawn), len(true)) > 1 else None,
-        "precision": overlap and overlap.precision,
-        "recall": overlap and overlap.recall,
-    }
+    seen = Pictures(
+        [row["clip_score"] for row in rows],
+        [row["embedding"] for row in rows],
+        [row["true_embedding"] for row in rows if row["true_embedding"] is not None],
+    )
+    return {name: metric.measure(seen) for name, metric in METRICS.items()}

@@ -19,7 +19,7 @@ from infra.errors import Refused
 from infra.records import Action, Manifest, Record, object_name
 from infra.store import Store
 from pipelines.evaluate.prompts import Chunk, Prompt, alternatives, chunks
-from pipelines.stage import PoolHow, plain
+from pipelines.stage import PoolHow, StageBase, plain
 from unclip.config import AMOUNT, COUNT, SEED, outside
 
 if TYPE_CHECKING:
@@ -91,17 +91,17 @@ def code(name: str | None, what: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class EvaluateSample:
+class EvaluateSample(StageBase):
     """Stage: a chunk of prompts → `samples.parquet`, a row a prompt, in their order."""
 
     spec: EvaluateSpec
     how: PoolHow
     prompts: tuple[Prompt, ...] = field(repr=False)
-    name: str = "evaluate-sample"
-    group: str = "evaluate"
-    version: int = 2
-    needs: tuple[str, ...] = ("bundle",)
-    kind: str = "actor"
+    name = "evaluate-sample"
+    group = "evaluate"
+    version = 2
+    needs = ("bundle",)
+    kind = "actor"
 
     def __post_init__(self) -> None:
         # At the start of a run, not after its hours of training.
@@ -122,7 +122,7 @@ class EvaluateSample:
         files = {what: code(getattr(self.spec, what), what) for what in ("judge", "reference")}
         spec = {**plain(self.spec), "code": files}
         for chunk in chunks(self.prompts, self.spec.chunk):
-            yield Action(f"{self.name}/{self.version}", spec, (bundle.version, chunk.digest))
+            yield self.action(spec, (bundle.version, chunk.digest))
 
     def setup(self) -> None:
         """Sets the number of threads; the release is loaded by the first `run`, which knows which one, and stays."""
@@ -143,23 +143,15 @@ class EvaluateSample:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(StageBase):
     """Stage: all samples → `scores.json` and picture grids."""
 
-    name: str = "evaluate"
-    group: str = "evaluate"
-    version: int = 3
-    needs: tuple[str, ...] = ("evaluate-sample", "bundle")
-    kind: str = "driver"
     spec: dict[str, Any] = field(default_factory=dict)
-    how: None = None
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all; whatever was asked of the samples is in their version."""
-        yield Action(f"{self.name}/{self.version}", self.spec, tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Nothing to set up."""
+    """Empty, for whatever was asked of the samples is in their version; or the metrics that a plug-in added."""
+    how = None
+    name = group = "evaluate"
+    version = 3
+    needs = ("evaluate-sample", "bundle")
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         import pyarrow as pa

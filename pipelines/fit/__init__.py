@@ -13,6 +13,7 @@ from infra.lazy import exports
 if TYPE_CHECKING:
     from pipelines.fit import estimate
     from pipelines.fit.clip import LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec
+    from pipelines.fit.data_stages import CHAIN, DATA, STEPS
     from pipelines.fit.estimate import Accelerator
     from pipelines.fit.gamma import Gamma, wants_gamma
     from pipelines.fit.stage import Fit, FitSpec

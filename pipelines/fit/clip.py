@@ -12,7 +12,7 @@ from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
 from infra.records import Action, Manifest, Record, materialise
 from infra.store import Store
-from pipelines.stage import blaming, plain
+from pipelines.stage import StageBase, blaming, plain
 from unclip.clip import PREFIX, files_of
 
 
@@ -38,7 +38,7 @@ class LoadHow:
 
 
 @dataclass(frozen=True)
-class LoadClip:
+class LoadClip(StageBase):
     """Takes a CLIP from open_clip's hub or from a file and stores it as this pipeline's CLIP.
 
     It runs in the driver, where the file's digest was taken: the same path on another node may be another file.
@@ -46,11 +46,8 @@ class LoadClip:
 
     spec: LoadSpec
     how: LoadHow = field(default_factory=LoadHow)
-    name: str = "clip"
-    group: str = "clip"
-    needs: tuple[str, ...] = ()
-    version: int = 1
-    kind: str = "driver"
+    name = group = role = "clip"
+    needs = ()
 
     @classmethod
     def of(cls, spec: LoadSpec, how: LoadHow) -> LoadClip:
@@ -67,10 +64,7 @@ class LoadClip:
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all; it reads no data."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), ())
-
-    def setup(self) -> None:
-        """Nothing to set up."""
+        yield self.action(plain(self.spec), ())
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Loads and saves it; raises Refused where hub or file do not give it, or the file is not the key's."""
@@ -107,23 +101,17 @@ class TakeSpec:
 
 
 @dataclass(frozen=True)
-class TakeClip:
+class TakeClip(StageBase):
     """Takes a release's CLIP, byte for byte, as this pipeline's: what starts from that release needs this very one."""
 
     spec: TakeSpec
-    how: None = None
-    name: str = "clip"
-    group: str = "clip"
-    needs: tuple[str, ...] = ()
-    version: int = 1
-    kind: str = "driver"
+    how = None
+    name = group = role = "clip"
+    needs = ()
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all; it reads no data."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), ())
-
-    def setup(self) -> None:
-        """Nothing to set up."""
+        yield self.action(plain(self.spec), ())
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Copies it; raises Refused where the recipe describes another one."""

@@ -9,12 +9,10 @@ from typing import Any
 
 from infra.errors import Refused
 from pipelines.stage import Stage
-from training.options import CONFIGS, TrainConfig
+from training.options import KINDS, TrainConfig
 from unclip.config import AMOUNT, POSITIVE, Range, outside
 
 GIB = 2**30
-WHOLE_BATCH = ("clip", "noised_clip")
-"""Kinds whose worker holds all its samples of a batch at once, since their loss compares each with each."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
     from training.cost import cost
     from training.learner import is_sharded
 
-    config: TrainConfig = CONFIGS[stage.model](**stage.spec.train)
+    config: TrainConfig = KINDS[stage.model].options(**stage.spec.train)
     one = cost(
         stage.model,
         stage.spec.model,
@@ -85,7 +83,7 @@ def _need(stage: Any, hardware: Mapping[str, Accelerator]) -> Need:
         recompute=stage.how.recompute,
         gpu=bool(hardware or stage.how.gpus),
     )
-    workers, whole_batch = stage.how.workers, stage.model in WHOLE_BATCH
+    workers, whole_batch = stage.how.workers, KINDS[stage.model].whole_batch
     at_once = -(-config.batch // workers) if whole_batch else config.micro_size
 
     def memory(room: float) -> int:

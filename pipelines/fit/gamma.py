@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from infra.errors import Refused
 from infra.records import Action, Manifest, Record
 from infra.store import Store
-from pipelines.stage import PoolHow, plain
+from pipelines.stage import PoolHow, StageBase
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ WINDOW = 4
 
 def wants_gamma(prior: Sampling) -> bool:
     """Whether these settings of a diffusion prior ask for a table that they do not bring."""
-    return prior.sampler == "analytic_dpm" and not prior.gamma
+    return prior.takes_gamma and not prior.gamma
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,19 @@ class GammaSpec:
 
 
 @dataclass(frozen=True)
-class Gamma:
+class Gamma(StageBase):
     """Stage: the prior over rows of its training data → `gamma.safetensors`, which joins it in the release."""
 
     spec: GammaSpec = field(default_factory=GammaSpec)
     how: PoolHow = field(default_factory=PoolHow)
-    name: str = "gamma"
-    group: str = "gamma"
-    version: int = 1
-    needs: tuple[str, ...] = ("prior", "clip", "embed", "curate")
-    kind: str = "actor"
+    name = group = "gamma"
+    needs = ("prior", "clip", "embed", "curate")
+    kind = "actor"
 
     @classmethod
     def beside(cls, fit: Any) -> Gamma:
         """The stage with what a worker of that fit may use (FitHow's threads, cpus and gpus)."""
         return cls(how=PoolHow(actors=1, threads=fit.threads, cpus=fit.cpus, gpus=fit.gpus))
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all, on the versions of its inputs."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(manifest.version for manifest in inputs))
 
     def setup(self) -> None:
         """Sets the number of threads."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
-from infra.records import Action, Manifest, Record
+from infra.records import Action, Record
 from infra.store import Store
-from pipelines.stage import ROLES, plain
+from pipelines.fit.clip import LoadClip
+from pipelines.fit.data_stages import ROLES
+from pipelines.stage import StageBase
 from training.job import START
 from training.launch import FitHow, Job, discard, fit
+from training.options import KINDS
 from unclip.config import LATER
 
 
@@ -27,29 +29,29 @@ class FitSpec:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(StageBase):
     """Trains one model on Ray Train; its record holds config.json and model.safetensors (EMA weights)."""
 
     name: str
     model: str
-    """A kind of `training.job.KINDS`."""
+    """A kind of `training.options.KINDS`."""
     spec: FitSpec
     how: FitHow
     needs: tuple[str, ...]
-    version: int = 1
-    kind: str = "fit"
+    """Data stages and CLIP, and any fit that it goes on from."""
+    section: str = ""
+    kind = "fit"
 
     @property
     def group(self) -> str:
         """What the command line calls it."""
         return self.name
 
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all, on the versions of its inputs."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Workers set themselves up."""
+    @property
+    def role(self) -> str:
+        """CLIP, or where another fit goes on from."""
+        goes_on = any(self.name in kind.from_kinds for kind in KINDS.values())
+        return self.name if self.name == LoadClip.name else START if goes_on else ""
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """A fit runs under a lease, which the executor holds: see `fit`."""
@@ -57,7 +59,7 @@ class Fit:
 
     def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
         """Trains to the end (or on from the newest valid checkpoint) and returns the record of what lies in `out`."""
-        data = {ROLES[need]: version for need, version in zip(self.needs, action.inputs, strict=True)}
+        data = {ROLES.get(need, START): version for need, version in zip(self.needs, action.inputs, strict=True)}
         if self.spec.start:
             data[START] = self.spec.start
         job = Job(self.name, action.key, self.model, self.spec.model, self.spec.train, data)

@@ -14,7 +14,7 @@ from infra.ledger import Entry
 from infra.records import Action, Manifest, Record, object_name, read_object
 from infra.store import Store
 from pipelines.evaluate import scores
-from pipelines.stage import plain
+from pipelines.stage import StageBase, plain
 from unclip.config import FRACTION, outside
 
 VERDICT = "verdict.json"
@@ -39,7 +39,7 @@ class GateSpec:
 
 
 @dataclass(frozen=True)
-class Gate:
+class Gate(StageBase):
     """Stage: scores → a verdict; Refused with code 3, saying why, where they do not reach.
 
     head: the ledger's, as the run began. The champion that a release is judged against is in the action's key.
@@ -47,21 +47,15 @@ class Gate:
 
     spec: GateSpec
     head: Entry | None
-    name: str = "gate"
-    group: str = "gate"
-    version: int = 1
-    needs: tuple[str, ...] = ("evaluate", "bundle")
-    kind: str = "driver"
-    how: None = None
+    how = None
+    name = group = "gate"
+    needs = ("evaluate", "bundle")
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all. For the champion itself it is the action that made it champion, which is done."""
         evaluate, bundle = inputs
         spec = {**plain(self.spec), "champion": judged_against(self.head, bundle.version)}
-        yield Action(f"{self.name}/{self.version}", spec, (evaluate.version, bundle.version))
-
-    def setup(self) -> None:
-        """Nothing to set up."""
+        yield self.action(spec, (evaluate.version, bundle.version))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         evaluate, bundle = action.inputs

@@ -13,12 +13,13 @@ from infra.ledger import Entry, Ledger
 from infra.records import Action, Manifest, Record
 from infra.store import Store
 from pipelines.promote.gate import judged_against
+from pipelines.stage import StageBase
 
 PROMOTION = "promotion.json"
 
 
 @dataclass(frozen=True)
-class Promote:
+class Promote(StageBase):
     """Stage: a release that passed the gate → the ledger's next entry.
 
     Refused with code 4 where the ledger has moved on since the gate judged, and with code 3 for a release that was
@@ -28,12 +29,9 @@ class Promote:
     line: str
     """Name of the ledger."""
     head: Entry | None
-    name: str = "promote"
-    group: str = "promote"
-    version: int = 1
-    needs: tuple[str, ...] = ("gate", "evaluate", "bundle")
-    kind: str = "driver"
-    how: None = None
+    how = None
+    name = group = "promote"
+    needs = ("gate", "evaluate", "bundle")
 
     @property
     def spec(self) -> dict[str, str]:
@@ -44,10 +42,7 @@ class Promote:
         """One in all; the head that it must follow is in its key."""
         gate, _, bundle = inputs
         spec = {**self.spec, "after": after(self.head, bundle.version), "gate": gate.only.key}
-        yield Action(f"{self.name}/{self.version}", spec, tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Nothing to set up."""
+        yield self.action(spec, (manifest.version for manifest in inputs))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         _, evaluate, bundle = action.inputs

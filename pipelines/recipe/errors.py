@@ -72,21 +72,22 @@ def _keys(root: type, steps: list[str]) -> list[str]:
     for step in steps:
         hint = _strip(hint)
         if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint, include_extras=False).get(step, dict)
+            hint = get_type_hints(hint, include_extras=True).get(step, dict)
         elif get_origin(hint) in (tuple, dict):
             hint = get_args(hint)[1 if get_origin(hint) is dict else 0]
     hint = _strip(hint)
     if get_origin(hint) in (Union, types.UnionType):
         hint = next((choice for choice in get_args(hint) if steps and _tag(choice) == steps[-1]), hint)
-    return [item.name for item in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+    return [item.name for item in dataclasses.fields(hint) if item.init] if dataclasses.is_dataclass(hint) else []
 
 
 def _strip(hint: Any) -> Any:
-    """The hint without None and Annotated."""
+    """The hint without None and Annotated; what a mark of `Annotated` calls its `choices` in place of it."""
     if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
+        plain, *marks = get_args(hint)
+        hint = next((mark.choices for mark in marks if hasattr(mark, "choices")), plain)
     choices = [choice for choice in get_args(hint) if choice is not type(None)]
-    return choices[0] if get_origin(hint) in (Union, types.UnionType) and len(choices) == 1 else hint
+    return _strip(choices[0]) if get_origin(hint) in (Union, types.UnionType) and len(choices) == 1 else hint
 
 
 def _tag(cls: Any) -> str:

@@ -6,14 +6,19 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.errors import Refused
+from pipelines.recipe.kinds import KINDS
+from pipelines.recipe.partial import said
 from pipelines.recipe.schema import Recipe, Sampler
-from pipelines.recipe.sections import said
 from pipelines.stage import blaming
+from training.options import named
 from unclip.diffusion import check_sampling
+from unclip.models import ClassifierConfig, NoisedClipConfig
+from unclip.presets import Preset, preset
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -28,11 +33,12 @@ def sizes(recipe: Recipe) -> list[int]:
 
 def clip_widths(recipe: Recipe) -> dict[str, int]:
     """embedding, text_width, context and vocabulary of the recipe's CLIP, from its configuration alone."""
-    config = recipe.clip.model or open_clip_config(recipe.clip.pretrained.name)
+    name = "" if recipe.clip.pretrained is None else recipe.clip.pretrained.name
+    config = recipe.clip.model or open_clip_config(name)
     text = config.get("text_cfg", {})
     if "embed_dim" not in config or "width" not in text:
         raise Refused(
-            f"clip.pretrained.name: open_clip's {recipe.clip.pretrained.name} has a text tower of another kind; take a "
+            f"clip.pretrained.name: open_clip's {name} has a text tower of another kind; take a "
             "CLIP with CLIP's own, such as ViT-L-14"
         )
     from unclip.clip import clip_widths
@@ -56,13 +62,25 @@ def open_clip_config(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the models of a recipe are derived from."""
+
+    recipe: Recipe
+    preset: Preset
+    sides: list[int]
+    """Of the cascade in pixels, from the decoder's up."""
+    clip: dict[str, Any]
+    """embedding, text_width and context of its CLIP."""
+    vocabulary: int
+    """Of CLIP's tokens."""
+
+
 def models(recipe: Recipe) -> dict[str, Any]:
     """Stage name → model configuration, with all that is derived filled in."""
-    from unclip.presets import preset
-
     with blaming("models"):
         row = preset(recipe.models)
-    chain = sizes(recipe)
+    sides = sizes(recipe)
     clip: dict[str, Any] = dict(clip_widths(recipe))
     vocabulary = clip.pop("vocabulary")
     if len(row.upsamplers) < len(recipe.upsamplers):
@@ -70,52 +88,81 @@ def models(recipe: Recipe) -> dict[str, Any]:
             f"upsamplers names {len(recipe.upsamplers)}, and the preset {recipe.models!r} of `models` has "
             f"{len(row.upsamplers)}; leave some out, or choose another preset"
         )
-    out: dict[str, Any] = {}
+    known = Known(recipe, row, sides, clip, vocabulary)
+    made: dict[str, Any] = {}
+    for kind in KINDS.values():
+        if kind.model and recipe.section(kind.section) is not None:
+            made |= named(kind.model)(known, made)
+    _check_sampling(recipe.sampling, made)
+    return made
+
+
+def decoder(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's configuration, by its stage's name, as all below."""
+    row = known.preset.decoder
     with blaming("decoder.model"):
-        told = {"text": row.decoder.text, **said(recipe.decoder.model)}
-        told["vocabulary"] = vocabulary if told["text"] == "own" else 0
-        out["decoder"] = dataclasses.replace(row.decoder, size=chain[0], **clip, **told)
-    if recipe.inpainter is not None:
-        out["inpainter"] = dataclasses.replace(out["decoder"], inpaint=True)
-    for kind, section in _priors(recipe):
-        prior = getattr(row, kind)
-        if prior is None:
-            other = "give `prior` in its place" if kind == "ar_prior" else "choose another preset"
-            named = "autoregressive" if kind == "ar_prior" else "diffusion"
-            raise Refused(f"{kind}: the preset {recipe.models!r} of `models` has no {named} prior; {other}")
-        with blaming(f"{kind}.model"):
-            out["prior"] = dataclasses.replace(prior, **clip, **said(section.model))
-    for template, low, size in zip(row.upsamplers, chain, chain[1:], strict=False):
-        changes = said(recipe.upsamplers[size].model)
-        with blaming(f"upsamplers.{size}.model"):
-            made = dataclasses.replace(template, low=low, size=size, **changes)
-        with blaming(f"upsamplers.{size}"):
-            made.check_crop(recipe.upsamplers[size].train.crop)
-        out[f"upsampler-{size}"] = made
-    _check_sampling(recipe.sampling, out)
-    return out | _guides(recipe, row.encoder, out["decoder"])
+        changes = {"text": row.text, **said(known.recipe.decoder.model)}
+        changes["vocabulary"] = known.vocabulary if changes["text"] == "own" else 0
+        return {"decoder": dataclasses.replace(row, size=known.sides[0], **known.clip, **changes)}
 
 
-def _guides(recipe: Recipe, row: Any, decoder: Any) -> dict[str, Any]:
-    """Stage name → configuration of the classifier and the noised CLIP that the recipe asks for."""
-    from unclip.models import ClassifierConfig, NoisedClipConfig
+def inpainter(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """The inpainter's: it is the decoder with channels for what is known."""
+    return {"inpainter": dataclasses.replace(made["decoder"], inpaint=True)}
 
-    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {}
-    if recipe.classifier is not None:
-        kinds["classifier"] = ClassifierConfig, recipe.classifier, {"labels": recipe.classifier.labels}
-    if recipe.noised_clip is not None:
-        kinds["noised-clip"] = NoisedClipConfig, recipe.noised_clip, {"embedding": decoder.embedding}
-    if kinds and row is None:
-        raise Refused(
-            f"{next(iter(kinds)).replace('-', '_')}: the preset {recipe.models!r} of `models` has no encoder of noised "
-            "pictures; choose another"
-        )
-    process = {name: getattr(decoder, name) for name in ("size", "schedule", "timesteps")}
+
+def prior(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """The diffusion prior's."""
+    return _prior(known, "prior", "diffusion", "choose another preset")
+
+
+def ar_prior(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """The autoregressive prior's, in its place."""
+    return _prior(known, "ar_prior", "autoregressive", "give `prior` in its place")
+
+
+def _prior(known: Known, kind: str, named: str, other: str) -> dict[str, Any]:
+    row = getattr(known.preset, kind)
+    if row is None:
+        raise Refused(f"{kind}: the preset {known.recipe.models!r} of `models` has no {named} prior; {other}")
+    with blaming(f"{kind}.model"):
+        return {"prior": dataclasses.replace(row, **known.clip, **said(known.recipe.section(kind).model))}
+
+
+def upsamplers(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """Each upsampler's."""
     out = {}
-    for name, (config, section, more) in kinds.items():
-        with blaming(f"{name.replace('-', '_')}.model"):
-            out[name] = config(**{**vars(row), **process, **said(section.model), **more})
+    for template, low, size in zip(known.preset.upsamplers, known.sides, known.sides[1:], strict=False):
+        section = known.recipe.upsamplers[size]
+        with blaming(f"upsamplers.{size}.model"):
+            config = dataclasses.replace(template, low=low, size=size, **said(section.model))
+        with blaming(f"upsamplers.{size}"):
+            config.check_crop(section.train.crop)
+        out[f"upsampler-{size}"] = config
     return out
+
+
+def classifier(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """The classifier's."""
+    assert known.recipe.classifier is not None
+    return _guide(known, made, "classifier", ClassifierConfig, {"labels": known.recipe.classifier.labels})
+
+
+def noised_clip(known: Known, made: dict[str, Any]) -> dict[str, Any]:
+    """The noised CLIP's."""
+    return _guide(known, made, "noised-clip", NoisedClipConfig, {"embedding": made["decoder"].embedding})
+
+
+def _guide(known: Known, made: dict[str, Any], stage: str, config: type, more: dict[str, Any]) -> dict[str, Any]:
+    """A model that sees the decoder's noised pictures."""
+    path, row = stage.replace("-", "_"), known.preset.encoder
+    if row is None:
+        raise Refused(
+            f"{path}: the preset {known.recipe.models!r} of `models` has no encoder of noised pictures; choose another"
+        )
+    process = {name: getattr(made["decoder"], name) for name in ("size", "schedule", "timesteps")}
+    with blaming(f"{path}.model"):
+        return {stage: config(**{**vars(row), **process, **said(known.recipe.section(path).model), **more})}
 
 
 def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
@@ -133,9 +180,3 @@ def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
                 raise Refused(f"steps is {one.steps}, and the model has {timesteps} timesteps; take at most as many")
             if timesteps is not None and one.gamma and len(one.gamma) != timesteps:
                 raise Refused(f"gamma has {len(one.gamma)} numbers, and the model {timesteps} timesteps; give one each")
-
-
-def _priors(recipe: Recipe) -> list[tuple[str, Any]]:
-    """(kind, section) of the prior that the recipe asks for; none where the decoder draws from prompts alone."""
-    given = [("prior", recipe.prior), ("ar_prior", recipe.ar_prior)]
-    return [(kind, section) for kind, section in given if section is not None]

@@ -1,7 +1,6 @@
-"""Recipes: YAML, checked strictly against the dataclasses that the floors below configure themselves with.
+"""A recipe as a whole: YAML, checked strictly against the dataclasses that the floors below configure themselves with.
 
-The one room of pydantic. A section is the stage's spec (which is in its key) and its how (which is not), side by side:
-`download.size` and `download.threads`. A number is written once: widths come from CLIP, the decoder's side from
+pydantic is used in this room alone. A number is written once: widths come from CLIP, the decoder's side from
 `embed.base`, each upsampler's low side from the model before it.
 """
 
@@ -9,195 +8,53 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
-import re
-import typing
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pydantic
 
 from infra.documents import SCHEMA_VERSION
 from infra.errors import Refused
-from pipelines.download import DownloadHow, DownloadSpec
-from pipelines.embed import EmbedHow, EmbedSpec
-from pipelines.evaluate import EvaluateSpec
-from pipelines.fit import Accelerator, LoadHow, LoadSpec
+from infra.plugins import load_plugins
+from pipelines.fit import Accelerator
 from pipelines.promote import GateSpec
 from pipelines.recipe import yaml as document
 from pipelines.recipe.errors import explain
-from pipelines.recipe.sections import changes, optional, said, section
+from pipelines.recipe.kinds import asked
+from pipelines.recipe.partial import said
+from pipelines.recipe.renamed import rename
+from pipelines.recipe.sections import (
+    SECTIONS,
+    ArPrior,
+    Classifier,
+    Clip,
+    Cluster,
+    Decoder,
+    Download,
+    Embed,
+    Evaluate,
+    Inpainter,
+    NoisedClip,
+    Prior,
+    Release,
+    Sampler,
+    Select,
+    Source,
+    Tracking,
+    Upsampler,
+    World,
+)
 from pipelines.select.rules import RULES
-from pipelines.source import Columns, SourceHow, SourceSpec, columns_of
-from pipelines.stage import PoolHow
-from training.job import FitHow
-from training.options import CONFIGS
-from unclip.clip import ClipConfig
-from unclip.config import COUNT, FRACTION, SEED, SIDE, WHOLE, outside
-from unclip.diffusion import Sampling
-from unclip.models import AutoregressivePriorConfig, DecoderConfig, HalfUNetConfig, PriorConfig, UpsamplerConfig
+from pipelines.source import Columns, SourceHow, columns_of
+from unclip.config import LATER, SIDE
 from unclip.presets import PRESETS
 
 FOLDER = Path(__file__).parent / "library"
-
-
-def _as_written(value: Any) -> Any:
-    pydantic.TypeAdapter(ClipConfig).validate_json(json.dumps(value), strict=True)
-    return value
-
-
-OpenClip = Annotated[ClipConfig, pydantic.PlainValidator(_as_written)]
-"""open_clip's configuration: checked as a ClipConfig, and kept as the dict that was written, which is in CLIP's key."""
-
-Rules = tuple[Annotated[Union[RULES], pydantic.Discriminator("rule")], ...]  # type: ignore[valid-type]  # noqa: UP007
-
-(
-    CLIP_TRAIN,
-    PRIOR_TRAIN,
-    AR_PRIOR_TRAIN,
-    DECODER_TRAIN,
-    INPAINTER_TRAIN,
-    UPSAMPLER_TRAIN,
-    CLASSIFIER_TRAIN,
-    NOISED_CLIP_TRAIN,
-) = (
-    section(f"{kind} train", CONFIGS[kind])
-    for kind in ("clip", "prior", "ar_prior", "decoder", "inpainter", "upsampler", "classifier", "noised_clip")
-)
-
-PRETRAINED = section("pretrained", LoadSpec, LoadHow, drop={"sha256"})
-
-
-START = optional(str)
-"""A version of a release (its first digits) whose model of this section the fit goes on from; of `clip` without
-`train`, whose CLIP is taken as it is."""
-
-
-def _fit(name: str, **more: Any) -> Any:
-    """A section of a fit. `accelerator`: the kind of `hardware` that it runs on, for the metric `mfu`."""
-    return section(name, FitHow, drop={"peak_tflops"}, start=START, accelerator=optional(str), **more)
-
-
-@dataclass(frozen=True)
-class World:
-    """A world of made-up pictures that is served on loopback while a run downloads from it."""
-
-    module: str
-    """A Python module with `write_list`, `write_prompts` and a `server` beside it (see pipelines/world.py)."""
-    pictures: int
-    """Rows of the list."""
-    pairs: float = 0.3
-    """Share of pictures with two objects."""
-    seed: int = 0
-    """Seed of the list."""
-    single_prompts: int = 500
-    """Held-out prompts with one object, for the evaluation."""
-    pair_prompts: int = 300
-    """Held-out prompts with two objects."""
-    labels: bool = False
-    """Whether its list has columns that say what is to be seen (shape, colour, …), for a classifier to learn."""
-
-    def __post_init__(self) -> None:
-        counts = {"pictures": COUNT, "single_prompts": WHOLE, "pair_prompts": WHOLE}
-        if wrong := outside(self, **counts, pairs=FRACTION, seed=SEED):
-            raise Refused(wrong)
-        if not re.fullmatch(r"\w+(\.\w+)*", self.module):
-            raise Refused(f"module is {self.module!r}; name a Python module, such as pipelines.shapes")
-        if not self.single_prompts + self.pair_prompts:
-            raise Refused("single_prompts and pair_prompts are 0; an evaluation needs prompts")
-
-
-@dataclass(frozen=True)
-class Release:
-    """The model line that a run promotes to."""
-
-    name: str = "unclip"
-    """Ledger and registered model of that name."""
-
-
-@dataclass(frozen=True)
-class Select:
-    """Rules, applied in order; a row is marked with the first that rejects it."""
-
-    rules: Rules = ()
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """MLflow."""
-
-    uri: str | None = None
-    """Tracking server; default MLFLOW_TRACKING_URI, else SQLite beside the store."""
-    experiment: str = "unclip"
-    required: bool = True
-    """Whether a server that does not answer at the start is an error."""
-
-    def __post_init__(self) -> None:
-        for name in ("uri", "experiment"):
-            if getattr(self, name) == "":
-                raise Refused(f"{name} is empty; name one, or leave it out")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Ray."""
-
-    cpus: int | None = None
-    """CPUs that a local Ray may use; default all."""
-    dashboard: bool = True
-    """Whether a local Ray has its dashboard: a dozen processes, on loopback, some seconds of a core to start."""
-
-    def __post_init__(self) -> None:
-        if wrong := outside(self, cpus=COUNT):
-            raise Refused(wrong)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the released models are sampled unless the caller says otherwise."""
-
-    decoder: Sampling
-    upsamplers: dict[int, Sampling]
-    prior: Sampling | None = None
-    """Said if and only if there is a prior."""
-
-
-if typing.TYPE_CHECKING:  # sections are made at import, which no type checker can follow
-    Source: typing.TypeAlias = Any
-    Download: typing.TypeAlias = Any
-    Embed: typing.TypeAlias = Any
-    Clip: typing.TypeAlias = Any
-    Prior: typing.TypeAlias = Any
-    ArPrior: typing.TypeAlias = Any
-    Decoder: typing.TypeAlias = Any
-    Inpainter: typing.TypeAlias = Any
-    Upsampler: typing.TypeAlias = Any
-    Classifier: typing.TypeAlias = Any
-    NoisedClip: typing.TypeAlias = Any
-    Evaluate: typing.TypeAlias = Any
-else:
-    Source = section(
-        "source",
-        SourceSpec,
-        drop={"columns"},
-        layout=optional(str),
-        columns=optional(section("source columns", Columns, partial=True)),
-        **{name: optional(str) for name in ("urls", "tars", "folder")},
-    )
-    Download = section("download", DownloadSpec, DownloadHow, drop={"block_sha256"})
-    Embed = section("embed", EmbedSpec, EmbedHow)
-    Clip = _fit("clip", model=optional(OpenClip), train=optional(CLIP_TRAIN), pretrained=optional(PRETRAINED))
-    Prior = _fit("prior", model=changes(PriorConfig), train=(PRIOR_TRAIN, field()))
-    ArPrior = _fit("ar_prior", model=changes(AutoregressivePriorConfig), train=(AR_PRIOR_TRAIN, field()))
-    Decoder = _fit("decoder", model=changes(DecoderConfig), train=(DECODER_TRAIN, field()))
-    Inpainter = _fit("inpainter", train=(INPAINTER_TRAIN, field()))
-    Upsampler = _fit("upsampler", model=changes(UpsamplerConfig), train=(UPSAMPLER_TRAIN, field()))
-    # Both read what their decoder draws, under its noise.
-    ENCODER = changes(HalfUNetConfig, "schedule", "timesteps")
-    Classifier = _fit("classifier", labels=(tuple[str, ...], field()), model=ENCODER, train=(CLASSIFIER_TRAIN, field()))
-    NoisedClip = _fit("noised_clip", model=ENCODER, train=(NOISED_CLIP_TRAIN, field()))
-    Evaluate = section("evaluate", EvaluateSpec, PoolHow, drop={"prompts"}, prompts=optional(str))
 
 
 @dataclass(frozen=True)
@@ -235,6 +92,10 @@ class Recipe:
     cluster: Cluster = field(default_factory=Cluster)
     hardware: dict[str, Accelerator] = field(default_factory=dict)
     """Kinds of accelerators by name: `unclip plan` says how long each fit takes on them, and for what price."""
+    plugins: tuple[str, ...] = field(default=(), metadata=LATER)
+    """Modules that are imported first, here and in every worker, and add to the product's tables (docs/extend.md)."""
+    sections: Mapping[str, Any] = field(default_factory=dict, init=False, metadata={"how": True})
+    """What the recipe says in sections that plug-ins added (`SECTIONS`), by their keys."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -283,11 +144,12 @@ class Recipe:
         for side in self.upsamplers:
             if wanted := SIDE.refuses(side):
                 raise Refused(f"upsamplers names {side} px; a side must be {wanted}")
-        for path, one in self.fits.items():
-            if one.accelerator is not None and one.accelerator not in self.hardware:
+        for one in asked(self):
+            wanted = one.section.accelerator
+            if wanted is not None and wanted not in self.hardware:
                 known = ", ".join(sorted(self.hardware)) or "no kind"
-                raise Refused(f"{path}.accelerator is {one.accelerator!r}, and hardware names {known}")
-        where = {name: getattr(self.source, name) for name in ("urls", "tars", "folder")}
+                raise Refused(f"{one.path}.accelerator is {wanted!r}, and hardware names {known}")
+        where = {name: getattr(self.source, name) for name in ("urls", "tars", "folder", "uri")}
         if "" in where.values() or self.world is None or any(where.values()):
             SourceHow(**where)
 
@@ -296,12 +158,9 @@ class Recipe:
         """What the source's columns are called: what `source.columns` says, for the rest what its layout does."""
         return columns_of(self.source.layout, said(self.source.columns))
 
-    @property
-    def fits(self) -> dict[str, Any]:
-        """The sections that train, by their path."""
-        names = ("clip", "prior", "ar_prior", "decoder", "inpainter", "classifier", "noised_clip")
-        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return found | {f"upsamplers.{side}": one for side, one in self.upsamplers.items()}
+    def section(self, name: str) -> Any:
+        """The section of that name, a plug-in's too, or None."""
+        return self.sections[name] if name in self.sections else getattr(self, name, None)
 
     @property
     def prompts_only(self) -> bool:
@@ -317,7 +176,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(name: str, changes: typing.Sequence[str] = ()) -> Recipe:
+def load(name: str, changes: Sequence[str] = ()) -> Recipe:
     """A recipe by name or file, with `key=value` changes; raises Refused with the dotted path of what is wrong."""
     path = Path(name)
     try:
@@ -338,13 +197,39 @@ def load(name: str, changes: typing.Sequence[str] = ()) -> Recipe:
     return parse(read, name)
 
 
-def parse(read: dict[str, Any], where: str) -> Recipe:
-    """A recipe from a plain document."""
+def parse(read: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from a plain document; imports the plug-ins that it names."""
     document.check(read, f"Recipe {where}")
+    read = dict(read)
+    for notice in rename(read, f"Recipe {where}"):
+        sys.stderr.write(f"unclip: {notice}\n")
+    named = read.get("plugins")
+    load_plugins([name for name in named if isinstance(name, str)] if isinstance(named, list) else ())
+    added = {name: read.pop(name) for name in SECTIONS if name in read}
     try:
-        return _ADAPTER.validate_json(json.dumps(read), strict=True)
+        recipe = _adapter(Recipe, tuple(RULES)).validate_json(json.dumps(read), strict=True)
     except pydantic.ValidationError as error:
         raise Refused(explain(error.errors(), Recipe, where)) from None
+    sections = {name: _section(name, value, where) for name, value in added.items()}
+    object.__setattr__(recipe, "sections", sections)  # not an argument, which a recipe could say
+    return recipe
+
+
+def _section(name: str, value: Any, where: str) -> Any:
+    """What a recipe says in a section that a plug-in added."""
+    try:
+        return _adapter(SECTIONS[name], tuple(RULES)).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        errors = [{**one, "loc": (name, *one["loc"])} for one in error.errors()]
+        raise Refused(explain(errors, dataclasses.make_dataclass("Added", [(name, SECTIONS[name])]), where)) from None
+
+
+@functools.cache
+def _adapter(root: type, rules: tuple[type, ...]) -> pydantic.TypeAdapter[Any]:
+    """What checks a document, with these rules among which it may choose."""
+    for cls in (root, *rules):
+        _forbid(cls, set())
+    return pydantic.TypeAdapter(root)
 
 
 def _forbid(hint: Any, seen: set[Any]) -> None:
@@ -356,7 +241,3 @@ def _forbid(hint: Any, seen: set[Any]) -> None:
             _forbid(inner, seen)
     for inner in get_args(hint):
         _forbid(inner, seen)
-
-
-_forbid(Recipe, set())
-_ADAPTER: pydantic.TypeAdapter[Recipe] = pydantic.TypeAdapter(Recipe)

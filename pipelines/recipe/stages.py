@@ -1,21 +1,25 @@
-"""From a recipe to its stages: what the workflow of unclip consists of, in one place."""
+"""From a recipe to its stages: what the workflow of unclip consists of, in one place.
+
+A function a section makes its stages; `STAGES` has them in the order in which a person thinks of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from infra.ledger import Entry
 from pipelines.download import Download, DownloadHow, DownloadSpec, Gather, GatherHow, PictureSpec, check_unused
 from pipelines.embed import Embed, EmbedHow, EmbedSpec, Statistics
-from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec, read_prompts
-from pipelines.fit import Accelerator, Fit, FitSpec, Gamma, LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec, wants_gamma
+from pipelines.evaluate import Evaluate, EvaluateSample, EvaluateSpec, read_prompts, scores
+from pipelines.fit import Fit, FitSpec, Gamma, LoadClip, LoadHow, LoadSpec, TakeClip, TakeSpec, wants_gamma
 from pipelines.promote import Gate, Promote
-from pipelines.recipe.models import _priors, models
+from pipelines.recipe.kinds import Asked, asked
+from pipelines.recipe.models import models
+from pipelines.recipe.partial import part
 from pipelines.recipe.schema import Recipe
-from pipelines.recipe.sections import part
 from pipelines.release import Bundle, BundleSpec
 from pipelines.reports import Count, DataReport, Report
 from pipelines.select import Look, Select
@@ -23,7 +27,8 @@ from pipelines.select.rules import Rule, opened
 from pipelines.source import Source, SourceHow, SourceSpec
 from pipelines.stage import PoolHow, Stage, blaming, plain
 from training.job import FitHow
-from training.options import CONFIGS
+from training.options import KINDS
+from unclip.release import KINDS as MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,40 @@ class Inputs:
     """Why the digests were not taken, which a plan can do without."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """A recipe with what it reads, and what several of its stages are made from."""
+
+    recipe: Recipe
+    inputs: Inputs
+    models: Mapping[str, Any]
+    """Stage name → model configuration."""
+
+    @cached_property
+    def rules(self) -> dict[str, tuple[Rule, ...]]:
+        """filter and curate → their rules, with what they read."""
+        given = {"filter": self.recipe.filter.rules, "curate": self.recipe.curate.rules}
+        return {group: _opened(group, rules) for group, rules in given.items()}
+
+    @property
+    def fits(self) -> list[Asked]:
+        """The models that are trained for a release, without CLIP."""
+        return [one for one in asked(self.recipe) if one.kind != "clip"]
+
+    @property
+    def measured(self) -> bool:
+        """Whether the prior's sampling asks for a table that a stage has to measure."""
+        prior = self.recipe.sampling.prior
+        return self.recipe.prior is not None and prior is not None and wants_gamma(prior)
+
+    @property
+    def source(self) -> SourceHow:
+        """Where the pictures come from."""
+        section = self.recipe.source
+        return SourceHow(self.inputs.urls, section.tars, section.folder, section.uri)
+
+
 def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The rules of filter or curate with what they read."""
     out = []
     for number, rule in enumerate(rules):
         with blaming(f"{group}.rules.{number}"):
@@ -51,91 +88,128 @@ def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(out)
 
 
-def _fit(
-    name: str,
-    model: str,
-    section: Any,
-    config: dict[str, Any],
-    needs: tuple[str, ...],
-    starts: Mapping[str, str],
-    hardware: Mapping[str, Accelerator],
-) -> Fit:
-    start = "" if section.start is None else starts[section.start]
-    spec = FitSpec(config, plain(part(section.train, CONFIGS[model])), start)
-    peak = 0.0 if section.accelerator is None else hardware[section.accelerator].tflops
-    return Fit(name, model, spec, dataclasses.replace(part(section, FitHow), peak_tflops=peak), needs)
+def source(build: Build) -> Iterable[Stage]:
+    """The source's slices."""
+    recipe, inputs = build.recipe, build.inputs
+    spec = SourceSpec(recipe.columns, recipe.source.rows_per_shard)
+    yield Source(spec, build.source, inputs.list_digests, inputs.unread)
 
 
-def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
-    """All stages of the recipe, in the order in which a person thinks of them."""
-    made = models(recipe)
-    fit = functools.partial(_fit, starts=inputs.starts, hardware=recipe.hardware)
-    if recipe.clip.pretrained:
-        loaded = recipe.clip.pretrained
-        clip: Any = LoadClip.of(part(loaded, LoadSpec), part(loaded, LoadHow))
-    elif recipe.clip.train is None:
-        clip = TakeClip(TakeSpec(inputs.starts[recipe.clip.start], recipe.clip.model))
+def download(build: Build) -> Iterable[Stage]:
+    """The pictures: fetched, or taken from where the source has them."""
+    section, where = build.recipe.download, build.source
+    if not where.fetched:
+        check_unused(section, f"source.{where.kind}")
+        samples = "" if build.inputs.unread else where.samples or ""
+        how = GatherHow(samples, section.threads, section.cpus, section.isolate, section.decode_s)
+        yield Gather(part(section, PictureSpec), how)
     else:
-        clip = fit("clip", "clip", recipe.clip, recipe.clip.model, ("download", "filter"))
-    rows = ("embed", "curate", "statistics", "clip")
-    fits: list[Any] = [
-        fit("decoder", "decoder", recipe.decoder, plain(made["decoder"]), rows),
-        *(fit("prior", kind, section, plain(made["prior"]), rows) for kind, section in _priors(recipe)),
-        *(
-            fit(f"upsampler-{size}", "upsampler", recipe.upsamplers[size], plain(made[f"upsampler-{size}"]), rows)
-            for size in sorted(recipe.upsamplers)
-        ),
-    ]
-    if recipe.inpainter is not None:
-        # From the run's own decoder, unless a release is named.
-        from_decoder = rows if recipe.inpainter.start else (*rows, "decoder")
-        fits.append(
-            fit("inpainter", "inpainter", recipe.inpainter, plain(made["inpainter"]), from_decoder),
-        )
-    if recipe.classifier is not None:
-        guide = plain(made["classifier"])
-        fits.append(fit("classifier", "classifier", recipe.classifier, guide, ("embed", "curate")))
-    if recipe.noised_clip is not None:
-        guide = plain(made["noised-clip"])
-        fits.append(fit("noised-clip", "noised_clip", recipe.noised_clip, guide, ("embed", "curate", "clip")))
-    chosen = recipe.sampling
+        yield Download.of(part(section, DownloadSpec), part(section, DownloadHow))
+
+
+def filtering(build: Build) -> Iterable[Stage]:
+    """`filter`: rules about what was downloaded."""
+    return _selecting("filter", build)
+
+
+def curating(build: Build) -> Iterable[Stage]:
+    """`curate`: rules about what was embedded, and what there is to be seen of the data then."""
+    yield from _selecting("curate", build)
+    yield Count()
+    yield DataReport({group: plain(rules) for group, rules in build.rules.items()})
+
+
+def _selecting(group: str, build: Build) -> Iterable[Stage]:
+    for stage in (Look, Select):
+        yield stage(group, build.rules[group], build.recipe.columns.keep)
+
+
+def clip(build: Build) -> Iterable[Stage]:
+    """CLIP: loaded, taken from a release, or trained."""
+    section = build.recipe.clip
+    if section.pretrained is not None:
+        yield LoadClip.of(part(section.pretrained, LoadSpec), part(section.pretrained, LoadHow))
+    elif section.train is None:
+        yield TakeClip(TakeSpec(build.inputs.starts[str(section.start)], section.model or {}))
+    else:
+        (one,) = (one for one in asked(build.recipe) if one.kind == "clip")
+        yield fit(build, one, section.model or {})
+
+
+def embed(build: Build) -> Iterable[Stage]:
+    """What CLIP sees in pictures and captions."""
+    yield Embed(part(build.recipe.embed, EmbedSpec), part(build.recipe.embed, EmbedHow))
+
+
+def statistics(build: Build) -> Iterable[Stage]:
+    """Means and components of the embeddings."""
+    yield Statistics()
+
+
+def fits(build: Build) -> Iterable[Stage]:
+    """Each model that is trained for the release, and what is measured of them."""
+    for one in build.fits:
+        yield fit(build, one, plain(build.models[one.stage]))
+    if build.measured:
+        yield Gamma.beside(build.recipe.prior)
+
+
+def fit(build: Build, one: Asked, config: dict[str, Any]) -> Fit:
+    """The stage that trains one model."""
+    section, hardware = one.section, build.recipe.hardware
+    start = "" if section.start is None else build.inputs.starts[section.start]
+    spec = FitSpec(config, plain(part(section.train, KINDS[one.kind].options)), start)
+    peak = 0.0 if section.accelerator is None else hardware[section.accelerator].tflops
+    how = dataclasses.replace(part(section, FitHow), peak_tflops=peak)
+    return Fit(one.stage, one.kind, spec, how, one.needs, one.path)
+
+
+def bundle(build: Build) -> Iterable[Stage]:
+    """The release."""
+    chosen = build.recipe.sampling
     sampling: dict[str, Any] = {"decoder": chosen.decoder.document()}
     if chosen.prior is not None:
         sampling["prior"] = chosen.prior.document()
     sampling["upsamplers"] = {str(side): settings.document() for side, settings in chosen.upsamplers.items()}
-    asked = recipe.prior is not None and chosen.prior is not None and wants_gamma(chosen.prior)
-    measured = [Gamma.beside(recipe.prior)] if asked else []
-    bundle = Bundle(BundleSpec(recipe.release.name, sampling), tuple(one.name for one in fits), bool(measured))
-    where = SourceHow(inputs.urls, recipe.source.tars, recipe.source.folder)
-    if where.tars or where.folder:
-        check_unused(recipe.download, "source.tars" if where.tars else "source.folder")
-        samples = "" if inputs.unread else where.samples or ""
-        how = GatherHow(samples, recipe.download.threads, recipe.download.cpus, recipe.download.apart)
-        pictures: Any = Gather(part(recipe.download, PictureSpec), how)
-    else:
-        pictures = Download.of(part(recipe.download, DownloadSpec), part(recipe.download, DownloadHow))
-    filtering, curating = _opened("filter", recipe.filter.rules), _opened("curate", recipe.curate.rules)
-    kept = recipe.columns.keep
+    spec = BundleSpec(build.recipe.release.name, sampling)
+    parts = tuple(one.stage for one in build.fits if MODELS[one.kind].part)
+    yield Bundle(spec, parts, build.measured)
+
+
+def evaluate(build: Build) -> Iterable[Stage]:
+    """Its scores."""
+    section = build.recipe.evaluate
     with blaming("evaluate.prompts"):
-        prompts = read_prompts(inputs.prompts)
-    return [
-        Source(SourceSpec(recipe.columns, recipe.source.rows_per_shard), where, inputs.list_digests, inputs.unread),
-        pictures,
-        Look("filter", filtering, kept),
-        Select("filter", filtering, kept),
-        clip,
-        Embed(part(recipe.embed, EmbedSpec), part(recipe.embed, EmbedHow)),
-        Look("curate", curating, kept),
-        Select("curate", curating, kept),
-        Count(),
-        DataReport({"filter": plain(filtering), "curate": plain(curating)}),
-        Statistics(),
-        *fits,
-        *measured,
-        bundle,
-        EvaluateSample(part(recipe.evaluate, EvaluateSpec), part(recipe.evaluate, PoolHow), prompts),
-        Evaluate(),
-        Gate(recipe.gate, inputs.head),
-        Promote(recipe.release.name, inputs.head),
-        Report(),
-    ]
+        prompts = read_prompts(build.inputs.prompts)
+    yield EvaluateSample(part(section, EvaluateSpec), part(section, PoolHow), prompts)
+    added = [name for name in scores.METRICS if name not in scores.BUILT_IN]
+    yield Evaluate({"metrics": added} if added else {})
+
+
+def promote(build: Build) -> Iterable[Stage]:
+    """The verdict, the promotion, and the page about it."""
+    yield Gate(build.recipe.gate, build.inputs.head)
+    yield Promote(build.recipe.release.name, build.inputs.head)
+    yield Report()
+
+
+STAGES: list[Callable[[Build], Iterable[Stage]]] = [
+    source,
+    download,
+    filtering,
+    clip,
+    embed,
+    curating,
+    statistics,
+    fits,
+    bundle,
+    evaluate,
+    promote,
+]
+"""What a run consists of."""
+
+
+def stages(recipe: Recipe, inputs: Inputs) -> list[Stage]:
+    """All stages of the recipe, in the order of `STAGES`."""
+    build = Build(recipe, inputs, models(recipe))
+    return [stage for make in STAGES for stage in make(build)]

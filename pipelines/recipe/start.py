@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from infra.errors import Refused
 from infra.store import Store
+from pipelines.recipe.kinds import asked
 from pipelines.recipe.schema import Recipe
 from pipelines.release import CHAMPION, find_release
 
@@ -13,9 +14,7 @@ def starts(recipe: Recipe, store: Store) -> dict[str, str]:
 
     Raises Refused for a champion, which the run itself may replace: run again, it would train all anew.
     """
-    sections = [recipe.clip, recipe.prior, recipe.ar_prior, recipe.decoder, recipe.inpainter]
-    sections += [recipe.classifier, recipe.noised_clip, *recipe.upsamplers.values()]
-    named = {section.start for section in sections if section is not None and section.start is not None}
+    named = {one.section.start for one in asked(recipe) if one.section.start is not None}
     found = {}
     for ref in sorted(named):
         version = find_release(store, ref)

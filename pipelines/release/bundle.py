@@ -7,16 +7,17 @@ registry.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.records import Action, Manifest, Record, materialise
 from infra.store import Store
-from pipelines.stage import plain
+from pipelines.embed import Statistics
+from pipelines.fit import CHAIN
+from pipelines.stage import StageBase
 
-DATA = ("source", "download", "filter", "embed", "curate", "statistics")
+DATA = (*CHAIN, Statistics.name)
 """Stages whose versions are noted in a release, beside its models'."""
 
 
@@ -31,7 +32,7 @@ class BundleSpec:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(StageBase):
     """Stage: all models → one release folder (unclip/release/release.py), checked to fit together."""
 
     spec: BundleSpec
@@ -39,23 +40,13 @@ class Bundle:
     """prior, decoder, upsampler-64, inpainter, …: the stages that train them."""
     measured: bool = False
     """Whether stage `gamma` measures what Analytic-DPM needs to know of the prior."""
-    name: str = "bundle"
-    group: str = "bundle"
-    version: int = 1
-    kind: str = "driver"
-    how: None = None
+    how = None
+    name = group = "bundle"
 
     @property
     def needs(self) -> tuple[str, ...]:
         """CLIP, the models, and the data that they come from; then what was measured of them."""
         return ("clip", *self.models, *DATA, *(("gamma",) if self.measured else ()))
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all, on the versions of its inputs."""
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Nothing to set up."""
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         """Joins the models; raises Refused where they do not fit together."""

@@ -13,28 +13,25 @@ from typing import Any
 from infra.records import Action, Manifest, Record, sized
 from infra.store import Store
 from pipelines.reports.census import counted, shards, write
+from pipelines.stage import StageBase
 
 
 @dataclass(frozen=True)
-class Count:
+class Count(StageBase):
     """Stage: download, filter, embed and curate → for each shard what `census.Part` holds."""
 
     spec: dict[str, Any] = field(default_factory=dict)
-    name: str = "data-count"
-    group: str = "curate"
-    version: int = 1
-    needs: tuple[str, ...] = ("download", "filter", "embed", "curate")
-    kind: str = "task"
-    maps: str = "download"
-    how: None = None
+    how = None
+    name = "data-count"
+    group = "curate"
+    needs = ("download", "filter", "embed", "curate")
+    kind = "task"
+    maps = "download"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One for each shard: its index, its embedded rows and both selections."""
         for shard in shards(dict(zip(self.needs, inputs, strict=True))):
-            yield Action(f"{self.name}/{self.version}", self.spec, tuple(file.sha256 for file in shard.tables if file))
-
-    def setup(self) -> None:
-        """Nothing to prepare."""
+            yield self.action(self.spec, (file.sha256 for file in shard.tables if file))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         index, filtered, rows, curated = (sized(store, sha256) for sha256 in action.inputs)

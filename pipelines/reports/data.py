@@ -18,6 +18,7 @@ from infra.errors import Refused
 from infra.records import KEPT, Action, Manifest, Record, document, read_object
 from infra.store import Store
 from pipelines.engine import Version, find_version, list_versions
+from pipelines.fit import CHAIN, DATA, STEPS
 from pipelines.reports.census import ASPECT, SCORES, WIDEST, Census, Row, census
 from pipelines.reports.charts import Chart, binned, histogram, linear, logarithmic, median_bin
 from pipelines.reports.contact import seen
@@ -25,11 +26,10 @@ from pipelines.reports.count import Count
 from pipelines.reports.duplicates import COMPARED, groups
 from pipelines.reports.page import TEMPLATES, count, render, stage_line
 from pipelines.select import OVER
+from pipelines.stage import StageBase
 
 TEMPLATE = TEMPLATES / "data.html.j2"
 PAGE = "data.html"
-CHAIN = ("source", "download", "filter", "embed", "curate")
-DATA = ("source", "download", "filter-look", "filter", "embed", "curate-look", "curate")
 OCTAVE = 4
 """Bars of sides a doubling."""
 HOSTS = 15
@@ -40,28 +40,19 @@ Rules = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class DataReport:
+class DataReport(StageBase):
     """Stage: all data stages → `data.html`."""
 
     rules: dict[str, Any] = field(default_factory=dict)
-    name: str = "data-report"
-    group: str = "curate"
-    version: int = 1
-    needs: tuple[str, ...] = (*DATA, "data-count")
-    kind: str = "driver"
-    how: None = None
+    how = None
+    name = "data-report"
+    group = "curate"
+    needs = (*DATA, Count.name)
 
     @property
     def spec(self) -> dict[str, Any]:
         """The rules, and the template: another one makes another page."""
         return {"rules": self.rules, "template": digest_file(TEMPLATE)}
-
-    def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        """One in all."""
-        yield Action(f"{self.name}/{self.version}", self.spec, tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Nothing to set up."""
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         made = {
@@ -110,7 +101,7 @@ def lineage(store: Store, last: Version) -> tuple[dict[str, Manifest], dict[str,
     while queue:
         one = queue.pop()
         stage = one.stage.partition("/")[0]
-        if stage not in {*CHAIN, *(f"{group}-look" for group in OVER)} or stage in made:
+        if stage not in DATA or stage in made:
             continue
         action = document(store, one.head)["action"]
         made[stage] = Manifest.load(store, one.version, stage)
@@ -184,18 +175,12 @@ def _alike(store: Store, made: Mapping[str, Manifest], rules: Rules, counted: Ce
 
 def _cards(made: Mapping[str, Manifest], listed: int) -> list[dict[str, Any]]:
     """How many rows each stage passed on, of those that it was given."""
-    said = {
-        "download": "downloaded",
-        "filter": "kept by filter",
-        "embed": "embedded",
-        "curate": "kept by curate",
-    }
-    cards = [{"title": "in the list", "rows": listed, "share": None, "of": ""}]
+    cards = [{"title": STEPS[CHAIN[0]], "rows": listed, "share": None, "of": ""}]
     before = listed
-    for stage, title in said.items():
+    for stage in CHAIN[1:]:
         if stage in made:
             kept = made[stage].states.get(KEPT, 0)
-            cards.append({"title": title, "rows": kept, "share": kept / max(before, 1), "of": "of those before"})
+            cards.append({"title": STEPS[stage], "rows": kept, "share": kept / max(before, 1), "of": "of those before"})
             before = kept
     cards[-1]["of"] = f"of those before, {100 * before / max(listed, 1):.1f}\u202f% of the list"
     return cards
@@ -203,7 +188,7 @@ def _cards(made: Mapping[str, Manifest], listed: int) -> list[dict[str, Any]]:
 
 def _steps(made: Mapping[str, Manifest], rules: Rules, listed: int) -> list[dict[str, Any]]:
     """The waterfall: rows left behind each step, rule by rule, and how many it took."""
-    steps: list[dict[str, Any]] = [{"group": "", "label": "in the list", "left": listed, "lost": 0}]
+    steps: list[dict[str, Any]] = [{"group": "", "label": STEPS[CHAIN[0]], "left": listed, "lost": 0}]
 
     def step(group: str, label: str, lost: int) -> None:
         steps.append({"group": group, "label": label, "left": steps[-1]["left"] - lost, "lost": lost})

@@ -19,44 +19,30 @@ from infra.records import Action, Manifest, Record, object_name, read_object
 from infra.store import Store
 from pipelines.engine import reconcile
 from pipelines.evaluate import scores
+from pipelines.fit import CHAIN, STEPS
 from pipelines.promote import PROMOTION, VERDICT
 from pipelines.release import CHAMPION
 from pipelines.reports.examples import examples
 from pipelines.reports.page import TEMPLATES, render, stage_line, thumbnail
 from pipelines.select import OVER
+from pipelines.stage import StageBase
 
 TEMPLATE = TEMPLATES / "report.html.j2"
 PAGE = "report.html"
-DATA = ("source", "download", "filter", "embed", "curate")
-STEPS = (
-    ("listed", "in the list"),
-    ("download", "downloaded"),
-    ("filter", "kept by filter"),
-    ("embed", "embedded"),
-    ("curate", "kept by curate: what the models train on"),
-)
 GRIDS = {"failures": "What the judge found wrong"}
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(StageBase):
     """Stage: everything → `report.html`."""
 
-    name: str = "report"
-    group: str = "report"
-    version: int = 1
-    needs: tuple[str, ...] = (*DATA, "clip", "statistics", "bundle", "evaluate", "gate", "promote")
-    kind: str = "driver"
-    spec: None = None
-    how: None = None
+    name = group = "report"
+    needs = (*CHAIN, "clip", "statistics", "bundle", "evaluate", "gate", "promote")
+    spec = how = None
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all; another template makes another page."""
-        spec = {"template": digest_file(TEMPLATE)}
-        yield Action(f"{self.name}/{self.version}", spec, tuple(manifest.version for manifest in inputs))
-
-    def setup(self) -> None:
-        """Nothing to set up."""
+        yield self.action({"template": digest_file(TEMPLATE)}, (manifest.version for manifest in inputs))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         stages = {
@@ -72,7 +58,7 @@ def contents(store: Store, stages: dict[str, Manifest]) -> dict[str, Any]:
     bundle, evaluate = stages["bundle"].only, stages["evaluate"].only
     release = _json(store, bundle, "release.json")
     measured = scores.read(store.get(object_name(evaluate.sha("scores.json"))))
-    final = reconcile(*(stages[name] for name in DATA))
+    final = reconcile(*(stages[name] for name in CHAIN))
     models = sorted(name for name in release["components"] if name not in stages)
     made_of = {name: Manifest.load(store, release["data"][name], name) for name in models}
     ends = {name: stages.pop(name) for name in ("bundle", "evaluate", "gate", "promote")}
@@ -115,11 +101,13 @@ def _final(final: dict[str, int], rows: int) -> list[dict[str, Any]]:
 
 def _waterfall(stages: dict[str, Manifest]) -> list[dict[str, Any]]:
     """How many rows were left behind each step, with the share that the step took."""
-    left = [stages["source"].rows, *(stages[name].states.get("kept", 0) for name in DATA[1:])]
+    left = [stages["source"].rows, *(stages[name].states.get("kept", 0) for name in CHAIN[1:])]
     lost = [0, *(before - after for before, after in itertools.pairwise(left))]
+    labels = [STEPS[name] for name in CHAIN]
+    labels[-1] += ": what the models train on"
     return [
         {"label": label, "rows": rows, "lost": gone, "share": rows / max(left[0], 1), "gone": gone / max(left[0], 1)}
-        for (_, label), rows, gone in zip(STEPS, left, lost, strict=True)
+        for label, rows, gone in zip(labels, left, lost, strict=True)
     ]
 
 
@@ -163,7 +151,7 @@ def _kinds(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _similarity(part: dict[str, Any]) -> dict[str, float | None]:
     """What CLIP measured; None for what an older evaluation did not."""
-    return {name: part.get(name) for name in scores.SIMILARITIES}
+    return {name: part.get(name) for name in scores.METRICS}
 
 
 def _grids(store: Store, evaluate: Record) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from infra.errors import Refused
 from infra.records import INDEX, KEPT, SELECTION, Action, Manifest, Record, embedded, object_name
 from infra.store import Store
 from pipelines.select.rules import MEASURES, Rule, measured
-from pipelines.stage import plain
+from pipelines.stage import StageBase, plain
 
 LOOK = "look.parquet"
 AnyLook = TypeVar("AnyLook", bound="Looked")
@@ -54,7 +54,7 @@ class SelectSpec:
 
 
 @dataclass(frozen=True)
-class _Selecting:
+class _Selecting(StageBase):
     """What both stages of a selection share."""
 
     group: str
@@ -62,6 +62,7 @@ class _Selecting:
     rules: tuple[Rule, ...] = ()
     kept: tuple[str, ...] = ()
     """Columns of the list that the rows of download have too."""
+    how = None
 
     def __post_init__(self) -> None:
         marks = Counter(rule.verdict for rule in self.rules)
@@ -100,30 +101,16 @@ class _Selecting:
         """All that may change a byte."""
         return SelectSpec(self.rules)
 
-    @property
-    def how(self) -> None:
-        """Nothing is left to choose."""
-        return None
-
-    @property
-    def version(self) -> int:
-        return 1
-
-    def setup(self) -> None:
-        """Nothing to prepare."""
-
 
 @dataclass(frozen=True)
 class Look(_Selecting):
     """Stage, a map: a shard of rows → what each rule has to know of its kept rows (uid, `<rule>.<column>` …)."""
 
+    kind = "task"
+
     @property
     def name(self) -> str:
         return f"{self.group}-look"
-
-    @property
-    def kind(self) -> str:
-        return "task"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -138,7 +125,7 @@ class Look(_Selecting):
         spec = plain(self.spec)
         files = [self.over.file, *([self.over.pictures] if self.over.pictures and self.measures else [])]
         for record in data.records:
-            yield Action(f"{self.name}/{self.version}", spec, tuple(record.sha(file) for file in files))
+            yield self.action(spec, (record.sha(file) for file in files))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         with pq.ParquetFile(store.local(object_name(action.inputs[0]))) as file:
@@ -162,13 +149,15 @@ class Look(_Selecting):
 class Select(_Selecting):
     """Stage, a reduce: all looks → one selection per shard, `<SHA-256 of the shard's rows>.parquet`."""
 
+    role = "selection"
+
+    @property
+    def step(self) -> str:
+        return f"kept by {self.group}"
+
     @property
     def name(self) -> str:
         return self.group
-
-    @property
-    def kind(self) -> str:
-        return "driver"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -178,7 +167,7 @@ class Select(_Selecting):
         looks, data = inputs
         pairs = zip(looks.records, data.records, strict=True)
         shas = [sha for look, rows in pairs for sha in (look.sha(LOOK), rows.sha(self.over.file))]
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), tuple(shas))
+        yield self.action(plain(self.spec), shas)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         looks, shards = action.inputs[0::2], action.inputs[1::2]

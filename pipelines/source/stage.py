@@ -17,12 +17,10 @@ from infra.documents import digest_file
 from infra.errors import Refused
 from infra.records import LISTED, Action, Manifest, Record
 from infra.store import Store
-from pipelines.source import folders, lists, tars
 from pipelines.source.columns import Columns
 from pipelines.source.cut import slices, unique
-from pipelines.source.files import find
-from pipelines.source.lists import check_columns, list_digests
-from pipelines.stage import plain
+from pipelines.source.kinds import SOURCES
+from pipelines.stage import StageBase, plain
 from unclip.config import COUNT, outside
 
 REPEATED = "duplicate_row"  # uid stands in the same slice before, or the whole slice came before
@@ -54,63 +52,66 @@ class SourceHow:
     folder: str | None = None
     """A folder of pictures, as a path or s3://, with a .txt beside each or a metadata.csv, .jsonl or .parquet."""
 
+    uri: str | None = None
+    """kind://location, for a kind that a plug-in added to `SOURCES`."""
+
     def __post_init__(self) -> None:
-        said = [name for name in ("urls", "tars", "folder") if getattr(self, name)]
+        said = [name for name in ("urls", "tars", "folder", "uri") if getattr(self, name)]
         if len(said) > 1:
             raise Refused(f"source: {' and '.join(said)} are given; a run has one source, leave one of them")
         if not said:
             raise Refused("source.urls is missing: name a list of URLs, or source.tars, or source.folder")
+        if self.kind not in SOURCES:
+            raise Refused(f"source.uri is {self.uri!r}, and no plug-in adds a kind of source {self.kind!r}")
+
+    @property
+    def kind(self) -> str:
+        """Its key in `SOURCES`."""
+        if self.uri:
+            return self.uri.partition("://")[0]
+        return "tars" if self.tars else "folder" if self.folder else "urls"
+
+    @property
+    def location(self) -> str:
+        """Where it lies, as its kind takes it."""
+        return str(self.uri).partition("://")[2] if self.uri else str(getattr(self, self.kind))
+
+    @property
+    def fetched(self) -> bool:
+        """Whether its pictures are fetched from URLs; else they are there."""
+        return SOURCES[self.kind].pictures is None
 
     @property
     def samples(self) -> str | None:
-        """Where the pictures of tars or a folder lie, absolute: what the file names in their slices are relative to."""
-        where = find(self.tars, (".tar",), tars.KEY)[0] if self.tars else self.folder
-        if where is None or where.startswith("s3://"):
+        """Where the pictures lie that are there, absolute: what the file names in their slices are relative to."""
+        pictures = SOURCES[self.kind].pictures
+        if pictures is None:
+            return None
+        where = pictures(self.location)
+        if "://" in where:
             return where
         return str(Path(where).expanduser().absolute())  # a worker has another working directory
 
     def unread(self, columns: Columns) -> int:
         """Bytes that `digests` would read, since they are new or have changed. Refused where they cannot be found."""
-        if self.tars:
-            return tars.unread(self.tars)
-        if self.folder:
-            return folders.unread(self.folder, columns)
-        assert self.urls
-        return lists.unread(self.urls)
+        return SOURCES[self.kind].unread(self.location, columns)
 
     def size(self) -> int:
         """How large it is. Refused where it cannot be found."""
-        if self.tars:
-            return tars.size(self.tars)
-        if self.folder:
-            return folders.size(self.folder)
-        assert self.urls
-        return lists.size(self.urls)
+        return SOURCES[self.kind].size(self.location)
 
     def digests(self, columns: Columns) -> tuple[str, ...]:
-        """What the source holds, as the inputs of its action: reads what is not remembered of it (remembered.py).
+        """What the source holds, as the inputs of its action: reads what is not remembered of it (digest_cache.py).
         Refused where it cannot be read."""
-        if self.tars:
-            return tars.tar_digests(self.tars)
-        if self.folder:
-            return folders.folder_digest(self.folder, columns)
-        assert self.urls
-        if not self.urls.startswith("s3://") or lists.unread(self.urls):
-            check_columns(self.urls, columns)
-        return list_digests(self.urls)
+        return SOURCES[self.kind].digests(self.location, columns)
 
     def rows(self, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The source's rows in its order, as a stream; Refused where they are not those that had these digests."""
-        if self.tars:
-            return tars.rows(self.tars, columns, digests)
-        if self.folder:
-            return folders.rows(self.folder, columns, digests)
-        assert self.urls
-        return lists.rows(self.urls, columns, digests)
+        return SOURCES[self.kind].rows(self.location, columns, digests)
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(StageBase):
     """Stage: a source → slices. One action in all; facts["slices"] names the slices in the source's order."""
 
     spec: SourceSpec
@@ -119,17 +120,12 @@ class Source:
     """`how.digests`, taken by whoever builds the graph, since `actions` reads nothing."""
     unread: str = ""
     """Why they were not taken; then it can be planned, and not run."""
-    name: str = "source"
-    group: str = "source"
-    version: int = 1
-    needs: tuple[str, ...] = ()
-    kind: str = "driver"
+    name = group = "source"
+    needs = ()
+    step = "in the list"
 
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
-        yield Action(f"{self.name}/{self.version}", plain(self.spec), self.digests)
-
-    def setup(self) -> None:
-        """Nothing to prepare."""
+        yield self.action(plain(self.spec), self.digests)
 
     def preview_bytes(self) -> int:
         """What cutting the source into slices reads."""
@@ -154,6 +150,5 @@ class Source:
             states[LISTED] += distinct.num_rows
             states[REPEATED] += table.num_rows - distinct.num_rows
         if not names:
-            what = "tars" if self.how.tars else "folder" if self.how.folder else "urls"
-            raise Refused(f"source.{what}: {getattr(self.how, what)} has no rows; name one with at least one")
+            raise Refused(f"source.{self.how.kind}: {self.how.location} has no rows; name one with at least one")
         return Record.of(action, out, states=states, facts={"slices": names})

@@ -24,15 +24,16 @@ from infra.store.base import Store
 from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
 from pipelines.embed.statistics import Statistics
+from pipelines.fit.data_stages import ROLES
 from pipelines.fit.stage import Fit, FitSpec
-from pipelines.stage import ROLES, plain
+from pipelines.stage import plain
 from training.data.batches import Batch, Data
 from training.data.feed import Feed
 from training.data.order import Order
 from training.job import FitHow, Job
 from training.launch import discard, train_local
 from training.objectives.choice import objective
-from training.options import CONFIGS
+from training.options import KINDS
 from training.parallel.flat import Group
 from unclip.presets import DEMO
 
@@ -91,7 +92,7 @@ def planned(store: LocalStore, release: Path, variant: Variant) -> Plan:
     if variant.autoregressive:
         model, train = autoregressive(store, model, train, data)
         kind = "ar_prior"
-    return Plan(kind, model, plain(CONFIGS[kind](**train)), data)
+    return Plan(kind, model, plain(KINDS[kind].options(**train)), data)
 
 
 def fitted(store: LocalStore, release: Path, name: str) -> Record:
@@ -117,7 +118,7 @@ def autoregressive(
     assert DEMO.ar_prior is not None
     widths = {name: prior[name] for name in ("embedding", "text_width", "context", "width", "depth", "heads")}
     model = asdict(replace(DEMO.ar_prior, **widths))
-    known = set(CONFIGS["ar_prior"].__dataclass_fields__)
+    known = set(KINDS["ar_prior"].options.__dataclass_fields__)
     options = {name: value for name, value in train.items() if name in known}
     cost = step_flops(store, Plan("prior", prior, train, data)) / step_flops(
         store, Plan("ar_prior", model, options, data)

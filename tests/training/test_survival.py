@@ -26,7 +26,7 @@ STEPS = 24
 SHORT = {"steps": STEPS, "batch": 6, "micro": 3, "warmup": 3, "window": 3}
 FROM, TO = 14, 20
 """Steps between which the store is gone."""
-OFTEN = FitHow(checkpoint_seconds=0, patience_s=60)
+OFTEN = FitHow(checkpoint_seconds=0, store_wait_s=60)
 
 
 def gone(request: Request) -> Fault:
@@ -94,7 +94,7 @@ def test_a_fit_whose_store_stays_away_ends_and_goes_on_from_what_is_there(undist
         proxy.plan = gone
 
     with pytest.raises(Unavailable, match="does not answer") as caught:
-        fit(job, FitHow(checkpoint_seconds=0, patience_s=0), store, tmp_path / "first", {FROM: go})
+        fit(job, FitHow(checkpoint_seconds=0, store_wait_s=0), store, tmp_path / "first", {FROM: go})
     assert caught.value.code == 5
     proxy.plan = unharmed
     found = Checkpoints(store, job.key).newest()
@@ -136,7 +136,7 @@ def test_a_disk_that_stays_full_ends_a_fit_that_goes_on_once_there_is_room(undis
     store = copied(data, open_store(str(disk.root / "store")))
     job = data.job("prior", **SHORT)
     with pytest.raises(Unavailable, match=r"No space left on device\. Make room there") as caught:
-        fit(job, FitHow(checkpoint_seconds=0, patience_s=0), store, tmp_path, {FROM: lambda: disk.fill(leave=4096)})
+        fit(job, FitHow(checkpoint_seconds=0, store_wait_s=0), store, tmp_path, {FROM: lambda: disk.fill(leave=4096)})
     assert caught.value.code == 5
     disk.free()
     assert list((disk.root / "store" / "tmp").iterdir()) == []
@@ -149,7 +149,7 @@ def test_a_disk_that_stays_full_ends_a_fit_that_goes_on_once_there_is_room(undis
 def test_a_finished_model_waits_for_room(undisturbed, disk: Disk, tmp_path):
     data, expected = undisturbed
     store = copied(data, open_store(str(disk.root / "store")))
-    job, how = data.job("prior", **SHORT), FitHow(checkpoint_seconds=1000, patience_s=60)
+    job, how = data.job("prior", **SHORT), FitHow(checkpoint_seconds=1000, store_wait_s=60)
     back = threading.Timer(2.0, disk.free)
 
     def fill() -> None:

@@ -49,7 +49,7 @@ def clip(vision: str, *, custom: bool) -> dict[str, object]:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    **{kind: lambda kind=kind: KINDS[kind][1](CONFIGS[kind]) for kind in KINDS},
+    **{kind: lambda kind=kind: KINDS[kind].module(CONFIGS[kind]) for kind in KINDS},
     **{vision: lambda vision=vision: build_clip(clip(vision, custom=False)) for vision in VISIONS},
     **{f"custom-{vision}": lambda vision=vision: build_clip(clip(vision, custom=True)) for vision in VISIONS},
     "text": lambda: TextTower(clip("vit", custom=False)),

@@ -20,6 +20,7 @@ from infra.records import Manifest, materialised, object_name
 from infra.store import Store
 from training.data import Batch, Reads, ReadText
 from training.job import Job
+from training.options import KINDS
 from training.parallel import Group
 from training.warm_start import started
 from unclip.clip import clip_widths
@@ -43,10 +44,13 @@ class Objective(Protocol):
     """What one kind of model learns."""
 
     reads: Reads
-    whole_batch: bool
-    """True if the loss needs the whole batch at once: then a worker's micro-batches come joined."""
     facts: dict[str, Any]
     """What the record should say beside counts."""
+
+    @property
+    def whole_batch(self) -> bool:
+        """True if the loss needs the whole batch at once: then a worker's micro-batches come joined."""
+        ...
 
     def build(self) -> nn.Module:
         """The network at its start, on the CPU; random numbers from torch's global generator."""
@@ -69,7 +73,6 @@ class Objective(Protocol):
 class Model:
     """What all models but CLIP share."""
 
-    whole_batch = False
     read_text: ReadText | None = None
 
     def __init__(self, job: Job, store: Store) -> None:
@@ -77,6 +80,11 @@ class Model:
         self.config = config_from(job.kind, job.model, job.stage)
         self.options: Any = job.config
         self.facts: dict[str, Any] = {}
+
+    @property
+    def whole_batch(self) -> bool:
+        """As its kind's row in `training.options.KINDS` says."""
+        return KINDS[self.job.kind].whole_batch
 
     def started(self, model: nn.Module) -> nn.Module:
         """The new model, with the weights of a finished one where the job goes on from one."""

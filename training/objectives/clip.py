@@ -22,7 +22,7 @@ from training.data import Batch, Reads, decode, picture
 from training.job import START, Job
 from training.objectives.base import Losses, Noised
 from training.optim import in_float32
-from training.options import ClipTrain
+from training.options import KINDS, ClipTrain
 from training.parallel import Group
 from training.warm_start import finished
 from unclip.clip import CLIP_VOCABULARY, Clip, Preprocess, Tokenizer, build_clip, check_clip, clip_widths
@@ -61,9 +61,9 @@ def bound_(logit_scale: nn.Parameter, most: float) -> None:
 class ClipObjective:
     """Both towers of a CLIP, from the pictures of the tars and their captions."""
 
-    whole_batch = True
+    whole_batch = KINDS["clip"].whole_batch
 
-    def __init__(self, job: Job, store: Store | None = None) -> None:
+    def __init__(self, job: Job, store: Store | None = None, device: torch.device | None = None) -> None:
         check_clip(job.model)
         self.job = job
         self.options = cast(ClipTrain, job.config)
@@ -135,8 +135,6 @@ class ClipObjective:
 
 class NoisedClipObjective(Noised):
     """An image encoder of noised base pictures against the text embeddings that CLIP has given (GLIDE, section 2.3)."""
-
-    whole_batch = True
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job, store)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,13 +191,27 @@ def dpm_solver_pp(
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver_pp": dpm_solver_pp,
-    "analytic_dpm": analytic_dpm,
+@dataclass(frozen=True)
+class Sampler:
+    """What makes samples of noise, and how it is called."""
+
+    function: Callable[..., Tensor]
+    options: tuple[str, ...] = ()
+    """Fields of `settings.Sampling` that it takes as arguments of the same names, beside those that all samplers share.
+    Others refuse them. With `gamma` comes `levels`."""
+
+    def __call__(self, denoise: Denoiser, x: Tensor, schedule: Schedule, **options: Any) -> Tensor:
+        """A sample: see the function."""
+        return self.function(denoise, x, schedule, **options)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm, ("variance",)),
+    "ddim": Sampler(ddim, ("eta",)),
+    "dpm_solver_pp": Sampler(dpm_solver_pp),
+    "analytic_dpm": Sampler(analytic_dpm, ("gamma",)),
 }
-"""What makes samples of noise, by name."""
+"""Every sampler, by the name that settings call it."""
 
 
 def _walk(schedule: Schedule, x: Tensor, *, upward: bool = False) -> Iterator[tuple[Tensor, Tensor]]:

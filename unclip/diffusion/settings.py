@@ -24,7 +24,7 @@ class Sampling:
     """
 
     sampler: str = "ddim"
-    """ddpm, ddim, dpm_solver_pp or analytic_dpm."""
+    """One of `samplers.SAMPLERS`: ddpm, ddim, dpm_solver_pp or analytic_dpm."""
     steps: int = 50
     """Timesteps visited."""
     guidance: float = 1.0
@@ -76,22 +76,29 @@ class Sampling:
             raise Refused(f"guidance must be a finite number, at least 0 (1 is unguided), not {self.guidance}")
         if not 0 <= self.eta <= 1:
             raise Refused(f"eta must lie between 0 and 1, not {self.eta}")
-        if self.eta and self.sampler != "ddim":
-            raise Refused(f"eta is a setting of ddim; {self.sampler} has none")
         check_guidance(self.guidance, self.interval, self.rescale)
         if self.variance is not None and self.variance not in VARIANCES:
             raise Refused(f"variance {self.variance!r} is unknown; use one of {', '.join(VARIANCES)}")
-        if self.variance is not None and self.sampler != "ddpm":
-            raise Refused(f"variance is a setting of ddpm; {self.sampler} has none")
         if self.percentile is not None and not 0 < self.percentile <= 1:
             raise Refused(f"percentile must lie above 0 and be at most 1, not {self.percentile}")
-        if self.gamma and self.sampler != "analytic_dpm":
-            raise Refused("gamma is what analytic_dpm needs, and no other sampler has use for it")
+        self._check_options()
         if not math.isfinite(self.temperature) or self.temperature < 0:
             raise Refused(f"temperature must be a finite number, at least 0, not {self.temperature}")
         for name in ("label_guidance", "clip_guidance"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise Refused(f"{name} must be a finite number, at least 0 (unguided), not {getattr(self, name)}")
+
+    def _check_options(self) -> None:
+        """Raises Refused for a setting that is said, and that this sampler does not take."""
+        for item in fields(self):
+            takers = [name for name, sampler in SAMPLERS.items() if item.name in sampler.options]
+            if takers and self.sampler not in takers and getattr(self, item.name) != item.default:
+                raise Refused(f"{item.name} is a setting of {' and '.join(takers)}; {self.sampler} has none")
+
+    @property
+    def takes_gamma(self) -> bool:
+        """Whether its sampler needs a table of γ."""
+        return "gamma" in SAMPLERS[self.sampler].options
 
     def document(self) -> dict[str, Any]:
         """As plain JSON, without what was added since and is at its default: older releases keep their bytes."""
@@ -104,15 +111,12 @@ class Sampling:
 
     def options(self, *, pictures: bool, gamma: Tensor | None = None) -> dict[str, Any]:
         """Arguments of this sampler beyond those that all share; gamma: the release's table for this model."""
-        if self.sampler == "ddim":
-            return {"eta": self.eta}
-        if self.sampler == "ddpm":
-            return {"variance": self.variance}
-        if self.sampler == "analytic_dpm":
+        found = {name: getattr(self, name) for name in SAMPLERS[self.sampler].options}
+        if self.takes_gamma:
             # Two levels of noise in the last step are below what one sees (Bao et al. 2022).
             own = torch.tensor(self.gamma, dtype=torch.float64) if self.gamma else gamma
-            return {"gamma": own, "levels": 2.0 if pictures else None}
-        return {}
+            found |= {"gamma": own, "levels": 2.0 if pictures else None}
+        return found
 
 
 def check_sampling(name: str, sampling: Sampling, *, written: bool = False, gamma: bool = False) -> None:
@@ -129,10 +133,10 @@ def check_sampling(name: str, sampling: Sampling, *, written: bool = False, gamm
         raise Refused("percentile is for pictures, and the prior makes embeddings")
     if written and (sampling.interval or sampling.rescale):
         raise Refused(f"interval and rescale guide what denoises, and this {name} is autoregressive")
-    if sampling.sampler == "analytic_dpm" and not (sampling.gamma or gamma or written):
+    if sampling.takes_gamma and not (sampling.gamma or gamma or written):
         raise Refused(
-            f"{name}: analytic_dpm takes its variances from a table of γ, and there is none for this model. A run of a "
-            "recipe with sampling.prior.sampler analytic_dpm measures the prior's; "
+            f"{name}: {sampling.sampler} takes its variances from a table of γ, and there is none for this model. A "
+            "run of a recipe with sampling.prior.sampler analytic_dpm measures the prior's; "
             "unclip.diffusion.analytic.estimate_gamma any. Or choose another sampler."
         )
     if not written and sampling.temperature != 1:

@@ -28,7 +28,7 @@ from unclip.files import CONFIG, WEIGHTS, read_json, understood, write_json
 from unclip.models import AutoregressivePriorConfig, Decoder, Prior, Upsampler
 from unclip.release.compatibility import check_fit, check_guides
 from unclip.release.guides import GUIDES, Guides, check_asked
-from unclip.release.model import GAMMA, PRIORS, load_gamma, load_model, read_model_config
+from unclip.release.model import GAMMA, kinds_of, load_gamma, load_model, read_model_config
 
 MANIFEST = "release.json"
 UPSAMPLER = "upsampler-"
@@ -36,10 +36,8 @@ UPSAMPLER = "upsampler-"
 
 @dataclass(frozen=True)
 class Part:
-    """What one component of a release is."""
+    """What one component of a release is. Which kinds of model can be it says `model.KINDS`."""
 
-    kinds: tuple[str, ...] = ()
-    """Kinds of model folder that can be it (model.py); none for CLIP, whose folder is of its own form."""
     required: bool = True
     """Whether a release is none without it."""
     sampled: bool = True
@@ -53,14 +51,14 @@ class Part:
 PARTS = {
     "clip": Part(sampled=False, sees_clip=False),
     # The decoder's configuration says whether there is a prior (`check_fit`).
-    "prior": Part(PRIORS, required=False, extras=(GAMMA,)),
-    "decoder": Part(("decoder",)),
-    "inpainter": Part(("inpainter",), required=False, sampled=False),  # sampled as the decoder is
-    "classifier": Part(("classifier",), required=False, sampled=False, sees_clip=False),
-    "noised-clip": Part(("noised_clip",), required=False, sampled=False),
+    "prior": Part(required=False, extras=(GAMMA,)),
+    "decoder": Part(),
+    "inpainter": Part(required=False, sampled=False),  # sampled as the decoder is
+    "classifier": Part(required=False, sampled=False, sees_clip=False),
+    "noised-clip": Part(required=False, sampled=False),
 }
 """The components that a release has one of, by name."""
-UPSAMPLERS = Part(("upsampler",), required=False, sees_clip=False)
+UPSAMPLERS = Part(required=False, sees_clip=False)
 """Those that it has any number of: each `upsampler-<side>`."""
 
 
@@ -166,7 +164,7 @@ def decoder_settings(folder: Path | str, **changes: Any) -> Sampling:
     said = {name: value for name, value in changes.items() if value is not None}
     settings = replace(release.sampling["decoder"], **said)
     there = (name for name in GUIDES if name in release.components)
-    check_asked(settings, {name: read_model_config(folder / name, *PARTS[name].kinds)[0] for name in there})
+    check_asked(settings, {name: read_model_config(folder / name, *_kinds(name))[0] for name in there})
     return settings
 
 
@@ -192,7 +190,7 @@ def check_release(folder: Path | str) -> Release:
     configs: dict[str, Any] = {}
     for component in sorted(set(release.components) - {"clip"}):
         part = _part(component)
-        configs[component], trained_on = read_model_config(folder / component, *part.kinds)
+        configs[component], trained_on = read_model_config(folder / component, *_kinds(component))
         if part.sees_clip and trained_on != clip:
             raise Refused(
                 f"the {component} in {folder} was trained on embeddings of the CLIP {str(trained_on)[:12]}…, "
@@ -239,7 +237,7 @@ def load_models(folder: Path | str) -> Models:
     release = check_release(folder)
     clip = Clip.load(folder / "clip")
     models: dict[str, Any] = {
-        name: load_model(folder / name, *_part(name).kinds) for name in release.components if name != "clip"
+        name: load_model(folder / name, *_kinds(name)) for name in release.components if name != "clip"
     }
     gamma = {
         name: load_gamma(folder / name, models[name].config.timesteps)
@@ -264,6 +262,11 @@ def _files(component: str) -> tuple[str, ...]:
 
 def _side(component: str) -> int:
     return int(component.removeprefix(UPSAMPLER))
+
+
+def _kinds(component: str) -> tuple[str, ...]:
+    """Kinds of model folder that can be that component; none for CLIP, whose folder is of its own form."""
+    return kinds_of("upsampler" if component.startswith(UPSAMPLER) else component)
 
 
 def _part(component: str) -> Part:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +46,35 @@ from unclip.models import (
 GAMMA = "gamma.safetensors"
 """Beside a model that Analytic-DPM samples: its table of γ (unclip/diffusion/analytic.py)."""
 
-KINDS: dict[str, tuple[type, type[nn.Module]]] = {
-    "prior": (PriorConfig, DiffusionPrior),
-    "ar_prior": (AutoregressivePriorConfig, AutoregressivePrior),
-    "decoder": (DecoderConfig, Decoder),
-    "inpainter": (DecoderConfig, Decoder),
-    "upsampler": (UpsamplerConfig, Upsampler),
-    "classifier": (ClassifierConfig, Classifier),
-    "noised_clip": (NoisedClipConfig, NoisedClip),
+
+class Kind(NamedTuple):
+    """One kind of model folder."""
+
+    config: type
+    """A frozen dataclass of plain values."""
+    module: type[nn.Module]
+    """What is built of such a configuration."""
+    part: str = ""
+    """The component of a release that it can be (folder.py); `upsampler` for any of those; empty: none."""
+
+
+KINDS: dict[str, Kind] = {
+    "prior": Kind(PriorConfig, DiffusionPrior, "prior"),
+    "ar_prior": Kind(AutoregressivePriorConfig, AutoregressivePrior, "prior"),
+    "decoder": Kind(DecoderConfig, Decoder, "decoder"),
+    "inpainter": Kind(DecoderConfig, Decoder, "inpainter"),
+    "upsampler": Kind(UpsamplerConfig, Upsampler, "upsampler"),
+    "classifier": Kind(ClassifierConfig, Classifier, "classifier"),
+    "noised_clip": Kind(NoisedClipConfig, NoisedClip, "noised-clip"),
 }
-PRIORS = ("prior", "ar_prior")
-"""Kinds that can be the prior of a release."""
+"""Every kind of model folder but CLIP's, whose form is its own."""
+
+
+def kinds_of(part: str) -> tuple[str, ...]:
+    """The kinds of model that can be that component of a release."""
+    return tuple(kind for kind, row in KINDS.items() if row.part == part)
+
+
 FREE = {"dropout", "size", "inpaint"}
 """Settings that weights do not depend on: those in which a warm start may differ from its model."""
 
@@ -89,7 +107,7 @@ def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
 
 def config_from(kind: str, values: dict[str, Any], where: str) -> Any:
     """The configuration of that kind from plain JSON; raises Refused for fields that it does not know."""
-    config_type = KINDS[kind][0]
+    config_type = KINDS[kind].config
     known = {field.name for field in fields(config_type)}
     if unknown := sorted(set(values) - known):
         raise Refused(f"{where} has settings that this unclip's {kind} does not know: {', '.join(unknown)}")
@@ -116,9 +134,9 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     kind, _ = _kind(folder, kinds)
     with understood(folder / CONFIG, f"configuration of a {kind}"):
         with weightless():  # its shapes cost nothing; what does not fit the file is never built
-            needed = KINDS[kind][1](config).state_dict()
+            needed = KINDS[kind].module(config).state_dict()
         check_shapes(folder / WEIGHTS, needed)
-        model = KINDS[kind][1](config)
+        model = KINDS[kind].module(config)
     tensors = read_tensors(folder / WEIGHTS)
     check_numbers(folder / WEIGHTS, tensors, needed)
     model.load_state_dict(tensors)

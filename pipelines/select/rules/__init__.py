@@ -5,7 +5,7 @@ row that is first in the manifest stays, so what was decided about a shard does 
 (except under `top_fraction`, which asks for just that, and while there are too few rows for `semantic_duplicates` to
 have found its clusters).
 
-base.py what a rule is · picture.py · text.py · duplicates.py, hamming.py · scores.py · embeddings.py · contamination.py
+base.py what a rule is · image.py · text.py · duplicates.py, hamming.py · scores.py · embeddings.py · contamination.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipelines.select.rules.image import MEASURES, Aspect, Blank, Size, measured
 from pipelines.select.rules.scores import Aesthetic, ClipScore, Nsfw, Watermark
 from pipelines.select.rules.text import BlockedTerms, Caption, Language
 
-RULES: tuple[type, ...] = (
+RULES: list[type] = [
     Size,
     Aspect,
     Caption,
@@ -33,5 +33,5 @@ RULES: tuple[type, ...] = (
     Aesthetic,
     SemanticDuplicates,
     Contamination,
-)
+]
 """Every rule that a recipe may name."""

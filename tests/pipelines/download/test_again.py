@@ -45,7 +45,7 @@ def records(store: Store, stage: Download, listing: Manifest) -> list[Record]:
 def test_the_shards_end_as_if_the_rows_had_been_kept_at_once(data: Data, hasty: Any):
     store, listing, server = hasty
     assert make(store, download(server.port, **HASTY), listing).version != data.download.version
-    again = make(store, download(server.port, again=1, **PATIENT), listing)
+    again = make(store, download(server.port, retry_pass=1, **PATIENT), listing)
     assert again.version == data.download.version
     assert again.rows == listing.states["listed"]
 
@@ -54,7 +54,7 @@ def test_only_rows_in_those_states_are_asked_and_the_others_stay(hasty: Any):
     store, listing, server = hasty
     before = indexes(store, make(store, download(server.port), listing))
     server.attempts.clear()
-    after = indexes(store, make(store, download(server.port, again=1, again_states=("http_503",)), listing))
+    after = indexes(store, make(store, download(server.port, retry_pass=1, retry_states=("http_503",)), listing))
     failed = [row for index in before for row in index.to_pylist() if row["state"] == "http_503"]
     assert failed
     assert server.attempts.keys() == {urlsplit(row["url"]).path for row in failed}
@@ -68,13 +68,13 @@ def test_only_rows_in_those_states_are_asked_and_the_others_stay(hasty: Any):
 
 def test_a_pass_that_was_made_is_not_made_again_and_holds_without_being_asked_for(hasty: Any):
     store, listing, server = hasty
-    made = make(store, download(server.port, again=1, **PATIENT), listing)
+    made = make(store, download(server.port, retry_pass=1, **PATIENT), listing)
     server.attempts.clear()
-    for stage in (download(server.port, again=1), download(server.port)):
+    for stage in (download(server.port, retry_pass=1), download(server.port)):
         assert todo(store, stage, listing) == 0
         assert make(store, stage, listing).version == made.version
     assert server.attempts.total() == 0
-    assert 0 < todo(store, download(server.port, again=2), listing) <= len(made.records)
+    assert 0 < todo(store, download(server.port, retry_pass=2), listing) <= len(made.records)
 
 
 def test_only_shards_with_such_rows_get_a_generation_and_are_looked_at_anew(hasty: Any):
@@ -82,7 +82,7 @@ def test_only_shards_with_such_rows_get_a_generation_and_are_looked_at_anew(hast
     first = make(store, download(server.port), listing)
     look = Look("filter", RULES)
     make(store, look, first)
-    stage = download(server.port, again=1, again_states=("http_503",))
+    stage = download(server.port, retry_pass=1, retry_states=("http_503",))
     have = [record.states.get("http_503", 0) > 0 for record in first.records]
     assert todo(store, stage, listing) == sum(have)
     second = make(store, stage, listing)
@@ -93,7 +93,7 @@ def test_only_shards_with_such_rows_get_a_generation_and_are_looked_at_anew(hast
 
 def test_a_shard_whose_task_died_behind_its_commit_is_not_asked_again(hasty: Any):
     store, listing, server = hasty
-    stage = download(server.port, again=1, **PATIENT)
+    stage = download(server.port, retry_pass=1, **PATIENT)
     made = make(store, stage, listing)
     server.attempts.clear()
     for action, record in zip(stage.actions(listing), made.records, strict=True):
@@ -110,7 +110,7 @@ def test_who_opted_out_is_never_asked_again_and_dead_hosts_hold_no_pass_up(tmp_p
         listing = listed(store, pa.table({"url": urls, "caption": ["a"] * 10}))
         options = {"allow": ("127.0.0.0/8",), **HASTY}
         for generation in range(3):
-            manifest = make(store, download(web.port, again=generation, **options), listing)
+            manifest = make(store, download(web.port, retry_pass=generation, **options), listing)
             assert manifest.states == {"opt_out": 1, "connection": 9}
             assert manifest.only.generation == generation
         assert Counter(path for path, _, _ in web.seen) == {"/no.png": 1}
@@ -124,7 +124,7 @@ def test_what_was_forgotten_meanwhile_is_neither_asked_nor_kept(hasty: Any):
     kept = next(row for row in before[number] if row["state"] == KEPT)
     add_request(store, Forgotten.of(ForgottenNames(uids=frozenset({kept["uid"], failed["uid"]})), salt_of(store)))
     server.attempts.clear()
-    after = indexes(store, make(store, download(server.port, again=1), listing))[number].to_pylist()
+    after = indexes(store, make(store, download(server.port, retry_pass=1), listing))[number].to_pylist()
     assert {row["state"] for row in after if row["uid"] in (kept["uid"], failed["uid"])} == {FORGOTTEN}
     assert urlsplit(failed["url"]).path not in server.attempts
     others = [row["uid"] for row in before[number] if row["state"] == KEPT and row is not kept]

@@ -289,7 +289,7 @@ def test_we_say_who_we_are():
         {"per_host": 0},
         {"give_up": -1},
         {"again": -1},
-        {"again_states": ("timeout", "opt_out")},
+        {"retry_states": ("timeout", "opt_out")},
     ],
 )
 def test_impossible_hows_are_refused(options):

@@ -91,7 +91,7 @@ def test_a_picture_that_ends_or_holds_its_decoder_costs_its_row_and_no_other(tmp
             web.answers[f"/{number}"] = lambda asked, body=body: give(asked, body=body)
         urls = [f"http://a.shapes.test/{number}" for number in range(len(bodies))]
         stage = download(web.port, PICTURES, threads=1, decode_s=3.0).carefully()
-        assert stage.how.apart
+        assert stage.how.isolate
         manifest = make(store, stage, listed(store, pa.table({"url": urls, "caption": list("abcd")})))
     (index,) = indexes(store, manifest)
     assert index["state"].to_pylist() == [KEPT, DIED, HUNG, KEPT]

@@ -11,6 +11,7 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Manifest
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
+from pipelines.recipe.models import clip_widths
 from pipelines.run import written
 from pipelines.stage import plain
 
@@ -44,7 +45,7 @@ def test_sides_follow_from_each_other() -> None:
 def test_widths_follow_from_clip() -> None:
     config = recipe.load("laion-art")
     models = workflow.models(config)
-    assert models["prior"].embedding == models["decoder"].embedding == workflow.clip_widths(config)["embedding"]
+    assert models["prior"].embedding == models["decoder"].embedding == clip_widths(config)["embedding"]
 
 
 def test_a_side_that_is_no_multiple_is_refused() -> None:

@@ -16,7 +16,7 @@ def section(*changes: str):
 
 @pytest.mark.parametrize(
     "change",
-    ["again=1", "again_states=[timeout]", "block=[ads.test]", "block_file=block.txt", "opt_out=[noai]"],
+    ["retry_pass=1", "retry_states=[timeout]", "block=[ads.test]", "block_file=block.txt", "opt_out=[noai]"],
 )
 def test_those_that_decide_about_rows_are_refused(change):
     name = change.partition("=")[0]
@@ -47,7 +47,13 @@ def test_those_that_only_say_how_to_fetch_are_told(change, caplog):
 
 def test_what_matters_and_what_is_at_its_default_is_not_told(caplog):
     check_unused(
-        section("download.size=64", "download.threads=3", "download.cpus=2", "download.apart=true", "download.again=0"),
+        section(
+            "download.size=64",
+            "download.threads=3",
+            "download.cpus=2",
+            "download.isolate=true",
+            "download.retry_pass=0",
+        ),
         "source.tars",
     )
     assert not caplog.records
@@ -58,9 +64,9 @@ def test_a_run_is_refused_before_anything_is_read_twice(tmp_path):
     from tests.fixtures.samples import plain, write_tar
 
     tar = write_tar(tmp_path / "a.tar", plain(range(3)))
-    changes = [f"source.tars={tar}", "download.again=1"]
+    changes = [f"source.tars={tar}", "download.retry_pass=1"]
     with (
-        pytest.raises(Refused, match=r"Recipe tiny: download\.again means nothing with source\.tars"),
+        pytest.raises(Refused, match=r"Recipe tiny: download\.retry_pass means nothing with source\.tars"),
         prepared("tiny", str(tmp_path / "store"), changes, create=True),
     ):
         pass

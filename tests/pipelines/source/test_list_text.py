@@ -12,8 +12,7 @@ from infra.records.schemas import KEPT
 from infra.store.opening import open_store
 from pipelines.shapes.server import serve
 from pipelines.source.columns import Columns
-from pipelines.source.lists import rows
-from pipelines.source.stage import list_digests
+from pipelines.source.lists import list_digests, rows
 from tests.fixtures.stages import download, make, source
 from tests.pipelines.download.test_download import indexes
 

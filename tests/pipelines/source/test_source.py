@@ -21,7 +21,8 @@ from infra.records.schemas import uid
 from infra.store.opening import open_store
 from pipelines.source.columns import Columns
 from pipelines.source.cut import cut, slices
-from pipelines.source.stage import Source, SourceHow, SourceSpec, check_columns, list_digests
+from pipelines.source.lists import check_columns, list_digests
+from pipelines.source.stage import Source, SourceHow, SourceSpec
 from tests.fixtures.stages import make, source, todo
 
 GOLDEN = "8c037a446e"

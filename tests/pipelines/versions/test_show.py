@@ -11,6 +11,7 @@ from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record
 from infra.store.opening import open_store
 from pipelines.embed.stage import Embed, EmbedSpec
+from pipelines.engine.versions import reconcile
 from pipelines.select.rules import ClipScore
 from pipelines.select.stage import Look, Select
 from pipelines.versions import show as versions
@@ -27,7 +28,7 @@ def chain(data: Data) -> tuple[Manifest, ...]:
 
 
 def test_every_row_of_the_list_has_exactly_one_final_state(chain):
-    final = versions.reconcile(*chain)
+    final = reconcile(*chain)
     assert sum(final.values()) == chain[0].rows == 240
     assert final["kept"] == chain[-1].states["kept"]
     assert final["curate.clip_score"] == int(chain[3].rows * 0.25)
@@ -39,9 +40,9 @@ def test_versions_that_do_not_belong_together_are_refused(chain):
     source, download, filter, embed, curate = chain
     short = Manifest(download.action, download.records[:-1])
     with pytest.raises(Refused, match=r"download accounts for \d+ rows, and 240 were passed on"):
-        versions.reconcile(source, short, filter, embed, curate)
+        reconcile(source, short, filter, embed, curate)
     with pytest.raises(Refused, match="curate accounts for"):
-        versions.reconcile(source, download, filter, embed, Manifest(curate.action, ()))
+        reconcile(source, download, filter, embed, Manifest(curate.action, ()))
 
 
 def test_versions_are_listed_with_their_rows_and_states(data: Data, chain):

@@ -135,7 +135,7 @@ CHOOSING = {"steps": 12, "batch": 4, "micro": 2, "warmup": 3, "window": 3, "lr":
 
 
 @pytest.mark.parametrize(
-    "kind", ["prior", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:] + KINDS[:1])]
+    "kind", ["prior", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS][3:] + [*KINDS][:1])]
 )
 def test_the_released_average_is_the_one_of_least_loss_and_survives_a_stop(world: Tiny, tmp_path: Path, kind: str):
     options = {**CHOOSING, "ema_lengths": [0.05, 0.1, 0.25]}

@@ -77,7 +77,7 @@ def test_settings_of_before_mean_what_they_meant():
         ({"percentile": 1.5}, "above 0 and be at most 1, not 1.5"),
         ({"variance": "big", "sampler": "ddpm"}, "variance 'big' is unknown; use one of fixed_small, fixed_large"),
         ({"variance": "fixed_large"}, "a setting of ddpm; ddim has none"),
-        ({"gamma": GAMMA}, "no other sampler has use for it"),
+        ({"gamma": GAMMA}, "gamma is a setting of analytic_dpm; ddim has none"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_value_and_range(settings: dict, named: str):
