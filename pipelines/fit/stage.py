@@ -59,7 +59,8 @@ class Fit(StageBase):
 
     def fit(self, action: Action, store: Store, out: Path, monitor: Any, lease: int) -> Record:
         """Trains to the end (or on from the newest valid checkpoint) and returns the record of what lies in `out`."""
-        data = {ROLES.get(need, START): version for need, version in zip(self.needs, action.inputs, strict=True)}
+        roles = {**{need: need for need in self.needs}, **dict.fromkeys(KINDS[self.model].from_kinds, START), **ROLES}
+        data = {roles[need]: version for need, version in zip(self.needs, action.inputs, strict=True)}
         if self.spec.start:
             data[START] = self.spec.start
         job = Job(self.name, action.key, self.model, self.spec.model, self.spec.train, data)
