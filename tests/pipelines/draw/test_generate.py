@@ -83,9 +83,9 @@ def test_generating_imports_neither_open_clip_nor_ray(folder: Path, tmp_path: Pa
     store, out = str(tmp_path / "store"), str(tmp_path / "grid.png")
     code = f"""
 import sys
-from pipelines.draw.generate import generate
+from pipelines.draw.generate import generate_grid
 from infra.store.opening import open_store
-generate(open_store({store!r}), ["a red circle"], {str(folder)!r}, 1, 0, None, None, {out!r})
+generate_grid(open_store({store!r}), ["a red circle"], {str(folder)!r}, 1, 0, None, None, {out!r})
 print([name for name in ("open_clip", "torchvision", "ray", "mlflow", "pandas", "pyarrow", "torch._dynamo")
        if name in sys.modules])
 """
