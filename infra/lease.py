@@ -124,7 +124,7 @@ def alive(store: Store, since: datetime) -> dict[str, datetime]:
     return {key: taken[key, number] for key, number in going_on}
 
 
-def stands(store: Store, key: str) -> bool:
+def is_held(store: Store, key: str) -> bool:
     """Whether somebody holds the lease of that key."""
     return _newest(store, key)[1]
 

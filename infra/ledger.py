@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest
 from infra.errors import Refused
-from infra.records import reading
+from infra.records import explain_damage
 from infra.store import Store
 
 KINDS = ("promote", "rollback")
@@ -60,7 +60,7 @@ class Entry:
     @classmethod
     def from_json(cls, data: bytes, where: str = "ledger entry") -> Entry:
         """Reads `to_json`'s bytes; Refused for an unknown schema version, and where they are damaged."""
-        with reading(where):
+        with explain_damage(where):
             fields = check_schema(json.loads(data), where)
             known = {name: value for name, value in fields.items() if name != "schema_version"}
             return cls(**known, digest=digest(data))

@@ -1,6 +1,7 @@
 """How far a shard is, told by whoever goes through its rows to whoever watches: rows by state, about once a second.
 
-A stage's `run` knows nothing of Ray or a monitor; it says what became of a row, and that goes where `telling` leads it.
+A stage's `run` knows nothing of Ray or a monitor; it says what became
+of a row, and that goes where `reporting_to` leads it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _here: ContextVar[_Shard | None] = ContextVar("shard", default=None)
 
 
 @contextmanager
-def telling(told: Told) -> Iterator[None]:
-    """In this context, what `expect` and `became` say goes to `told`."""
+def reporting_to(told: Told) -> Iterator[None]:
+    """In this context, what `expect_rows` and `count_row` say goes to `told`."""
     token = _here.set(_Shard(told))
     try:
         yield
@@ -46,20 +47,20 @@ def telling(told: Told) -> Iterator[None]:
         _here.reset(token)
 
 
-def expect(rows: int) -> None:
+def expect_rows(rows: int) -> None:
     """The shard has so many rows."""
     if shard := _here.get():
         shard.rows = rows
 
 
-def became(state: str) -> None:
+def count_row(state: str) -> None:
     """One more row ended in this state."""
     if shard := _here.get():
         shard.states[state] += 1
         shard.tell()
 
 
-def so_far(states: Mapping[str, int]) -> None:
+def count_rows(states: Mapping[str, int]) -> None:
     """So many rows ended in these states by now, in all."""
     if shard := _here.get():
         shard.states = Counter(states)

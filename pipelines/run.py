@@ -20,17 +20,17 @@ from infra.errors import Refused, Stopped
 from infra.ledger import Ledger
 from infra.records import Manifest
 from infra.store import Store, open_store
-from infra.tracking import machine_tags, packages
+from infra.tracking import installed_packages, machine_tags
 from pipelines.download import Download
 from pipelines.engine import Console, Execution, chosen, plan, source_tag
 from pipelines.evaluate import check_name, read_prompts
-from pipelines.recipe import Recipe, starts
+from pipelines.recipe import Recipe, resolve_starts
 from pipelines.recipe import schema as recipes
 from pipelines.recipe import stages as workflow
 from pipelines.reports import PAGE
 from pipelines.source import SourceHow
-from pipelines.stage import Stage, blaming, plain
-from pipelines.versions import announced
+from pipelines.stage import Stage, error_context, plain
+from pipelines.versions import run_lease
 from pipelines.world import Server, write_list, write_prompts
 
 
@@ -57,7 +57,7 @@ def prepared(name: str, store: str, changes: Sequence[str], *, create: bool) -> 
     recipe = recipes.load(name, changes)
     opened = open_store(store, create=create)
     with tempfile.TemporaryDirectory(prefix="unclip-inputs-") as folder:
-        with blaming(f"Recipe {name}"):
+        with error_context(f"Recipe {name}"):
             inputs, stages, missing = _joined(recipe, opened, Path(folder), planning=not create)
         yield Prepared(recipe, opened, inputs, stages, missing)
 
@@ -80,12 +80,12 @@ def _joined(
     where = SourceHow(urls, recipe.source.tars, recipe.source.folder, recipe.source.uri)
     head = Ledger(store, recipe.release.name).head()
     digests, unread, missing = _read(where, recipe, planning=planning)
-    inputs = workflow.Inputs(urls, digests, prompts, head, starts(recipe, store), unread)
+    inputs = workflow.Inputs(urls, digests, prompts, head, resolve_starts(recipe, store), unread)
     stages = workflow.stages(recipe, inputs)
     kinds = list(dict.fromkeys(prompt.kind for prompt in read_prompts(prompts)))
     for score in recipe.gate.minimum:
         judge, reference = recipe.evaluate.judge is not None, recipe.evaluate.reference is not None
-        with blaming("gate.minimum"):
+        with error_context("gate.minimum"):
             check_name(score, kinds, judge=judge, reference=reference)
     return inputs, stages, missing
 
@@ -111,7 +111,7 @@ def run_recipe(
 
     with prepared(name, store, changes, create=True) as job, contextlib.ExitStack() as stack:
         names = chosen(job.stages, until, only)
-        stack.enter_context(announced(job.store))
+        stack.enter_context(run_lease(job.store))
         tracking = job.recipe.tracking
         uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store)
         if tracking.required:
@@ -124,7 +124,7 @@ def run_recipe(
             stack.callback(disconnect)
             monitor = Monitor.launch(uri, tracking.experiment, name, job.store.uri)
             stack.callback(monitor.close)
-            tell_run(monitor, name, job.recipe)
+            track_run(monitor, name, job.recipe)
             return info, monitor
 
         def ready(stage: Stage) -> Stage:
@@ -183,21 +183,21 @@ def summary(console: Console, job: Prepared, names: set[str], made: dict[str, Ma
 
     if "data-report" in made and "data-report" in names:
         about = made["curate"].version
-        folder = releases.unfolded(job.store, about, [made["data-report"].only])
+        folder = releases.view_folder(job.store, about, [made["data-report"].only])
         console.terminal.print(f"data       {folder / PAGE}", markup=False, soft_wrap=True)
     if "promote" in names:
         for line in releases.summary(job.store, job.recipe.release.name, made, store, uri):
             console.terminal.print(line, markup=False, soft_wrap=True)
 
 
-def tell_run(monitor: Any, name: str, recipe: Recipe) -> None:
+def track_run(monitor: Any, name: str, recipe: Recipe) -> None:
     """Of the run as a whole: its recipe with all changes, git's state, versions of all packages."""
     monitor.tag("", {**machine_tags(), **source_tag(name)})
-    monitor.artifact("", written(recipe).encode(), "recipe.yaml")
-    monitor.artifact("", packages().encode(), "packages.txt")
+    monitor.artifact("", recipe_text(recipe).encode(), "recipe.yaml")
+    monitor.artifact("", installed_packages().encode(), "packages.txt")
 
 
-def written(recipe: Recipe) -> str:
+def recipe_text(recipe: Recipe) -> str:
     """A recipe as YAML that gives the same recipe again, but for the tracking server's address, which may hold a
     password."""
     told = dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, uri=None))

@@ -78,7 +78,7 @@ class StageBase:
     A stage may also have `preview_bytes()`: what its `run` would read, so that a plan may do it for itself;
     `carefully()`, of kind "task": itself as it does an action that ended its workers; `stale(record)`: whether a record
     is to have a next generation; `shards`: how many actions it has, where that is known without its inputs; and
-    `unread`: why its inputs were not read, so that it can be planned and not run.
+    `unhashed_bytes`: why its inputs were not read, so that it can be planned and not run.
     """
 
     if TYPE_CHECKING:  # to be read only, as fields of frozen dataclasses and properties are
@@ -169,7 +169,7 @@ def plain(spec: Any) -> Any:
 
 
 @contextmanager
-def blaming(where: str) -> Iterator[None]:
+def error_context(where: str) -> Iterator[None]:
     """What is refused inside is refused with `where` before it."""
     try:
         yield

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 from infra.errors import Refused
 from infra.plugins import VARIABLE
-from infra.tracking import SENT, git_tags
+from infra.tracking import GIT_VARIABLE, git_tags
 from pipelines.recipe import schema as recipes
 from pipelines.recipe import stages as workflow
-from pipelines.stage import blaming
+from pipelines.stage import error_context
 
 
 def submit_recipe(
@@ -30,7 +30,7 @@ def submit_recipe(
             )
         store = str(Path(store).resolve())
     recipe = recipes.load(name, changes)
-    with blaming(f"Recipe {name}"):
+    with error_context(f"Recipe {name}"):
         workflow.models(recipe)
     command = ["python", "-m", "pipelines.cli", "run", name, "--store", store, "--address", "auto"]
     for change in changes:
@@ -44,5 +44,5 @@ def submit_recipe(
         VARIABLE,
     )  # no secrets: those are the cluster's own
     environment = {name: os.environ[name] for name in passed if name in os.environ}
-    environment[SENT] = json.dumps(git_tags())  # the job's copy of the code has no repository
+    environment[GIT_VARIABLE] = json.dumps(git_tags())  # the job's copy of the code has no repository
     return submit(address, shlex.join(command), str(Path.cwd()), environment)

@@ -30,7 +30,7 @@ from pipelines.recipe import schema as recipes
 from pipelines.recipe import sections
 from pipelines.recipe import stages as workflow
 from pipelines.select.rules import RULES
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.source.kinds import SOURCES
 from pipelines.source.stage import Source, SourceHow, SourceSpec
 from tests.fixtures.fits import Tiny, tiny
@@ -121,7 +121,7 @@ def test_a_rule_selects_rows_of_a_recipe(data: Data) -> None:  # noqa: F811
     rules = "filter.rules=[{rule: size, min_side: 64}, {rule: shouting, most: 0}]"
     made = stages(rules)
     look, select = made["filter-look"], made["filter"]
-    assert (type(look), type(select)) == (Look, Select)
+    assert (type(look), type(select)) == (FeatureStage, Select)
     chosen = make(data.store, select, make(data.store, look, data.download), data.download)
     shouted = 0
     for record in data.download.records:

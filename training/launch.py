@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Refused, Stopped
 from infra.store import Store, open_store
-from training.checkpoint import Checkpoints, deliver
+from training.checkpoint import Checkpoints, deliver_model
 from training.job import FitHow, Job
-from training.preemption import Draining, StopFlag, heed_sigterm
+from training.preemption import Draining, StopFlag, handle_sigterm
 from unclip.errors import Refused as Impossible
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def fit(job: Job, how: FitHow, store_uri: str, out: Path, monitor: Monitor, leas
     Stopped if a stop was requested.
     """
     store = open_store(store_uri)
-    if (facts := deliver(store, job, out)) is not None:
+    if (facts := deliver_model(store, job, out)) is not None:
         return facts
     try:
         _ray_train(job, how, store_uri, monitor, lease_number)
@@ -82,7 +82,7 @@ def discard(store: Store, key: str) -> None:
 
 
 def _delivered(store: Store, job: Job, out: Path) -> dict[str, Any]:
-    facts = deliver(store, job, out)
+    facts = deliver_model(store, job, out)
     if facts is None:
         raise Refused(f"{job.stage} ended without a finished model under checkpoints/{job.key}/", code=5)
     return facts
@@ -142,7 +142,7 @@ def _trainer(*, alone: bool) -> Any:
 
     class HeedSigterm(WorkerGroupCallback):
         def after_worker_group_start(self, worker_group: Any) -> None:
-            worker_group.execute(heed_sigterm)  # in each one's main thread: no other may
+            worker_group.execute(handle_sigterm)  # in each one's main thread: no other may
 
     class Trainer(base):
         def _create_default_callbacks(self) -> list[Any]:

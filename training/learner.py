@@ -42,12 +42,12 @@ def is_sharded(
     return not why and parameters * STATE_BYTES > SHARE * room
 
 
-def room(device: torch.device) -> float:
+def gpu_bytes(device: torch.device) -> float:
     """Bytes of a GPU's memory; a CPU's is not bounded here."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
-class Learner(nn.Module):
+class LossModule(nn.Module):
     """A model and what it learns, in one call: so that all that touches a parameter happens inside one forward pass."""
 
     def __init__(self, model: nn.Module, task: Objective, group: Group) -> None:
@@ -59,12 +59,12 @@ class Learner(nn.Module):
         return self.task.loss(self.model, batch, self.group)
 
 
-def built(job: Job, task: Objective, how: FitHow, group: Group, device: torch.device) -> tuple[nn.Module, bool]:
+def build_model(job: Job, task: Objective, how: FitHow, group: Group, device: torch.device) -> tuple[nn.Module, bool]:
     """(the objective's model at its start, on the host; whether it is to be sharded).
 
     One that is to be sharded has weights on rank 0 alone, and shapes on the others. Raises Refused as `is_sharded`.
     """
-    here, sharded = room(device), False
+    here, sharded = gpu_bytes(device), False
     if how.shard == "fsdp" or (how.shard == "auto" and group.ranks > 1 and math.isfinite(here)):
         without = nn.Module() if task.whole_batch else shapes(job.kind, cast(Any, task).config)
         size = sum(parameter.numel() for parameter in without.parameters())

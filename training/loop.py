@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from infra.errors import Refused, Stopped
-from infra.store import Patient, Store
-from training.checkpoint import Checkpoints, Saver, finished, identity
+from infra.store import RetryingStore, Store
+from training.checkpoint import Checkpoints, Saver, is_finished, job_identity
 from training.data import Batch, Data, Feed, Order
 from training.job import FitHow, Job
-from training.learner import Learner, built
+from training.learner import LossModule, build_model
 from training.objectives import objective
 from training.optim import learning_rate
-from training.parallel import Group, determinism, prepare, seed, shard
-from training.state import ALONE, EXTRA, LOSS, SAVE, STOP, State, finish, newest, roll_back
+from training.parallel import Group, determinism, prepare_model, seed, shard_module
+from training.state import ALONE, EXTRA, LOSS, SAVE, STOP, State, finish_fit, newest_checkpoint, roll_back
 from training.telemetry import Clock, Monitor, Previews, by_quartile
-from training.validate import split
+from training.validate import split_held_out
 from unclip.models import bfloat16_convolutions
 
 CPU = torch.device("cpu")
@@ -48,30 +48,32 @@ def train(
     """
     config = job.config
     torch.set_num_threads(how.threads)
-    store = Patient(store, how.store_wait_s)
+    store = RetryingStore(store, how.store_wait_s)
 
     def told(samples: int, digest: str) -> None:
         monitor.tag(job.stage, {"unclip.checkpoint": digest, "unclip.checkpoint.samples": str(samples)})
 
-    checkpoints = Checkpoints(store, job.key, lease, keep=how.keep, best=how.keep_best, job=identity(job), told=told)
-    found = newest(checkpoints, group)
-    if found and finished(found, job):
+    checkpoints = Checkpoints(
+        store, job.key, lease, keep=how.keep, best=how.keep_best, job=job_identity(job), told=told
+    )
+    found = newest_checkpoint(checkpoints, group)
+    if found and is_finished(found, job):
         return
     task = objective(job, store, device)
     if task.whole_batch and config.lanes % group.ranks:
         raise Refused(
             f"{job.stage}: {config.lanes} micro-batches do not divide among {group.ranks} workers; change train.micro"
         )
-    model, sharded = built(job, task, how, group, device)
+    model, sharded = build_model(job, task, how, group, device)
     model.train()
     check_divisible(job.stage, model, group.ranks)
     if getattr(config, "bfloat16_convolutions", False):
         bfloat16_convolutions(model)
-    learner = Learner(model, task, group)
+    learner = LossModule(model, task, group)
     vectors = None
-    prepare(model, how, sharded=sharded)
+    prepare_model(model, how, sharded=sharded)
     if sharded:
-        vectors = shard(learner, device, group.ranks, EXTRA)
+        vectors = shard_module(learner, device, group.ranks, EXTRA)
     else:
         model.to(device)
     state = State(config, model, vectors, group)
@@ -86,7 +88,7 @@ def train(
         cache=how.cache_bytes,
         decoders=how.decoders,
     )
-    data, held = split(data, config)
+    data, held = split_held_out(data, config)
     order = Order(data.counts, config.lanes, config.micro_size, config.window, config.seed, config.spread)
     lanes = group.lanes(config.lanes)
     clock = Clock(job, config, how, monitor, state.step if group.rank == 0 else None, group, device)
@@ -141,7 +143,7 @@ def train(
                 saver.wait()
                 raise Stopped(f"{job.stage} stopped at step {state.step} of {config.steps}")
         saver.wait()
-    finish(checkpoints, store, state, job, learner, held, sharded=sharded)
+    finish_fit(checkpoints, store, state, job, learner, held, sharded=sharded)
 
 
 def check_divisible(stage: str, model: nn.Module, workers: int) -> None:

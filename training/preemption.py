@@ -22,7 +22,7 @@ POLL_SECONDS = 2.0
 _told = threading.Event()
 
 
-def heed_sigterm() -> None:
+def handle_sigterm() -> None:
     """From now on SIGTERM lets the loop save and end; the second one ends the process at once. Runs in the main thread
     of a worker's process, whose training runs in another."""
 
@@ -33,7 +33,7 @@ def heed_sigterm() -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-def told_to_end() -> bool:
+def sigterm_received() -> bool:
     """Whether this process was sent SIGTERM."""
     return _told.is_set()
 
@@ -50,7 +50,7 @@ class StopFlag:
         threading.Thread(target=self._watch, name="stop requests", daemon=True).start()
 
     def __call__(self) -> bool:
-        return told_to_end() or self._asked.is_set()
+        return sigterm_received() or self._asked.is_set()
 
     def requested(self) -> bool:
         """Whether the driver asked for it, as far as the store says so."""

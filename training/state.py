@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import Refused
-from infra.store import Store, patiently
-from training.checkpoint import RELEASE, Checkpoint, Checkpoints, Saver, room_for
+from infra.store import Store, with_retries
+from training.checkpoint import RELEASE, Checkpoint, Checkpoints, Saver, explain_full_disk
 from training.data import Data
 from training.job import Job
-from training.learner import Learner
+from training.learner import LossModule
 from training.optim import Averages, Diverged, Ema, Optimiser, Precision, Spikes, is_inner
 from training.options import TrainConfig
-from training.parallel import Flat, Group, Vectors, whole
+from training.parallel import Flat, Group, Vectors, gather_state
 from training.telemetry import SUMS
-from training.validate import choose
+from training.validate import choose_average
 
 EXTRA = 3 + SUMS
 """What the ranks agree on with each gradient: whether any was asked to stop, whether rank 0 finds a save due, the
@@ -134,7 +134,7 @@ class State:
         return [(name, buffer) for name, buffer in self.model.named_buffers() if name in kept]
 
 
-def newest(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
+def newest_checkpoint(checkpoints: Checkpoints, group: Group) -> Checkpoint | None:
     """The newest checkpoint that is valid to rank 0, on every rank: two that went on from different ones would add up
     the gradients of different weights. Raises NotFound or Refused on a rank that cannot read it."""
     found = checkpoints.newest() if group.rank == 0 else None
@@ -168,12 +168,12 @@ def roll_back(checkpoints: Checkpoints, saver: Saver, group: Group, state: State
     log.warning("%s: too many bad steps; at step %d it returned to the state of sample %d", stage, step, state.anchor)
 
 
-def finish(
+def finish_fit(
     checkpoints: Checkpoints,
     store: Store,
     state: State,
     job: Job,
-    learner: Learner,
+    learner: LossModule,
     held: Data | None,
     *,
     sharded: bool = False,
@@ -188,23 +188,25 @@ def finish(
         "data": job.data,
         **task.facts,
     }
-    released = whole(state.ema.state().items(), keep=group.rank == 0)
+    released = gather_state(state.ema.state().items(), keep=group.rank == 0)
     if group.rank and not sharded:
         return
     if job.config.ema_lengths:
-        judge = learner if sharded else Learner(state.model, task, ALONE)
-        released, chosen = choose(judge, state.averages, released, held, job, store, state.precision, sharded=sharded)
+        judge = learner if sharded else LossModule(state.model, task, ALONE)
+        released, chosen = choose_average(
+            judge, state.averages, released, held, job, store, state.precision, sharded=sharded
+        )
         facts |= chosen
     if group.rank:
         return
 
     def put() -> bool:
         with store.scratch() as folder:
-            with room_for(folder):
+            with explain_full_disk(folder):
                 said = task.save(folder / RELEASE, released, dict(facts))
             return checkpoints.save(state.samples, folder, state.head | {"facts": facts | said})
 
-    if not patiently(store, put):
+    if not with_retries(store, put):
         raise Refused(f"{job.stage}: its finished model could not be stored under checkpoints/{job.key}/", code=5)
 
 

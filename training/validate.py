@@ -13,16 +13,16 @@ from torch import Tensor
 
 from infra.errors import Refused
 from infra.store import Store
-from training.data import Batch, Data, derived
+from training.data import Batch, Data, derive_seed
 from training.job import Job
-from training.learner import Learner
+from training.learner import LossModule
 from training.optim import Averages, Precision
 from training.options import TrainConfig
-from training.parallel import spread
+from training.parallel import scatter_state
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOut:
     """Tells the rows that are held out from the others, by uid: digests, so that a share of them is any share of rows.
 
     A row is held out or not whatever other rows there are, in every fit of the same share.
@@ -38,7 +38,7 @@ class Held:
         return (numbers < self.share * 2**64) == self.held
 
 
-def split(data: Data, config: TrainConfig) -> tuple[Data, Data | None]:
+def split_held_out(data: Data, config: TrainConfig) -> tuple[Data, Data | None]:
     """The rows to train on, and those held out: about `ema_validation`, where there are averages to choose among.
 
     Raises Refused where that is more than half of all rows, or happens to be none.
@@ -50,7 +50,7 @@ def split(data: Data, config: TrainConfig) -> tuple[Data, Data | None]:
         raise Refused(
             f"train.ema_validation asks for {wanted} of {rows} rows to choose an average by; hold out at most half"
         )
-    train, held = (data.where(Held(wanted / rows, each)) for each in (False, True))
+    train, held = (data.where(HeldOut(wanted / rows, each)) for each in (False, True))
     if not any(held.counts):
         raise Refused(f"train.ema_validation is {wanted}, and no row of {rows} is held out by it; ask for more")
     return train, held
@@ -60,11 +60,11 @@ def batches(held: Data, config: TrainConfig) -> Iterator[Batch]:
     """The held-out rows, at most `ema_validation`, in micro-batches of fixed noise, timesteps and drops."""
     rows = [(block, row) for block, count in enumerate(held.counts) for row in range(count)][: config.ema_validation]
     for first in range(0, len(rows), config.micro_size):
-        yield held.batch(rows[first : first + config.micro_size], derived("validation", config.seed, first))
+        yield held.batch(rows[first : first + config.micro_size], derive_seed("validation", config.seed, first))
 
 
 @torch.no_grad()
-def mean_loss(learner: Learner, shown: Iterator[Batch], precision: Precision) -> float:
+def mean_loss(learner: LossModule, shown: Iterator[Batch], precision: Precision) -> float:
     """The objective's own loss, a sample, of a model in evaluation mode; every rank of a sharded one calls it."""
     device = next(learner.parameters()).device
     total, count = 0.0, 0
@@ -76,8 +76,8 @@ def mean_loss(learner: Learner, shown: Iterator[Batch], precision: Precision) ->
     return total / count
 
 
-def choose(
-    learner: Learner,
+def choose_average(
+    learner: LossModule,
     averages: Averages,
     base: dict[str, Tensor],
     held: Data | None,
@@ -104,7 +104,7 @@ def choose(
         entry: dict[str, Any] = {"length": length, "missed": missed}
         if held is not None:
             if sharded:
-                spread(learner, state)
+                scatter_state(learner, state)
             else:
                 learner.model.load_state_dict(state)
             loss = mean_loss(learner, batches(held, config), precision)

@@ -22,7 +22,7 @@ from unclip.release import MANIFEST, read_model_config, warm_start
 
 
 @contextmanager
-def finished(job: Job, store: Store) -> Iterator[Path]:
+def finished_model(job: Job, store: Store) -> Iterator[Path]:
     """The folder of the model that a job goes on from: the version's own, or the component of a release.
 
     Raises Refused for a release that lacks it.
@@ -38,23 +38,23 @@ def finished(job: Job, store: Store) -> Iterator[Path]:
         yield folder
 
 
-def configured(job: Job, store: Store, config: Any, *fields: str) -> Any:
+def inherit_fields(job: Job, store: Store, config: Any, *fields: str) -> Any:
     """A model's configuration with the fields that data decide as the finished model has them, if there is one."""
     from dataclasses import replace
 
     if START not in job.data:
         return config
-    with finished(job, store) as folder:
+    with finished_model(job, store) as folder:
         found, _ = read_model_config(folder, job.kind)
     return replace(config, **{name: getattr(found, name) for name in fields})
 
 
-def started(model: nn.Module, job: Job, store: Store, clip: str | None = None) -> nn.Module:
+def warm_started(model: nn.Module, job: Job, store: Store, clip: str | None = None) -> nn.Module:
     """A new model with the weights and buffers of the finished one, if the job names one.
 
     clip: the fingerprint of the CLIP that it has to have been trained on. Raises Refused where they do not fit.
     """
     if START in job.data:
-        with finished(job, store) as folder:
+        with finished_model(job, store) as folder:
             warm_start(model, folder, job.kind, *KINDS[job.kind].from_kinds, clip=clip)
     return model

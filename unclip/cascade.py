@@ -19,13 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from unclip.clip import Clip, Text, clip_widths
-from unclip.diffusion import Network, Sampling, check_sampling, conditional, guided, in_range
+from unclip.diffusion import Network, Sampling, check_sampling, clip_denoiser, conditional, guided_denoiser
 from unclip.errors import Refused
-from unclip.models import WORKSPACE, AutoregressivePrior, Caption, Decoder, Prior, Upsampler, filled_up, fold_upsampling
+from unclip.models import (
+    WORKSPACE,
+    AutoregressivePrior,
+    Caption,
+    Decoder,
+    Prior,
+    Upsampler,
+    fold_upsampling,
+    pad_to_multiple,
+)
 from unclip.pictures import to_uint8
 from unclip.progress import Callback, Report, Reporter
 from unclip.release import Guides, check_fit, check_gamma, check_guides, load_models
-from unclip.sample import Bind, Extra, draw, draw_embeddings, in_tiles
+from unclip.sample import Bind, Manipulation, draw, in_tiles, sample_embeddings
 
 TILE = 4
 """Pictures a call of a network, by default: larger is faster for many pictures, smaller for an order of a few."""
@@ -200,7 +209,7 @@ class UnCLIP:
             numbers = [seeds[row] for row in rows]
             begin, z = (None if part is None else part[rows].to(self.device) for part in (start, embeddings))
             told = None if known is None else (known[0][rows].to(self.device), known[1][rows].to(self.device))
-            extra = Extra(begin, depth, bind, rows, told)
+            extra = Manipulation(begin, depth, bind, rows, told)
             shown = self._render(z, self.captions([texts[row] for row in rows]), numbers, chosen, report, extra)
             pictures.append(shown[: len(texts) - rows[0]])
         return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
@@ -218,7 +227,7 @@ class UnCLIP:
         seeds: Sequence[int],
         chosen: Mapping[str, Sampling],
         report: Report,
-        extra: Extra | None = None,
+        extra: Manipulation | None = None,
     ) -> Tensor:
         """Decoder and upsamplers, one tile: uint8 on the host."""
         x = self.sample_decoder(embedding, caption, seeds, chosen["decoder"], report, extra)
@@ -238,7 +247,7 @@ class UnCLIP:
         """
         if self.prior is None:
             raise Refused("this release has no prior: its decoder draws from prompts alone")
-        return draw_embeddings(self.prior, text, seeds, sampling, gamma=self.gamma.get("prior"), report=callback)
+        return sample_embeddings(self.prior, text, seeds, sampling, gamma=self.gamma.get("prior"), report=callback)
 
     @torch.no_grad()
     def sample_decoder(
@@ -248,7 +257,7 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
-        extra: Extra | None = None,
+        extra: Manipulation | None = None,
     ) -> Tensor:
         """Base pictures [b, 3, s, s] in [-1, 1] for raw image embeddings [b, d], if the decoder takes them, and
         `captions`."""
@@ -258,11 +267,11 @@ class UnCLIP:
         context, null = decoder.context(embedding, *caption), decoder.null_context(len(seeds))
         if known is not None:
             context, null = decoder.knowing(context, *known), decoder.knowing(null, *known)
-        denoise = guided(decoder.denoise, context, null, sampling, decoder.schedule)
+        denoise = guided_denoiser(decoder.denoise, context, null, sampling, decoder.schedule)
         # z_t: the caption's first part, or what CLIP makes of the same tokens.
         text = self.clip.text(*caption).embedding if len(caption) == 1 and sampling.clip_guidance else caption[0]
         denoise = self.guides.guide(denoise, text, sampling, decoder.schedule)
-        denoise = in_range(denoise, sampling, decoder.schedule)
+        denoise = clip_denoiser(denoise, sampling, decoder.schedule)
         gamma = self.gamma.get("decoder")
         return draw(
             "decoder", denoise, decoder.schedule, seeds, (3, side, side), sampling, self.device, gamma, callback, extra
@@ -276,7 +285,7 @@ class UnCLIP:
         seeds: Sequence[int],
         sampling: Sampling,
         callback: Report | None = None,
-        extra: Extra | None = None,
+        extra: Manipulation | None = None,
         *,
         workspace: int = WORKSPACE,
         hold: torch.device | str | None = None,
@@ -289,7 +298,7 @@ class UnCLIP:
         """
         config = upsampler.config
         height, width = (side * config.factor for side in low.shape[2:])
-        low = filled_up(low, config.grain)
+        low = pad_to_multiple(low, config.grain)
         shape = (3, *(side * config.factor for side in low.shape[2:]))
         network: Network = upsampler.denoise
         if upsampler.widest(len(low), *shape[1:]) > workspace:
@@ -299,7 +308,7 @@ class UnCLIP:
             if callback is not None:
                 callback(component, step, steps, x0[:, :, :height, :width])
 
-        denoise = in_range(conditional(network, low), sampling, upsampler.schedule)
+        denoise = clip_denoiser(conditional(network, low), sampling, upsampler.schedule)
         extra = extra and extra._replace(start=None, depth=1.0)
         name = f"upsampler-{config.size}"
         gamma = self.gamma.get(name)

@@ -65,7 +65,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 @contextmanager
-def understood(path: Path, what: str) -> Iterator[None]:
+def explain_document(path: Path, what: str) -> Iterator[None]:
     """Turns what a document of the right version and the wrong content leads to into Refused."""
     try:
         yield
@@ -89,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file; raises Refused where it is missing, no such file, or holds NaN or infinity."""
     from safetensors.torch import load_file
 
-    with reading_tensors(path):
+    with explain_tensors(path):
         tensors = load_file(path)
     if bad := sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())):
         raise Refused(f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}: its training diverged")
@@ -97,7 +97,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def reading_tensors(path: Path) -> Iterator[None]:
+def explain_tensors(path: Path) -> Iterator[None]:
     """Turns what a missing or damaged safetensors file leads to into Refused."""
     from safetensors import SafetensorError
 
@@ -112,7 +112,7 @@ def reading_tensors(path: Path) -> Iterator[None]:
         raise Refused(f"{path} is no readable safetensors file: {shorten(str(error), 300)}") from None
 
 
-def misfit(found: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str:
+def shape_mismatch(found: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str:
     """What of these shapes, by a tensor's name, is not as needed; "" where all is."""
     wrong = [f"{name} is missing" for name in sorted(needed.keys() - found.keys())]
     wrong += [f"there is no {name} in it" for name in sorted(found.keys() - needed.keys())]

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.cascade import UnCLIP
-from unclip.diffusion import Denoiser, Sampling, clipped, conditional, ddim_invert, known, noise_for
+from unclip.diffusion import Denoiser, Sampling, clip_x0, conditional, ddim_invert, noise_for, with_known_pixels
 from unclip.errors import Refused
 from unclip.models import Decoder, Upsampler
-from unclip.pictures import check_pictures, resized, square, to_unit
+from unclip.pictures import centre_square, check_pictures, resized, to_unit
 from unclip.sample import last_steps
 
 
@@ -60,11 +60,11 @@ def encode(model: UnCLIP, pictures: Tensor, *, steps: int | None = None, iterati
     schedule = decoder.schedule.respace(model.sampling["decoder"].steps if steps is None else steps)
     embeddings, starts = [], []
     for rows in torch.arange(len(pictures)).split(model.tile):
-        shown = square(pictures[rows].to(model.device))
+        shown = centre_square(pictures[rows].to(model.device))
         embedding = model.clip.encode_images(shown)
         context = decoder.context(embedding, *decoder.null_text.expand(len(rows)))
         base = to_unit(resized(shown, decoder.config.size))
-        denoise = clipped(conditional(decoder.denoise, context), decoder.schedule)
+        denoise = clip_x0(conditional(decoder.denoise, context), decoder.schedule)
         starts.append(ddim_invert(denoise, base, schedule, iterations=iterations))
         embeddings.append(embedding)
     return Latents(torch.cat(embeddings), torch.cat(starts))
@@ -156,7 +156,7 @@ def redraw(
     seeds = _one_each(pictures, prompts, seeds)
     settings = _settings(model, options)
     schedule = last_steps(model.decoder.schedule.respace(settings["decoder"].steps), strength)
-    base = to_unit(resized(square(pictures.to(model.device)), model.decoder.config.size))
+    base = to_unit(resized(centre_square(pictures.to(model.device)), model.decoder.config.size))
     noise = noise_for(seeds, base.shape[1:], stream="decoder", device=model.device)
     top = torch.full((len(base),), len(schedule) - 1, device=model.device)
     start = schedule.q_sample(base, noise(0), top)
@@ -191,8 +191,8 @@ def inpaint(
             f"{str(masks.dtype).removeprefix('torch.')} {tuple(masks.shape)}"
         )
     seeds = _one_each(pictures, prompts, seeds)
-    shown = square(pictures.to(model.device))
-    drawn = square(masks[:, None].to(model.device))
+    shown = centre_square(pictures.to(model.device))
+    drawn = centre_square(masks[:, None].to(model.device))
     networks: dict[str, Decoder | Upsampler] = {"decoder": inpainter or model.decoder, **model.by_side}
 
     def at(side: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ def inpaint(
         network = networks[component]
         picture, free = at(network.config.size, list(rows))
         noise = noise_for(numbers, picture.shape[1:], stream=f"{component}/known", device=model.device)(0)
-        return known(denoise, picture, free, noise, network.schedule)
+        return with_known_pixels(denoise, picture, free, noise, network.schedule)
 
     told = at(inpainter.config.size, list(range(len(shown)))) if inpainter is not None else None
     embedding = _prior(model, prompts, seeds, _settings(model, options))
@@ -260,7 +260,7 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
 def resized_square(picture: Tensor, model: UnCLIP) -> Tensor:
     """One picture [3, h, w] as a square of the release's size, so that two of different sizes go side by side."""
     check_pictures(picture[None])
-    return resized(square(picture[None]), model.size)[0]
+    return resized(centre_square(picture[None]), model.size)[0]
 
 
 def _at_least_one(n: int) -> None:
@@ -309,7 +309,7 @@ def _prior(
 
 
 def _settings(model: UnCLIP, options: Mapping[str, Any]) -> dict[str, Sampling]:
-    """Those of each component, as `UnCLIP.decode` will take them from the same options."""
+    """Those of each component, as `UnCLIP.decode_image` will take them from the same options."""
     return model.settings(options.get("sampling"))
 
 

@@ -16,7 +16,7 @@ def check_pictures(pictures: Tensor) -> None:
         raise Refused(f"pictures must be uint8 [n, 3, h, w], RGB, not {kind} {list(pictures.shape)}")
 
 
-def square(pictures: Tensor) -> Tensor:
+def centre_square(pictures: Tensor) -> Tensor:
     """The centre of pictures [n, c, h, w], as large as their shorter side."""
     height, width = pictures.shape[2:]
     side = min(height, width)

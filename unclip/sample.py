@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from unclip.clip import Text
-from unclip.diffusion import SAMPLERS, Denoiser, Prediction, Sampling, Schedule, guided, noise_for
+from unclip.diffusion import SAMPLERS, Denoiser, Prediction, Sampling, Schedule, guided_denoiser, noise_for
 from unclip.errors import Refused
-from unclip.models import DiffusionPrior, Prior, write_tokens
+from unclip.models import DiffusionPrior, Prior, sample_tokens
 from unclip.progress import Report
 
 Bind = Callable[[Denoiser, str, Sequence[int], Sequence[int]], Denoiser]
 """(denoiser, component, rows of the pictures in this call, their seeds) → denoiser."""
 
 
-class Extra(NamedTuple):
-    """What a manipulation changes in the sampling of one tile; see `UnCLIP.decode`."""
+class Manipulation(NamedTuple):
+    """What a manipulation changes in the sampling of one tile; see `UnCLIP.decode_image`."""
 
     start: Tensor | None
     depth: float
@@ -38,7 +38,7 @@ def draw(
     device: torch.device,
     gamma: Tensor | None = None,
     report: Report | None = None,
-    extra: Extra | None = None,
+    extra: Manipulation | None = None,
 ) -> Tensor:
     """One sample [len(seeds), *shape] a seed, from the denoiser of a process, by the settings' sampler and steps.
 
@@ -63,7 +63,7 @@ def draw(
 
 
 @torch.no_grad()
-def draw_embeddings(
+def sample_embeddings(
     prior: Prior,
     text: Text,
     seeds: Sequence[int],
@@ -100,7 +100,7 @@ def _candidate(
     """One [b, d]: by denoising from captions that were read, or token by token, each a step."""
     device = prior.positions.device
     if isinstance(prior, DiffusionPrior):
-        denoise = prior.in_range(guided(prior.denoise, context, null, sampling, prior.schedule))
+        denoise = prior.in_range(guided_denoiser(prior.denoise, context, null, sampling, prior.schedule))
         shape = (prior.config.embedding,)
         return prior.destandardise(draw(stream, denoise, prior.schedule, seeds, shape, sampling, device, gamma, report))
 
@@ -110,7 +110,7 @@ def _candidate(
 
     noise = noise_for(seeds, (prior.config.buckets,), stream=stream, device=device)
     settings = {"guidance": sampling.guidance, "temperature": sampling.temperature}
-    return prior.embedding(write_tokens(prior, context, null, noise, callback=tell, **settings))
+    return prior.embedding(sample_tokens(prior, context, null, noise, callback=tell, **settings))
 
 
 def in_tiles(count: int, size: int) -> Iterator[list[int]]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from infra.lazy import exports
 
 if TYPE_CHECKING:
-    from infra.records.commits import check_inputs, commit, standing
-    from infra.records.damage import damaged, reading
+    from infra.records.commits import check_inputs, commit, current_record
+    from infra.records.damage import damaged, explain_damage
     from infra.records.folders import materialise, materialised
     from infra.records.forgotten import (
         FORGOTTEN,
@@ -20,16 +20,27 @@ if TYPE_CHECKING:
         Forgotten,
         ForgottenNames,
         add_request,
-        blanked,
-        buried,
-        bury,
-        requests_made,
-        salt_of,
+        blank_rows,
+        mark_removed,
+        read_requests,
+        removed_objects,
+        url_salt,
     )
-    from infra.records.generations import lost_name, newest, split
+    from infra.records.generations import lost_name, newest_generations, split_name
     from infra.records.manifest import Action, Block, File, Manifest, Record
     from infra.records.objects import document, object_name, read_object
-    from infra.records.parquet import RowGroups, columns, sized
-    from infra.records.schemas import INDEX, KEPT, LISTED, MEMBER, SELECTION, SOURCE, UID, embedded, sample_uid, uid
+    from infra.records.parquet import RowGroups, columns, stored_file
+    from infra.records.schemas import (
+        INDEX,
+        KEPT,
+        LISTED,
+        MEMBER,
+        SELECTION,
+        SOURCE,
+        UID,
+        embedded_schema,
+        pair_uid,
+        sample_uid,
+    )
 else:
     __getattr__ = exports(__name__)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records.damage import damaged, reading
-from infra.records.generations import lost_name, newest
+from infra.records.damage import damaged, explain_damage
+from infra.records.generations import lost_name, newest_generations
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name, put_object
 
@@ -26,7 +26,7 @@ def check_inputs(store: Store, action: Action) -> None:
         while files:
             one = files.pop(0)
             name = object_name(one)
-            with reading(name):
+            with explain_damage(name):
                 if digest_file(store.local(name)) != one:
                     raise damaged(name, "is damaged: its SHA-256 is another")
             if one == sha256:
@@ -35,10 +35,10 @@ def check_inputs(store: Store, action: Action) -> None:
                     files += [file.sha256 for record in records for file in record.files.values()]
 
 
-def standing(store: Store, action: Action) -> Record | None:
+def current_record(store: Store, action: Action) -> Record | None:
     """The record of an action that holds, or None: it is to be done, or to be done again."""
     prefix = action.record_name().removesuffix("0.json")
-    found = newest(entry.name for entry in store.list(prefix)).get(action.key)
+    found = newest_generations(entry.name for entry in store.list(prefix)).get(action.key)
     return Record.from_json(store.get(found[1]), found[1]) if found else None
 
 
@@ -56,7 +56,7 @@ def commit(store: Store, action: Action, record: Record, out: Path) -> Record:
         record = replace(record, generation=record.generation + 1)
     place = action.record_name(record.generation)
     if not store.put_new(place, record.to_json(action)):
-        return standing(store, action) or Record.from_json(store.get(place), place)
+        return current_record(store, action) or Record.from_json(store.get(place), place)
     for name, file in record.files.items():  # gc may have been about to remove one that lay there unused: see gc.py
         if not store.exists(object_name(file.sha256)):
             put_object(store, file.sha256, out / name)

@@ -26,7 +26,7 @@ def damaged(name: str, why: str, mend: str = "") -> Refused:
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
+def explain_damage(name: str) -> Iterator[None]:
     """Tells a person what is wrong with the document of that name, if it cannot be read within."""
     try:
         yield

@@ -101,7 +101,7 @@ class Forgotten:
 _loaded: dict[str, Forgotten] = {}
 
 
-def salt_of(store: Store) -> bytes:
+def url_salt(store: Store) -> bytes:
     """The store's salt, made if there is none yet."""
     if not store.exists(SALT):
         store.put_new(SALT, os.urandom(32))
@@ -121,24 +121,24 @@ def add_request(store: Store, more: Forgotten) -> None:
         store.put_new(f"{SAMPLES}{digest(data)}.json", data)
 
 
-def requests_made(store: Store) -> Iterator[Forgotten]:
+def read_requests(store: Store) -> Iterator[Forgotten]:
     """Each request of the list by itself."""
     for entry in store.list(SAMPLES):
         yield _read(store, entry.name)
 
 
-def bury(store: Store, objects: Iterable[str]) -> None:
+def mark_removed(store: Store, objects: Iterable[str]) -> None:
     """Notes that objects held forgotten samples. It comes before their removal, so that none is ever merely missing."""
     for sha256 in objects:
         store.put_new(f"{OBJECTS}{sha256}", canonical({"schema_version": SCHEMA_VERSION}))
 
 
-def buried(store: Store) -> set[str]:
+def removed_objects(store: Store) -> set[str]:
     """SHA-256s of objects that held forgotten samples."""
     return {entry.name.removeprefix(OBJECTS) for entry in store.list(OBJECTS)}
 
 
-def blanked(index: pa.Table, gone: np.ndarray) -> pa.Table:
+def blank_rows(index: pa.Table, gone: np.ndarray) -> pa.Table:
     """An index in which those rows (bool [rows]) are FORGOTTEN, and null but for their uid."""
     mask = pa.array(gone)
     columns = {}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 _RECORD, _LOST = ".json", ".lost.json"
 
 
-def split(name: str) -> tuple[str, int, bool]:
+def split_name(name: str) -> tuple[str, int, bool]:
     """A name below records/ → (key, generation, whether it is the note of a loss)."""
     last = name.rpartition("/")[2]
     lost = last.endswith(_LOST)
@@ -26,12 +26,12 @@ def lost_name(record: str) -> str:
     return record.removesuffix(_RECORD) + _LOST
 
 
-def newest(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+def newest_generations(names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Names of records and losses → key → (generation, name) of the records that hold."""
     records: dict[str, tuple[int, str]] = {}
     lost: set[tuple[str, int]] = set()
     for name in names:
-        key, generation, loss = split(name)
+        key, generation, loss = split_name(name)
         if loss:
             lost.add((key, generation))
         elif generation >= records.get(key, (-1, ""))[0]:

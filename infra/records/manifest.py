@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.documents import SCHEMA_VERSION, canonical, check_schema, digest, digest_file
 from infra.errors import NotFound, Refused
-from infra.records.damage import damaged, reading
+from infra.records.damage import damaged, explain_damage
 from infra.records.objects import object_name, put_object
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Record:
     @classmethod
     def from_json(cls, data: bytes, where: str = "record") -> Record:
         """Reads `to_json`'s bytes; raises Refused for an unknown schema version, and where they are damaged."""
-        with reading(where):
+        with explain_damage(where):
             document = check_schema(json.loads(data), where)
             if digest(canonical(document["action"])) != document["key"]:
                 raise ValueError("its key is not its action's")
@@ -243,7 +243,7 @@ class Manifest:
             raise damaged(name, f"is missing: it lists version {version[:12]} of the data", anew) from error
         if digest(body) != version:
             raise damaged(name, "is damaged: its SHA-256 is another", anew)
-        with reading(name):
+        with explain_damage(name):
             records = tuple(Record.from_content(json.loads(line)) for line in body.splitlines())
         found = cls(Action(stage, {}, ()), records)
         found.__dict__.update(body=body, version=version)  # known: they need not be made from the records again

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.documents import check_schema, digest
 from infra.errors import Refused
-from infra.records.damage import damaged, reading
+from infra.records.damage import damaged, explain_damage
 
 if TYPE_CHECKING:
     from infra.store import Store
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def document(store: Store, name: str) -> dict[str, Any]:
     """The JSON document of that name; Refused where it is missing, damaged, or of an unknown schema version."""
-    with reading(name):
+    with explain_damage(name):
         return check_schema(json.loads(store.get(name)), name)
 
 
@@ -28,7 +28,7 @@ def object_name(sha256: str) -> str:
 def read_object(store: Store, sha256: str) -> bytes:
     """The bytes of that SHA-256, for what is small; Refused, code 5, where they are missing or others."""
     name = object_name(sha256)
-    with reading(name):
+    with explain_damage(name):
         data = store.get(name)
     if digest(data) != sha256:
         raise damaged(name, "is damaged: its SHA-256 is another")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import NotFound
-from infra.records.damage import reading
+from infra.records.damage import explain_damage
 from infra.records.manifest import File
 from infra.records.objects import object_name
 from infra.store import Store
@@ -27,17 +27,17 @@ Result = TypeVar("Result")
 def columns(store: Store, file: File, names: Sequence[str]) -> pa.Table:
     """These columns of a Parquet object, those that it has; Refused, code 5, where it is missing or damaged."""
     name = object_name(file.sha256)
-    with reading(name):
+    with explain_damage(name):
         small = file.bytes <= SMALL
         source = pa.BufferReader(store.get(name)) if small else pa.PythonFile(Ranged(store.get, name, file.bytes))
         with pq.ParquetFile(source, pre_buffer=True) as opened:
             return opened.read([one for one in names if one in opened.schema_arrow.names])
 
 
-def sized(store: Store, sha256: str) -> File:
+def stored_file(store: Store, sha256: str) -> File:
     """The object of that SHA-256, with its size; Refused, code 5, where it is missing."""
     name = object_name(sha256)
-    with reading(name):
+    with explain_damage(name):
         found = next((entry for entry in store.list(name) if entry.name == name), None)
         if found is None:
             raise NotFound(name, store.uri)
@@ -52,7 +52,7 @@ class RowGroups:
 
     def __init__(self, store: Store, file: File) -> None:
         self._store, self._name, self._bytes = store, object_name(file.sha256), file.bytes
-        with reading(self._name):
+        with explain_damage(self._name):
             self._metadata = pq.read_metadata(self._open())
         counts = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
         self._starts = [0, *accumulate(counts)]
@@ -61,7 +61,7 @@ class RowGroups:
         """Those columns of rows [first, first + rows), at least one, out of the row groups that hold them."""
         groups = range(bisect_right(self._starts, first) - 1, bisect_left(self._starts, first + rows))
         with (
-            reading(self._name),
+            explain_damage(self._name),
             pq.ParquetFile(self._open(), metadata=self._metadata, pre_buffer=True) as opened,
         ):
             table = opened.read_row_groups(list(groups), columns=list(names), use_threads=False)

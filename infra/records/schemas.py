@@ -45,7 +45,7 @@ INDEX = pa.schema(
 SELECTION = pa.schema([("uid", UID), ("rule", pa.string())])
 
 
-def embedded(width: int) -> pa.Schema:
+def embedded_schema(width: int) -> pa.Schema:
     """rows.parquet of an embed shard: all that a trainer needs. Embeddings are raw (not normalised) float32 [width]."""
     vector = pa.list_(pa.float32(), width)
     return pa.schema(
@@ -61,7 +61,7 @@ def embedded(width: int) -> pa.Schema:
     )
 
 
-def uid(url: str, caption: str) -> bytes:
+def pair_uid(url: str, caption: str) -> bytes:
     """The name of a row: the first 16 bytes of SHA-256 over URL, NUL, caption."""
     return hashlib.sha256(url.encode() + b"\0" + caption.encode()).digest()[:16]
 

@@ -13,6 +13,6 @@ from infra.lazy import exports
 if TYPE_CHECKING:
     from infra.store.base import Entry, Store
     from infra.store.opening import open_store
-    from infra.store.retry import Patient, patiently
+    from infra.store.retry import RetryingStore, with_retries
 else:
     __getattr__ = exports(__name__)

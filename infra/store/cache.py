@@ -22,12 +22,12 @@ _LOCKS = tuple(threading.Lock() for _ in range(64))
 _fetched: Counter[Path] = Counter()  # bytes that this process fetched into a folder since it last looked at its size
 
 
-def fetched(copies: Path, count: int) -> None:
+def count_fetched(copies: Path, count: int) -> None:
     """Counts bytes that were fetched into a folder of copies, and trims it once they matter."""
     _fetched[copies] += count
-    if _fetched[copies] > bound() // 16:
+    if _fetched[copies] > cache_bytes() // 16:
         _fetched[copies] = 0
-        trim(copies, bound())
+        trim(copies, cache_bytes())
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Parts:
             if (kept := self._read(start, length, first, most)) is not None:
                 return kept
             data, path = get(first, most), self._path(first, most)
-            with copying(self.copies), scratch() as folder:
+            with writing_copies(self.copies), scratch() as folder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 written = folder / "part"
                 written.write_bytes(data)
                 os.chmod(written, 0o444)
                 os.replace(written, path)  # whole or not at all
-        fetched(self.copies, len(data))
+        count_fetched(self.copies, len(data))
         return data[start - first : start - first + length]
 
     def _read(self, start: int, length: int, first: int, most: int) -> bytes | None:
@@ -82,7 +82,7 @@ class Parts:
         return whole.with_name(f"{whole.name}{_PART}{first}-{most}")
 
 
-def bound() -> int:
+def cache_bytes() -> int:
     """Bytes that the copies of one store may take: $UNCLIP_CACHE_GB (10^9 bytes), 100 if it is not set."""
     text = os.environ.get("UNCLIP_CACHE_GB", "100")
     try:
@@ -121,7 +121,7 @@ def trim(copies: Path, most: int) -> None:
 
 
 @contextmanager
-def copying(copies: Path) -> Iterator[None]:
+def writing_copies(copies: Path) -> Iterator[None]:
     """Around what writes copies: a disk that is full or may not be written to is Refused, code 5, with what to do."""
     try:
         yield

@@ -21,7 +21,7 @@ MOST_S = 15.0
 log = logging.getLogger(__name__)
 
 
-class Patient:
+class RetryingStore:
     """The same store; what meets `Unavailable` is tried again, with growing pauses, for up to `patience_s` seconds.
 
     Each call has that patience for itself. Where it ends, `Unavailable` is raised as it came.
@@ -40,7 +40,7 @@ class Patient:
     def distant(self) -> bool:
         return self._store.distant
 
-    def patiently(self, call: Callable[[], T]) -> T:
+    def with_retries(self, call: Callable[[], T]) -> T:
         """What `call` returns, once it meets no `Unavailable`; it may be called many times."""
         again = Retrying(
             retry=retry_if_exception_type(Unavailable),
@@ -60,32 +60,32 @@ class Patient:
             log.warning("%s It is waited for, up to %.0f s.", state.outcome.exception(), self._patience_s)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        return self.patiently(lambda: self._store.get(name, start, length))
+        return self.with_retries(lambda: self._store.get(name, start, length))
 
     def part(self, name: str, start: int, length: int, within: tuple[int, int] | None = None) -> bytes:
-        return self.patiently(lambda: self._store.part(name, start, length, within))
+        return self.with_retries(lambda: self._store.part(name, start, length, within))
 
     def put_new(self, name: str, data: bytes | Path) -> bool:
-        return self.patiently(lambda: self._store.put_new(name, data))
+        return self.with_retries(lambda: self._store.put_new(name, data))
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        yield from self.patiently(lambda: [*self._store.list(prefix)])
+        yield from self.with_retries(lambda: [*self._store.list(prefix)])
 
     def local(self, name: str) -> Path:
-        return self.patiently(lambda: self._store.local(name))
+        return self.with_retries(lambda: self._store.local(name))
 
     def exists(self, name: str) -> bool:
-        return self.patiently(lambda: self._store.exists(name))
+        return self.with_retries(lambda: self._store.exists(name))
 
     def delete(self, name: str) -> None:
-        self.patiently(lambda: self._store.delete(name))
+        self.with_retries(lambda: self._store.delete(name))
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         with ExitStack() as stack:
-            yield self.patiently(lambda: stack.enter_context(self._store.scratch()))
+            yield self.with_retries(lambda: stack.enter_context(self._store.scratch()))
 
 
-def patiently(store: Store, call: Callable[[], T]) -> T:
+def with_retries(store: Store, call: Callable[[], T]) -> T:
     """What `call`, which writes files for that store, returns: with the store's patience, where it has some."""
-    return store.patiently(call) if isinstance(store, Patient) else call()
+    return store.with_retries(call) if isinstance(store, RetryingStore) else call()

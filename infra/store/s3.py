@@ -24,10 +24,10 @@ from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_af
 from infra.documents import canonical, digest
 from infra.errors import NotFound, Refused
 from infra.store.base import RENEW_S, Entry, check_name
-from infra.store.cache import Parts, copying, fetched
+from infra.store.cache import Parts, count_fetched, writing_copies
 from infra.store.local import same_bytes, scratch_folder, sweep
-from infra.store.s3_client import BROKEN, client_for, code_of, speaking
-from infra.store.s3_listing import listed
+from infra.store.s3_client import BROKEN, client_for, error_code, explain_errors
+from infra.store.s3_listing import list_objects
 
 # S3 takes at most 5 GiB in one PUT. What is larger goes in parts.
 _SINGLE = 4 << 30
@@ -51,7 +51,7 @@ _again = retry(
 # S3's advice to one of two writers of a name whose requests meet: wait and begin again, an upload in parts from its
 # first part. By then the name is mostly taken.
 _settled = retry(
-    retry=retry_if_exception(lambda error: isinstance(error, boto.ClientError) and code_of(error) == _CONFLICT),
+    retry=retry_if_exception(lambda error: isinstance(error, boto.ClientError) and error_code(error) == _CONFLICT),
     stop=stop_after_attempt(8),
     wait=wait_random_exponential(multiplier=0.2, max=10),
     reraise=True,
@@ -107,7 +107,7 @@ class S3Store:
                     "other's results. Use a server with conditional writes (Amazon S3, Ceph, MinIO and others)."
                 )
         self._abandon(client)
-        with copying(self._tmp):
+        with writing_copies(self._tmp):
             self._tmp.mkdir(parents=True, exist_ok=True)
         sweep(self._tmp)
 
@@ -126,7 +126,7 @@ class S3Store:
             try:
                 return read()
             except boto.ClientError as error:
-                if code_of(error) == "InvalidRange":  # begins at or behind the end
+                if error_code(error) == "InvalidRange":  # begins at or behind the end
                     return b""
                 raise
 
@@ -149,7 +149,7 @@ class S3Store:
             check_name(folder)
         cut = len(self._key(""))
         with self._speaking(prefix):
-            for found in listed(self._client, self.bucket, self._key(prefix)):
+            for found in list_objects(self._client, self.bucket, self._key(prefix)):
                 yield Entry(found["Key"][cut:], found["Size"], found["LastModified"].astimezone(UTC))
 
     def local(self, name: str) -> Path:
@@ -169,10 +169,10 @@ class S3Store:
                 os.chmod(copy, 0o444)
                 os.replace(copy, path)  # whole or not at all
 
-        with self._speaking(name), copying(self._copies):
+        with self._speaking(name), writing_copies(self._copies):
             path.parent.mkdir(parents=True, exist_ok=True)
             fetch()
-        fetched(self._copies, path.stat().st_size)
+        count_fetched(self._copies, path.stat().st_size)
         return path
 
     def exists(self, name: str) -> bool:
@@ -180,7 +180,7 @@ class S3Store:
             try:
                 self._client.head_object(Bucket=self.bucket, Key=self._key(check_name(name)))
             except boto.ClientError as error:
-                if code_of(error) in ("404", "NoSuchKey", "NotFound"):
+                if error_code(error) in ("404", "NoSuchKey", "NotFound"):
                     return False
                 raise
         return True
@@ -220,7 +220,7 @@ class S3Store:
                     client.put_object(Bucket=self.bucket, Key=self._key(name), Body=file, IfNoneMatch="*")
             return True
         except boto.ClientError as error:
-            if code_of(error) in ("PreconditionFailed", "412"):
+            if error_code(error) in ("PreconditionFailed", "412"):
                 return False
             raise
 
@@ -251,9 +251,9 @@ class S3Store:
             with suppress(boto.BotoCoreError, boto.ClientError):
                 self._client.abort_multipart_upload(**place, UploadId=upload)
             if isinstance(error, boto.ClientError):
-                if code_of(error) in ("PreconditionFailed", "412"):
+                if error_code(error) in ("PreconditionFailed", "412"):
                     return False
-                if code_of(error) == "NoSuchUpload" and self.exists(name):  # joined, and the answer to that was lost
+                if error_code(error) == "NoSuchUpload" and self.exists(name):  # joined, and the answer to that was lost
                     return False
             raise
 
@@ -279,7 +279,7 @@ class S3Store:
                 if same and _age(self._client.head_object(**place)) > RENEW_S:
                     self._client.copy(place, **place, ExtraArgs={"MetadataDirective": "REPLACE"})
             except boto.ClientError as error:
-                if code_of(error) not in ("404", "NoSuchKey", "NotFound"):  # removed since: `commit` looks again
+                if error_code(error) not in ("404", "NoSuchKey", "NotFound"):  # removed since: `commit` looks again
                     raise
         return same
 
@@ -292,7 +292,7 @@ class S3Store:
             return False
 
     def _speaking(self, name: str = "") -> AbstractContextManager[None]:
-        return speaking(self.uri, self.endpoint, name)
+        return explain_errors(self.uri, self.endpoint, name)
 
 
 def _age(head: dict[str, Any]) -> float:

@@ -21,7 +21,7 @@ UNREACHABLE = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.Prox
 
 
 @contextmanager
-def speaking(uri: str, endpoint: str | None, name: str = "") -> Iterator[None]:
+def explain_errors(uri: str, endpoint: str | None, name: str = "") -> Iterator[None]:
     """Turns what the server of a store says into what the person can do about it.
 
     name: what was asked for, "" where that is the store itself. Raises NotFound, Unavailable or Refused.
@@ -39,14 +39,14 @@ def speaking(uri: str, endpoint: str | None, name: str = "") -> Iterator[None]:
     except ValueError as error:  # an endpoint or a region that is none
         raise Refused(f"{where}: {error}. Check the bucket's name, AWS_ENDPOINT_URL and AWS_REGION.") from error
     except boto.ClientError as error:
-        match code_of(error):
+        match error_code(error):
             case "NoSuchKey" | "404" | "NotFound" if name:
                 raise NotFound(name, uri) from error
             case "NoSuchBucket":
                 raise Refused(f"{where}: there is no such bucket. Create it, or name another.") from error
             case "AccessDenied" | "403" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken":
                 raise Refused(
-                    f"{where}: access denied ({code_of(error)}{f' for {name}' if name else ''}). It needs listing, "
+                    f"{where}: access denied ({error_code(error)}{f' for {name}' if name else ''}). It needs listing, "
                     "reading and writing; check the credentials and the bucket's policy."
                 ) from error
             case "ConditionalRequestConflict":
@@ -55,7 +55,7 @@ def speaking(uri: str, endpoint: str | None, name: str = "") -> Iterator[None]:
                 raise Refused(f"{where}: its server cannot do this ({error}).") from error
         told = error.response.get("ResponseMetadata", {})
         # Of an answer that is no XML botocore makes a nameless 500, whatever its status was.
-        nameless = not name and code_of(error) == "500" and not told.get("RequestId")
+        nameless = not name and error_code(error) == "500" and not told.get("RequestId")
         if told.get("HTTPStatusCode") in (500, 502, 503, 504) and not nameless:
             raise Unavailable(
                 f"{where}: its server fails just now ({error}) What is done stays done; run again later."
@@ -99,5 +99,5 @@ def _time(said: Any) -> datetime:
     return parse_timestamp(said)
 
 
-def code_of(error: boto.ClientError) -> str:
+def error_code(error: boto.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))

@@ -26,7 +26,7 @@ Span = tuple[str, str | None]
 """Keys behind the first, up to and with the second; None: to the end."""
 
 
-def listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+def list_objects(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
     """What S3 says of each object whose key has that prefix, in the order of keys."""
     page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE)
     there = page.get("Contents", [])

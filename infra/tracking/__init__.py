@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from infra.lazy import exports
 
 if TYPE_CHECKING:
-    from infra.tracking.board import Extent, success_rate
+    from infra.tracking.board import StageExtent, success_rate
     from infra.tracking.mlflow import open_client
     from infra.tracking.monitor import Monitor
-    from infra.tracking.provenance import SENT, git_tags, machine_tags, packages, user
-    from infra.tracking.system import Vitals
+    from infra.tracking.provenance import GIT_VARIABLE, git_tags, installed_packages, machine_tags, user_name
+    from infra.tracking.system import SystemMetrics
     from infra.tracking.tracker import DataSet
     from infra.tracking.uri import check_server, database_folder, default_uri
 else:

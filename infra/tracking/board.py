@@ -26,7 +26,7 @@ def success_rate(states: Mapping[str, int]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Extent:
+class StageExtent:
     """What a stage of many shards has before it and behind it when it begins."""
 
     shards: int
@@ -40,10 +40,10 @@ class Extent:
 
 
 @dataclass
-class Account:
+class StageProgress:
     """The rows of one stage of many shards, as its shards tell of them, those that are under way included."""
 
-    extent: Extent
+    extent: StageExtent
     clock: Callable[[], float] = time.monotonic
     states: Counter[str] = field(default_factory=Counter)
     """Rows by state, of the shards that are done."""
@@ -128,11 +128,11 @@ class Account:
 
 
 @dataclass
-class Board:
+class ProgressBoard:
     """Stage → what is shown of it."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    accounts: dict[str, Account] = field(default_factory=dict)
+    accounts: dict[str, StageProgress] = field(default_factory=dict)
 
     def progress(self, stage: str, done: float, total: float, unit: str, rate: float | None) -> None:
         """A fit's steps, or what else a stage counts itself."""
@@ -143,9 +143,9 @@ class Board:
         if "loss" in values:
             self.rows.setdefault(stage, {"done": 0, "total": 0})["loss"] = values["loss"]
 
-    def begin(self, stage: str, extent: Extent) -> None:
+    def begin(self, stage: str, extent: StageExtent) -> None:
         """A stage of many shards begins."""
-        self.accounts[stage] = Account(extent)
+        self.accounts[stage] = StageProgress(extent)
 
     def shard(self, stage: str, shard: str, states: Mapping[str, int], rows: int, done: bool) -> None:
         """Rows of a shard by state: so far of `rows`, or (done) in the end."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.process import Process
-from infra.tracking.uri import database_folder, short
+from infra.tracking.uri import database_folder, short_digest
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _DIGEST = 36  # and in the digest of a data set
 _AGAIN_S = (0.5, 2.0)  # seconds after which a file that it would not take is tried again
 
 
-def quiet() -> None:
+def configure_mlflow() -> None:
     """Before mlflow is imported: no telemetry, no chatter, and failing requests fail soon (we try again ourselves)."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -45,7 +45,7 @@ def quiet() -> None:
 
 def open_client(uri: str) -> Any:
     """An MlflowClient; a new SQLite database is made by one process at a time."""
-    quiet()
+    configure_mlflow()
     from mlflow import MlflowClient
 
     for name in _CHATTER:  # mlflow sets its own levels when imported
@@ -232,7 +232,7 @@ class Writer:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             folder = database_folder(self.uri)
-            place = (folder / "artifacts" / short(name)).as_uri() if folder else None
+            place = (folder / "artifacts" / short_digest(name)).as_uri() if folder else None
             return self.client.create_experiment(name, place)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.tracking.board import Board, Extent
+from infra.tracking.board import ProgressBoard, StageExtent
 from infra.tracking.tracker import DataSet, Tracker
 from infra.tracking.uri import spool_folder
 
@@ -22,20 +22,20 @@ _METRICS_S = 1.0
 """Figures of a stage of many shards go to MLflow and Ray at most this often, and at its end."""
 
 
-class Desk:
+class MonitorActor:
     """What the actor holds: the board, the tracker, and the figures that Ray exports."""
 
     def __init__(self, uri: str, experiment: str, run: str, about: dict[str, str]) -> None:
-        self._board = Board()
+        self._board = ProgressBoard()
         self.tracker = Tracker(uri, experiment, spool_folder(uri), run, about)
-        self.exported = Exported()
+        self.exported = MetricsExporter()
         self._told: dict[str, float] = {}
 
     def progress(self, stage: str, done: float, total: float, unit: str, rate: float | None) -> None:
         self._board.progress(stage, done, total, unit, rate)
 
     def begin(
-        self, stage: str, extent: Extent, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet]
+        self, stage: str, extent: StageExtent, params: dict[str, Any], tags: dict[str, str], data: Sequence[DataSet]
     ) -> None:
         self.tracker.start(stage, params, tags, data)
         self._board.begin(stage, extent)
@@ -101,7 +101,7 @@ class Desk:
         return self.tracker.close(timeout_s)
 
 
-class Exported:
+class MetricsExporter:
     """What Ray's metrics endpoint says of stages of many shards; Ray puts `ray_` before each name.
 
     Gauges `unclip_shards`, `unclip_rows_per_s` and `unclip_success_rate` by stage, of now; counter `unclip_rows` by
@@ -152,7 +152,7 @@ class Monitor:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"name": f"monitor-{uuid.uuid4().hex[:12]}", "num_cpus": 0, "max_restarts": -1}
-        actor = ray.remote(Desk).options(scheduling_strategy=here, **options)
+        actor = ray.remote(MonitorActor).options(scheduling_strategy=here, **options)
         return cls(actor.remote(uri, experiment, run, {"unclip.store": store_uri}))
 
     def progress(self, stage: str, done: float, total: float, unit: str = "", rate: float | None = None) -> None:
@@ -169,7 +169,7 @@ class Monitor:
     def begin(
         self,
         stage: str,
-        extent: Extent,
+        extent: StageExtent,
         params: dict[str, Any],
         tags: dict[str, str],
         data: Sequence[DataSet] = (),
@@ -249,7 +249,7 @@ class NullMonitor:
     """The same methods without Ray and MLflow, for a fit in this very process; it keeps what it was last told."""
 
     def __init__(self) -> None:
-        self._board = Board()
+        self._board = ProgressBoard()
 
     def progress(self, stage: str, done: float, total: float, unit: str = "", rate: float | None = None) -> None:
         """As Monitor's."""
@@ -261,7 +261,7 @@ class NullMonitor:
     def begin(
         self,
         stage: str,
-        extent: Extent,
+        extent: StageExtent,
         params: dict[str, Any],
         tags: dict[str, str],
         data: Sequence[DataSet] = (),

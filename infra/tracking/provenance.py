@@ -14,7 +14,7 @@ from pathlib import Path
 
 CODE = Path(__file__).parents[2]
 """Where this code lies: a checkout, or site-packages."""
-SENT = "UNCLIP_GIT"
+GIT_VARIABLE = "UNCLIP_GIT"
 """The environment variable that brings git's state to where a job's copy of the code has none."""
 TOLD = ("torch", "ray", "mlflow", "numpy", "pyarrow")
 """Packages whose versions are tags, beside the list of all."""
@@ -33,7 +33,7 @@ def git_tags(folder: Path = CODE) -> dict[str, str]:
             }
     except (OSError, subprocess.SubprocessError):
         pass
-    return dict(json.loads(os.environ.get(SENT, "{}")))
+    return dict(json.loads(os.environ.get(GIT_VARIABLE, "{}")))
 
 
 def machine_tags() -> dict[str, str]:
@@ -50,7 +50,7 @@ def machine_tags() -> dict[str, str]:
     }
 
 
-def packages() -> str:
+def installed_packages() -> str:
     """Every installed package as `name==version`, a line each, sorted."""
     return "".join(sorted({f"{one.name}=={one.version}\n" for one in metadata.distributions()}, key=str.lower))
 
@@ -60,7 +60,7 @@ def _git(folder: Path, *command: str) -> str:
     return told.stdout.strip()
 
 
-def user() -> str:
+def user_name() -> str:
     """Who runs this process: a name, or a number where there is none."""
     try:
         return getpass.getuser()

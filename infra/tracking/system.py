@@ -18,7 +18,7 @@ _PATIENCE_S = 10
 _GPU = ("index", "utilization.gpu", "memory.used", "memory.total", "power.draw", "power.limit")
 
 
-class Vitals:
+class SystemMetrics:
     """Takes figures every `seconds` in a thread (0: never), until `close`; `new` gives what came since it was asked.
 
     gpus: whether to ask for those that this process may see.

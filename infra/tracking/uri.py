@@ -21,7 +21,7 @@ def default_uri(store_uri: str) -> str:
     """
     if store_uri.startswith("s3://"):
         bucket, _, prefix = store_uri.removeprefix("s3://").partition("/")
-        folder = _state() / "mlflow" / short(f"s3://{bucket}/{prefix.strip('/')}".rstrip("/"))
+        folder = _state() / "mlflow" / short_digest(f"s3://{bucket}/{prefix.strip('/')}".rstrip("/"))
     else:
         folder = Path(store_uri.removeprefix("file://")).expanduser().absolute() / "mlflow"
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -34,7 +34,7 @@ def database_folder(uri: str) -> Path | None:
 
 def spool_folder(uri: str) -> Path:
     """Where events for this tracking URI wait: beside an SQLite database, else in the user's state folder."""
-    return (database_folder(uri) or _state() / "tracking" / short(uri)) / "spool"
+    return (database_folder(uri) or _state() / "tracking" / short_digest(uri)) / "spool"
 
 
 def check_server(uri: str, timeout_s: float = 5.0) -> None:
@@ -57,7 +57,7 @@ def check_server(uri: str, timeout_s: float = 5.0) -> None:
         ) from error
 
 
-def short(text: str) -> str:
+def short_digest(text: str) -> str:
     """A name of 16 digits for any text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -100,7 +100,7 @@ def releases_import(
     from infra.store import open_store
     from pipelines.release import diffusers as interop
 
-    version = interop.bring(open_store(store), folder, name, images)[:12]
+    version = interop.import_folder(open_store(store), folder, name, images)[:12]
     say(
         f"{version} is a release of {name}. Draw: unclip generate PROMPT --release {version}. "
         f"Make it the champion: unclip releases promote {version} --name {name}"

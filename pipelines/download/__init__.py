@@ -11,7 +11,7 @@ from infra.lazy import exports
 
 if TYPE_CHECKING:
     from pipelines.download.gather import Gather, GatherHow, check_unused
-    from pipelines.download.images import FORMATS, SUFFIXES, PictureSpec, decoded, picture
+    from pipelines.download.images import FORMATS, SUFFIXES, PictureSpec, decode_picture, picture
     from pipelines.download.redact import redact_tar
     from pipelines.download.shard import TABLE, TAR, shard_record
     from pipelines.download.stage import Download, DownloadHow, DownloadSpec

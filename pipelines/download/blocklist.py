@@ -10,7 +10,7 @@ from pathlib import Path
 
 from infra.documents import canonical, digest
 from infra.errors import Refused
-from pipelines.source import Unreadable, place
+from pipelines.source import Unreadable, open_location
 
 _COMMENT = re.compile(r"(^|\s)#.*")
 
@@ -95,7 +95,7 @@ def _content(uri: str) -> bytes:
     if not uri.startswith("s3://"):
         return Path(uri).expanduser().read_bytes()
     folder, _, name = uri.rpartition("/")
-    return place(folder).get(name)
+    return open_location(folder).get(name)
 
 
 def _ascii(host: str) -> str:

@@ -20,10 +20,10 @@ from infra.errors import Refused
 from infra.records import KEPT, MEMBER, SOURCE, Action, Record, object_name, sample_uid
 from infra.store import Store
 from pipelines.download.images import DECODE_S, PictureSpec
-from pipelines.download.isolate import preparing
+from pipelines.download.isolate import picture_decoder
 from pipelines.download.shard import Outcome, Packing, pack
 from pipelines.download.stage import DownloadHow, DownloadSpec
-from pipelines.source import Unreadable, place
+from pipelines.source import Unreadable, open_location
 from unclip.config import AMOUNT, COUNT, outside
 
 DECIDING = ("opt_out", "block", "block_file", "retry_pass", "retry_states")
@@ -71,7 +71,7 @@ class Gather(Packing):
 
     def _taken(self, rows: Sequence[dict[str, Any]], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(position, outcome) of the rows at these positions, as they are read."""
-        there = place(self.how.where)
+        there = open_location(self.how.where)
 
         def read(position: int) -> bytes:
             member = rows[position][MEMBER.name]
@@ -80,7 +80,7 @@ class Gather(Packing):
             except Unreadable as error:
                 raise self._changed(str(error)) from error
 
-        with preparing(self.spec, self.how.isolate, self.how.decode_s) as prepare:
+        with picture_decoder(self.spec, self.how.isolate, self.how.decode_s) as prepare:
             for which, data in map_unordered(read, wanted, self.how.threads):
                 row, sha = rows[wanted[which]], hashlib.sha256(data).digest()
                 if sample_uid(sha, row["caption"]) != row["uid"]:

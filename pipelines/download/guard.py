@@ -165,7 +165,9 @@ class Guard:
         except UnicodeError as error:
             raise Fault("bad_url", f"{host!r} is no host name") from error
         every = [ipaddress.ip_address(str(where[4][0]).partition("%")[0]) for where in found]
-        allowed = [one for one in dict.fromkeys(every) if public(one) or any(one in network for network in self._allow)]
+        allowed = [
+            one for one in dict.fromkeys(every) if is_public(one) or any(one in network for network in self._allow)
+        ]
         if not allowed:
             raise Fault("refused_address", f"{host} is at {every[0]}, which is not public")
         return [(one, port) for one in allowed]
@@ -198,14 +200,14 @@ def _faults(seconds: float) -> Iterator[None]:
         raise Fault("connection", str(error), transient=True) from error
 
 
-def public(address: Address) -> bool:
+def is_public(address: Address) -> bool:
     """Whether an address is on the public internet, looking through IPv6 forms that carry an IPv4 address."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
         if inner is None and address in _NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
-            return public(inner)
+            return is_public(inner)
         if address.is_site_local:
             return False
     return address.is_global and not address.is_multicast and not address.is_reserved

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra.errors import Refused
-from pipelines.download.jpeg import goes_to_its_end
+from pipelines.download.jpeg import is_complete
 from unclip.config import LATER, SEED, SIDE, Range, outside
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _ONE_LARGE = threading.Lock()
 _LARGE_PIXELS = 1 << 22
 """Pictures with more pixels are decoded one at a time: threads full of the largest would take gigabytes."""
 
-Room = Callable[[int | None, int | None], AbstractContextManager[Any]]
+Slot = Callable[[int | None, int | None], AbstractContextManager[Any]]
 """Sides of a picture → what is held while it is decoded."""
 
 
@@ -92,19 +92,19 @@ class Picture:
     original_height: int | None = None
 
 
-def room(width: int | None, height: int | None) -> AbstractContextManager[Any]:
+def decode_slot(width: int | None, height: int | None) -> AbstractContextManager[Any]:
     """What a thread holds while it decodes a picture of these sides."""
     return _ONE_LARGE if (width or 0) * (height or 0) > _LARGE_PIXELS else nullcontext()
 
 
-def prepare(body: bytes, spec: PictureSpec, room: Room = room) -> Picture:
+def prepare_picture(body: bytes, spec: PictureSpec, slot: Slot = decode_slot) -> Picture:
     """Judges, resizes and encodes one picture. The same bytes and spec give the same bytes, whatever else goes on."""
     if len(body) < spec.min_bytes:
         return Picture("too_few_bytes")
-    state, width, height = _judge(body, spec, room)
+    state, width, height = _judge(body, spec, slot)
     if state:
         return Picture(state, original_width=width, original_height=height)
-    with room(width, height):
+    with slot(width, height):
         if spec.upright:
             body = _turned(body)
         data, *sides, error = resizer(spec)(io.BytesIO(body))
@@ -113,7 +113,7 @@ def prepare(body: bytes, spec: PictureSpec, room: Room = room) -> Picture:
     return Picture(None, data, *sides)
 
 
-def _judge(body: bytes, spec: PictureSpec, room: Room) -> tuple[str | None, int | None, int | None]:
+def _judge(body: bytes, spec: PictureSpec, slot: Slot) -> tuple[str | None, int | None, int | None]:
     """(state or None, width, height), the latter as far as they are known."""
     from PIL import Image, UnidentifiedImageError
 
@@ -128,10 +128,10 @@ def _judge(body: bytes, spec: PictureSpec, room: Room) -> tuple[str | None, int 
             return "too_large", width, height
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             return "too_deep", width, height  # more than 8 bits a channel: the resizer would keep them
-        if goes_to_its_end(body):
+        if is_complete(body):
             return None, width, height  # a JPEG; what else may be wrong with it, the resizer finds as well
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG: all bytes are read, at an eighth the work
-        with room(width, height):
+        with slot(width, height):
             image.load()
     except UnidentifiedImageError:
         return "not_an_image", None, None
@@ -196,10 +196,10 @@ class _Quiet:
 def picture(file: BinaryIO, offset: int, length: int) -> Image | None:
     """The picture at a place of a file, as a tar, in RGB, or None if it cannot be decoded."""
     file.seek(offset)
-    return decoded(file.read(length))
+    return decode_picture(file.read(length))
 
 
-def decoded(body: bytes) -> Image | None:
+def decode_picture(body: bytes) -> Image | None:
     """The picture of these bytes in RGB, or None if it cannot be decoded."""
     from PIL import Image
 

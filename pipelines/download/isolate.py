@@ -21,15 +21,15 @@ from multiprocessing.connection import wait
 from typing import IO, Any
 
 from infra.errors import Refused
-from pipelines.download.images import Picture, PictureSpec, prepare, resizer
-from pipelines.download.watchdog import Watch
+from pipelines.download.images import Picture, PictureSpec, prepare_picture, resizer
+from pipelines.download.watchdog import Watchdog
 
 DIED, HUNG = "decoder_died", "decoder_hung"
 _LENGTH = struct.Struct(">Q")
 
 
-class Apart:
-    """`prepare` of one spec, in processes that are started as threads ask for them. A context.
+class IsolatedDecoder:
+    """`prepare_picture` of one spec, in processes that are started as threads ask for them. A context.
 
     seconds: how long a picture may be with its decoder.
     """
@@ -38,7 +38,7 @@ class Apart:
         self._spec, self._seconds = spec, seconds
         self._idle = queue.SimpleQueue[subprocess.Popen[bytes]]()
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> IsolatedDecoder:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -46,7 +46,7 @@ class Apart:
             _end(self._idle.get())
 
     def prepare(self, body: bytes) -> Picture:
-        """What `pictures.prepare` makes of a body; `decoder_died` where that ended the process, `decoder_hung` where it
+        """What `prepare_picture` makes of a body; `decoder_died` where that ended the process, `decoder_hung` where it
         took too long. Refused, code 5, where no process can be started."""
         try:
             process = self._idle.get_nowait()
@@ -90,9 +90,9 @@ class Apart:
 
 
 @contextmanager
-def preparing(spec: PictureSpec, apart: bool, seconds: float) -> Iterator[Callable[[bytes], Picture]]:
+def picture_decoder(spec: PictureSpec, apart: bool, seconds: float) -> Iterator[Callable[[bytes], Picture]]:
     """What turns bodies into pictures, for many threads, each picture in so many seconds: here, or apart."""
-    with Apart(spec, seconds) if apart else Watch(spec, seconds) as processes:
+    with IsolatedDecoder(spec, seconds) if apart else Watchdog(spec, seconds) as processes:
         yield processes.prepare
 
 
@@ -131,7 +131,7 @@ def main() -> None:
             resizer(spec)
             _send(answers, "ready")
             while True:
-                _send(answers, prepare(_receive(asked), spec))
+                _send(answers, prepare_picture(_receive(asked), spec))
         except (EOFError, BrokenPipeError):
             return
 

@@ -18,7 +18,7 @@ _AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """The marker that ends a scan's data, in which 0xFF stands before 0x00 (stuffing), a restart or another 0xFF only."""
 
 
-def goes_to_its_end(body: bytes) -> bool:
+def is_complete(body: bytes) -> bool:
     """Whether segments and scans lead without a gap from the start marker over a frame's scans to the end marker.
 
     False says nothing: decoders forgive more than this reads. Of a frame that is not progressive the first scan must be

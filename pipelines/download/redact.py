@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.records import blanked
+from infra.records import blank_rows
 
 
 def redact_tar(tar: Path, index: pa.Table, gone: np.ndarray, target: Path) -> pa.Table:
@@ -18,7 +18,7 @@ def redact_tar(tar: Path, index: pa.Table, gone: np.ndarray, target: Path) -> pa
     Samples stay in their order, each of three members beginning with its picture. Refused, code 5, where the tar is not
     what the index says.
     """
-    out = blanked(index, gone)
+    out = blank_rows(index, gone)
     kept = {
         uid.hex(): row
         for row, (uid, offset) in enumerate(zip(out["uid"].to_pylist(), out["offset"].to_pylist(), strict=True))

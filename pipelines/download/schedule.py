@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Manners:
+class FetchPolicy:
     """How the servers of a shard are treated. None of it changes the bytes of a row that succeeds."""
 
     threads: int = 16
@@ -87,13 +87,13 @@ class _Host:
     given_up: bool = False
 
 
-class Turns(Generic[Result]):
+class FetchScheduler(Generic[Result]):
     """The rows of a shard and what became of them, shared by the threads that fetch and the one that reads.
 
     urls: (position, URL). At most 2 × `threads` rows are under way or unread at a time.
     """
 
-    def __init__(self, urls: Iterable[tuple[int, str]], manners: Manners) -> None:
+    def __init__(self, urls: Iterable[tuple[int, str]], manners: FetchPolicy) -> None:
         self._manners = manners
         hosts: dict[str, _Host] = {}
         for position, url in urls:
@@ -249,14 +249,14 @@ class Turns(Generic[Result]):
             self._turn.notify_all()
 
 
-def fetched(
-    urls: Iterable[tuple[int, str]], fetch: Callable[[str], Result], manners: Manners
+def fetch_all(
+    urls: Iterable[tuple[int, str]], fetch: Callable[[str], Result], manners: FetchPolicy
 ) -> Iterator[tuple[int, Result | Fault]]:
     """(position, what `fetch` gave or the Fault it raised) of each URL, in the order in which they are done.
 
     Whatever else `fetch` raises is raised here, once the attempts under way have ended.
     """
-    turns = Turns[Result](urls, manners)
+    turns = FetchScheduler[Result](urls, manners)
 
     def work() -> None:
         try:

@@ -25,7 +25,7 @@ from infra.records import FORGOTTEN, INDEX, KEPT, SOURCE, Action, Block, Forgott
 from infra.store import Store
 from pipelines.download.images import Picture, PictureSpec, resizer
 from pipelines.download.redact import redact_tar
-from pipelines.progress import became, expect
+from pipelines.progress import count_row, expect_rows
 from pipelines.stage import StageBase, plain
 
 TAR, TABLE = "images.tar", "index.parquet"
@@ -209,12 +209,12 @@ def pack(
     lines = {position: {**row, "state": FORGOTTEN} for position, row in enumerate(rows) if gone[position]}
     lines |= {position: dict(line) for position, line in settled.items()}  # with what is in the tar; redacted below
     with ShardWriter(table, out, extension, lines, earlier.samples() if earlier else iter(())) as writer:
-        expect(len(rows))
+        expect_rows(len(rows))
         for line in lines.values():
-            became(line["state"])
+            count_row(line["state"])
         for position, got in take([position for position in range(len(rows)) if position not in lines]):
             writer.add(position, got)
-            became(got.state)
+            count_row(got.state)
         index = writer.index()
     # Now, since a picture's digest is known only once it is there, and the list may have grown meanwhile.
     gone |= Forgotten.load(store).among(index)

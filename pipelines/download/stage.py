@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records import FORGOTTEN, KEPT, SOURCE, Action, Record, object_name, standing
+from infra.records import FORGOTTEN, KEPT, SOURCE, Action, Record, current_record, object_name
 from infra.store import Store
 from pipelines.download.blocklist import Blocklist, blocklist, entries_digest, read_file
 from pipelines.download.guard import PATIENCE, Fault, Guard, networks
 from pipelines.download.images import DECODE_S, PictureSpec
-from pipelines.download.isolate import preparing
-from pipelines.download.schedule import Manners, fetched
+from pipelines.download.isolate import picture_decoder
+from pipelines.download.schedule import FetchPolicy, fetch_all
 from pipelines.download.shard import Earlier, Outcome, Packing, pack
 from unclip.config import AMOUNT, LATER, POSITIVE, WHOLE, outside
 
@@ -66,7 +66,7 @@ class DownloadSpec(PictureSpec):
 
 
 @dataclass(frozen=True)
-class DownloadHow(Manners):
+class DownloadHow(FetchPolicy):
     """How pictures are fetched. It may change which rows fail, never the bytes of a row that succeeds."""
 
     timeout_s: float = 20.0
@@ -145,7 +145,7 @@ class Download(Packing):
         return record.generation < self.how.retry_pass and not record.states.keys().isdisjoint(self.how.retry_states)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        before = standing(store, action)
+        before = current_record(store, action)
         if before is not None and not self.stale(before):  # a task that died behind its commit is run once more
             for name, file in before.files.items():
                 shutil.copyfile(store.local(object_name(file.sha256)), out / name)
@@ -154,9 +154,9 @@ class Download(Packing):
         rows = table.select(SOURCE.names).to_pylist()
 
         def take(positions: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
-            reached = Reached()
+            reached = Reachability()
             with self._fetcher() as fetch:
-                for position, got in fetched([(at, rows[at]["url"]) for at in positions], fetch, self.how):
+                for position, got in fetch_all([(at, rows[at]["url"]) for at in positions], fetch, self.how):
                     reached.add(rows[position]["url"], got)
                     yield position, Outcome(got.state) if isinstance(got, Fault) else got
             if before is None:  # in a later pass there may well be dead hosts alone
@@ -182,7 +182,7 @@ class Download(Packing):
             if opted_out(headers, self.spec.opt_out):
                 raise Fault("opt_out")
 
-        with closing(guard), preparing(self.spec, self.how.isolate, self.how.decode_s) as prepare:
+        with closing(guard), picture_decoder(self.spec, self.how.isolate, self.how.decode_s) as prepare:
 
             def fetch(url: str) -> Outcome:
                 body = guard.fetch(url, max_bytes=self.spec.max_bytes, seconds=self.how.timeout_s, check=obey).body
@@ -193,7 +193,7 @@ class Download(Packing):
 
 
 @dataclass
-class Reached:
+class Reachability:
     """Whether any server answered for a shard, and what happened instead."""
 
     answered: bool = False

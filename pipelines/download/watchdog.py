@@ -16,11 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.download.images import Picture, PictureSpec, prepare, room
+from pipelines.download.images import Picture, PictureSpec, decode_slot, prepare_picture
 
 
-class Watch:
-    """`prepare`, for many threads, in a process that ends once a picture takes longer than `seconds`. A context."""
+class Watchdog:
+    """`prepare_picture` for many threads, in a process that ends once a picture takes longer than `seconds`."""
 
     def __init__(self, spec: PictureSpec, seconds: float) -> None:
         self._spec, self._seconds = spec, seconds
@@ -29,7 +29,7 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._said = os.dup(2)  # decoding sends the stream itself away meanwhile
         self._put_off()
         self._thread.start()
@@ -42,21 +42,21 @@ class Watch:
         os.close(self._said)
 
     def prepare(self, body: bytes) -> Picture:
-        """What `pictures.prepare` makes of a body."""
+        """What `pictures.prepare_picture` makes of a body."""
         me = threading.get_ident()
         self._since[me] = time.monotonic()
         try:
-            return prepare(body, self._spec, self._room)
+            return prepare_picture(body, self._spec, self._slot)
         finally:
             del self._since[me]
 
     @contextmanager
-    def _room(self, width: int | None, height: int | None) -> Iterator[None]:
-        """`pictures.room`; to wait for others to leave it is not to hang."""
+    def _slot(self, width: int | None, height: int | None) -> Iterator[None]:
+        """`images.decode_slot`; to wait for others to leave it is not to hang."""
         me = threading.get_ident()
         del self._since[me]
         try:
-            with room(width, height):
+            with decode_slot(width, height):
                 self._since[me] = time.monotonic()
                 yield
         finally:

@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 @contextmanager
-def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, most: int) -> Iterator[Iterator[R]]:
+def prefetched(work: Callable[[T], R], items: Iterable[T], threads: int, most: int) -> Iterator[Iterator[R]]:
     """`work` of each item, in the items' order, by so many threads; it begins at once.
 
     At most `most` items are worked on or wait to be taken, so memory does not grow with their number. What `work`
@@ -42,7 +42,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, most: int) -
         pool.shutdown(cancel_futures=True)
 
 
-class Lane:
+class DeviceCopier:
     """The way to a device and back. On a GPU nothing on it waits for the model: copies run on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:

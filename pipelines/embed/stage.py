@@ -22,13 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records import KEPT, Action, Block, Manifest, Record, embedded, materialised, object_name
+from infra.records import KEPT, Action, Block, Manifest, Record, embedded_schema, materialised, object_name
 from infra.store import Store
-from pipelines.download import decoded
-from pipelines.embed.prefetch import Lane, ahead
+from pipelines.download import decode_picture
+from pipelines.embed.prefetch import DeviceCopier, prefetched
 from pipelines.embed.text import Captions
-from pipelines.progress import expect, so_far
-from pipelines.select import selected
+from pipelines.progress import count_rows, expect_rows
+from pipelines.select import read_selection
 from pipelines.stage import PoolHow, StageBase, plain
 from unclip.config import COUNT, LATER, SIDE, Range, outside
 
@@ -90,7 +90,7 @@ class EmbedHow(PoolHow):
 
 
 @dataclass(frozen=True)
-class Looked:
+class PreparedPicture:
     """A row's picture as CLIP sees it, [1, 3, size, size], and as it is stored; or the state that says why not."""
 
     state: str
@@ -139,10 +139,10 @@ class Embed(StageBase):
         tar, index, selection, version = action.inputs
         clip = load_clip(store, version, "cuda" if self.how.gpus else "cpu", self.spec.precision)
         rows = chosen_rows(store, index, selection).combine_chunks()  # else each `take` would join the chunks anew
-        schema = embedded(clip.embedding_width)
+        schema = embedded_schema(clip.embedding_width)
         states: Counter[str] = Counter()
         blocks: list[Block] = []
-        expect(rows.num_rows)
+        expect_rows(rows.num_rows)
         packed = {"caption": "zstd", "url": "zstd"}  # nothing else gets smaller
         spans = list(_spans(rows.num_rows, self.spec.batch))
         chunks = [span[at : at + _CHUNK] for span in spans for at in range(0, len(span), _CHUNK)]
@@ -150,7 +150,7 @@ class Embed(StageBase):
         first = 0
         with (
             open(store.local(object_name(tar)), "rb") as pictures,
-            ahead(partial(self._look, clip, pictures.fileno(), rows), chunks, self.how.decoders, most) as looked,
+            prefetched(partial(self._look, clip, pictures.fileno(), rows), chunks, self.how.decoders, most) as looked,
             pq.ParquetWriter(out / TABLE, schema, compression=packed, use_dictionary=False) as writer,
         ):
             parts = self._embedded(clip, rows, self._batches(spans, looked, states), schema)
@@ -159,28 +159,28 @@ class Embed(StageBase):
                 writer.write_table(table, row_group_size=BLOCK_ROWS)
                 blocks.append(Block(TABLE, first, table.num_rows))
                 first += table.num_rows
-                so_far(states)
-            so_far(states)
+                count_rows(states)
+            count_rows(states)
         facts = {"tar": tar, "index": index, "selection": selection, "clip": clip.fingerprint, "base": self.spec.base}
         return Record.of(action, out, states=states, blocks=blocks, facts=facts)
 
-    def _look(self, clip: Clip, tar: int, rows: pa.Table, chunk: range) -> list[Looked]:
+    def _look(self, clip: Clip, tar: int, rows: pa.Table, chunk: range) -> list[PreparedPicture]:
         """Reads some rows' pictures out of an open tar, and makes of them what CLIP sees and what is stored."""
         found = []
         part = rows.slice(chunk.start, len(chunk))
         for offset, length in zip(part["offset"].to_pylist(), part["length"].to_pylist(), strict=True):
-            image = decoded(os.pread(tar, length, offset))
+            image = decode_picture(os.pread(tar, length, offset))
             if image is None:
-                found.append(Looked("undecodable"))
+                found.append(PreparedPicture("undecodable"))
             elif min(image.size) < self.spec.base:
-                found.append(Looked("below_base"))
+                found.append(PreparedPicture("below_base"))
             else:
-                seen = clip.preprocess(pixels(image)).to(clip.dtype)
-                found.append(Looked(KEPT, seen, base(image, self.spec.base)))
+                seen = clip.preprocess(picture_tensor(image)).to(clip.dtype)
+                found.append(PreparedPicture(KEPT, seen, base_picture(image, self.spec.base)))
         return found
 
     def _batches(
-        self, spans: Sequence[range], looked: Iterator[list[Looked]], states: Counter[str]
+        self, spans: Sequence[range], looked: Iterator[list[PreparedPicture]], states: Counter[str]
     ) -> Iterator[tuple[Batch, list[Tensor]]]:
         """The rows of each span that can be embedded, if any can, and their pixels; counts every row's state."""
         for span in spans:
@@ -199,7 +199,7 @@ class Embed(StageBase):
         """Each batch and its rows' table, one behind: a GPU has the next batch to do while this one is waited for."""
         import torch
 
-        lane = Lane(clip.device)
+        lane = DeviceCopier(clip.device)
         captions = Captions(clip, lane, rows["caption"].to_pylist(), self.spec.lengths, self.spec.batch)
         size = clip.image_size
         before: tuple[Batch, Callable[[], Tensor]] | None = None
@@ -258,7 +258,7 @@ def chosen_rows(store: Store, index: str, selection: str) -> pa.Table:
     wanted = ["uid", "url", "caption", "state", "offset", "length"]
     table = pq.read_table(store.local(object_name(index)), columns=wanted)
     table = table.filter(pc.equal(table["state"], KEPT))
-    uids = selected(store, selection)
+    uids = read_selection(store, selection)
     table = table.filter(pc.is_in(table["uid"], value_set=uids))
     if table.num_rows != len(uids):
         raise Refused(
@@ -269,7 +269,7 @@ def chosen_rows(store: Store, index: str, selection: str) -> pa.Table:
     return table
 
 
-def pixels(image: Image) -> Any:
+def picture_tensor(image: Image) -> Any:
     """A picture as a tensor, uint8 [1, 3, h, w]."""
     import numpy as np
     import torch
@@ -277,7 +277,7 @@ def pixels(image: Image) -> Any:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
-def base(image: Image, side: int) -> bytes:
+def base_picture(image: Image, side: int) -> bytes:
     """The central square of a picture, averaged down to side × side pixels (box filter), as PNG."""
     from PIL.Image import Resampling
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from infra.errors import Refused
 from infra.records import Action, Manifest, Record, object_name
 from infra.store import Store
-from pipelines.select import selected
+from pipelines.select import read_selection
 from pipelines.stage import StageBase
 
 TENSORS = "statistics.safetensors"
@@ -105,7 +105,7 @@ def vectors(store: Store, embed: Manifest, curate: Record) -> Iterator[tuple[np.
     """Image and text embeddings, float32 [n, d] each, of the rows that stay, a row group at a time, in order."""
     for record in embed.records:
         sha = record.sha("rows.parquet")
-        uids = selected(store, curate.sha(f"{sha}.parquet"))
+        uids = read_selection(store, curate.sha(f"{sha}.parquet"))
         with pq.ParquetFile(store.local(object_name(sha))) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, ["uid", "image_embedding", "text_embedding"], use_threads=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import Refused
-from pipelines.embed.prefetch import Lane
+from pipelines.embed.prefetch import DeviceCopier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,9 @@ class Captions:
     length is filled up with empty ones; so a call may read captions of rows that are asked for much later.
     """
 
-    def __init__(self, clip: Clip, lane: Lane, captions: Sequence[str], lengths: Sequence[int], batch: int) -> None:
+    def __init__(
+        self, clip: Clip, lane: DeviceCopier, captions: Sequence[str], lengths: Sequence[int], batch: int
+    ) -> None:
         import torch
 
         if lengths and not clip.ignores_padding:

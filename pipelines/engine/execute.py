@@ -23,7 +23,7 @@ from infra.errors import EXPECTED, NotFound, Refused, Stopped, advice
 from infra.lease import TTL_S
 from infra.records import Manifest, Record, damaged
 from infra.store import Store
-from infra.tracking import Extent
+from infra.tracking import StageExtent
 from pipelines.engine.admission import Admission, check_room
 from pipelines.engine.console import Console
 from pipelines.engine.fits import Fits, settle
@@ -259,7 +259,7 @@ class Execution:
         present = count - len(todo)
         spec = plain(stage.spec)
         tags = {"unclip.key": resolved.whole.key, "unclip.inputs": " ".join(resolved.whole.inputs)}
-        extent = Extent(count, present, states, ago)
+        extent = StageExtent(count, present, states, ago)
         read = data_sets(self.store, ((need, self.manifests[need]) for need in stage.needs), self.roles)
         monitor.begin(stage.name, extent, spec if isinstance(spec, dict) else {}, tags, read)
 

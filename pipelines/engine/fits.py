@@ -9,12 +9,12 @@ from typing import Any
 
 from infra.errors import Refused, Stopped
 from infra.lease import Lease
-from infra.records import Action, Record, commit, standing
+from infra.records import Action, Record, commit, current_record
 from infra.store import Store
 from pipelines.engine.admission import Admission, needs_of
 from pipelines.engine.console import Console
 from pipelines.engine.graph import Resolved
-from pipelines.engine.tracking import tell_fit, tell_made
+from pipelines.engine.tracking import track_files, track_fit
 from training.launch import request_stop
 
 
@@ -61,7 +61,7 @@ class Fits:
             made = None
             while made is None:
                 self._go_on()
-                made = standing(self.store, action)
+                made = current_record(self.store, action)
                 if made is None and (lease := Lease.acquire(self.store, action.key, self.lease_s)):
                     made = self._hold(stage, action, lease)
                 elif made is None:
@@ -74,7 +74,7 @@ class Fits:
     def _hold(self, stage: Any, action: Action, lease: Lease) -> Record | None:
         """One fit under its lease; None if that was lost and the fit stopped (or failed) for it: another has it now."""
         with lease.kept() as lost, self._stopped_once(lost, action.key, lease.number):
-            found = standing(self.store, action)
+            found = current_record(self.store, action)
             if found is not None:
                 return found
             try:
@@ -106,14 +106,14 @@ class Fits:
     def _train(self, stage: Any, action: Action, lease: int, lost: threading.Event) -> Record:
         """One fit, as a child run in MLflow from its start to its end."""
         self.console.state(stage.name, "running")
-        tell_fit(self.monitor, stage, action, self.store, self.roles)
+        track_fit(self.monitor, stage, action, self.store, self.roles)
         status = "FAILED"
         try:
             self._leases[action.key] = lease
             self._go_on()  # once the lease is known, so that a stop between the two is not missed
             with self.store.scratch() as out:
                 won = commit(self.store, action, stage.fit(action, self.store, out, self.monitor, lease), out)
-            tell_made(self.monitor, stage.name, {name: file.sha256 for name, file in won.files.items()})
+            track_files(self.monitor, stage.name, {name: file.sha256 for name, file in won.files.items()})
             if not lost.is_set():  # else they are the next holder's, who may be training from them
                 stage.settle(action, self.store)
             status = "FINISHED"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import Refused
-from infra.records import Action, Manifest, Record, document, newest, object_name, reading
+from infra.records import Action, Manifest, Record, document, explain_damage, newest_generations, object_name
 from infra.store import Store
 from pipelines.stage import Stage, plain
 
@@ -77,7 +77,7 @@ def _resolve(stage: Stage, inputs: Sequence[Manifest], store: Store) -> Resolved
     whole = Action(f"{stage.name}/{stage.version}", plain(stage.spec), tuple(manifest.version for manifest in inputs))
     wanted = {action.key for action in actions}
     places = sorted({one.place for one in {id(action.spec): action for action in actions}.values()})  # one, mostly
-    standing = newest(entry.name for place in places for entry in store.list(f"records/{place}/"))
+    standing = newest_generations(entry.name for place in places for entry in store.list(f"records/{place}/"))
     found = {key: standing[key] for key in wanted & standing.keys()}
     newest_manifest = _newest_manifest(store, whole) if len(found) > 1 else None
     known = {(record.key, record.generation): record for record in newest_manifest.records} if newest_manifest else {}
@@ -96,7 +96,7 @@ def _newest_manifest(store: Store, whole: Action) -> Manifest | None:
         return None
     name = max(heads, key=lambda entry: (entry.modified, entry.name)).name
     head = document(store, name)
-    with reading(name):
+    with explain_damage(name):
         if not store.exists(object_name(head["version"])):
             return None  # the records say it too, and the next run writes it anew
         return Manifest.load(store, head["version"]).asked_as(whole, [(key, number) for key, number in head["records"]])

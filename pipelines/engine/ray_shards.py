@@ -14,7 +14,7 @@ from infra.records import Action, Record, check_inputs, commit
 from infra.store import Store
 from pipelines.engine.admission import most_actors
 from pipelines.engine.graph import Resolved
-from pipelines.progress import telling
+from pipelines.progress import reporting_to
 from pipelines.stage import Stage
 from unclip.errors import Refused as Impossible
 
@@ -39,7 +39,7 @@ def perform(stage: Stage, action: Action, store: Store, monitor: Any = None) -> 
         if monitor is not None:
             monitor.shard(stage.name, action.key, states, rows)
 
-    with store.scratch() as scratch, telling(told):
+    with store.scratch() as scratch, reporting_to(told):
         try:
             made = stage.run(action, store, scratch)
         except (Refused, Impossible):

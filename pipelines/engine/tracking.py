@@ -8,10 +8,10 @@ from typing import Any
 
 from infra.records import Action, Manifest, object_name
 from infra.store import Store
-from infra.tracking import DataSet, git_tags, user
+from infra.tracking import DataSet, git_tags, user_name
 
 
-def tell_fit(monitor: Any, stage: Any, action: Action, store: Store, roles: Mapping[str, str]) -> None:
+def track_fit(monitor: Any, stage: Any, action: Action, store: Store, roles: Mapping[str, str]) -> None:
     """Begins a fit's run: how it is made as parameters, which never change, how it is run as a tag, which may."""
     start = {"start": stage.spec.start} if stage.spec.start else {}
     params = {"model": stage.spec.model, "train": stage.spec.train, **start}
@@ -28,10 +28,10 @@ def tell_fit(monitor: Any, stage: Any, action: Action, store: Store, roles: Mapp
 def source_tag(words: str) -> dict[str, str]:
     """Who started a run, and from what: its page shows the commit beside the command."""
     command = {"mlflow.source.name": f"unclip run {words}", "mlflow.source.type": "LOCAL"}
-    return {"mlflow.user": user(), **command, **git_tags()}
+    return {"mlflow.user": user_name(), **command, **git_tags()}
 
 
-def tell_made(monitor: Any, stage: str, digests: dict[str, str]) -> None:
+def track_files(monitor: Any, stage: str, digests: dict[str, str]) -> None:
     """What a fit's record holds: the SHA-256 of each file."""
     monitor.tag(stage, {f"unclip.made.{name}": sha256 for name, sha256 in digests.items()})
 

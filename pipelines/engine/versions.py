@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from infra.errors import Refused
-from infra.records import KEPT, LISTED, Manifest, document, reading
+from infra.records import KEPT, LISTED, Manifest, document, explain_damage
 from infra.store import Store
 
 
@@ -31,7 +31,7 @@ def list_versions(store: Store) -> list[Version]:
     """Every version in the store, by stage, the newest of each first."""
     found: dict[tuple[str, str], Version] = {}
     for entry in store.list("manifests/"):
-        with reading(entry.name):
+        with explain_damage(entry.name):
             head = document(store, entry.name)
             stage, version = head["action"]["stage"], head["version"]
             known = found.get((stage, version))

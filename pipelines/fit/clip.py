@@ -12,7 +12,7 @@ from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
 from infra.records import Action, Manifest, Record, materialise
 from infra.store import Store
-from pipelines.stage import StageBase, blaming, plain
+from pipelines.stage import StageBase, error_context, plain
 from unclip.clip import PREFIX, files_of
 
 
@@ -82,7 +82,7 @@ class LoadClip(StageBase):
 
 def _digest(file: str) -> str:
     """SHA-256 (hex) of a file's bytes; of a folder that open_clip names so, over its two files'."""
-    with blaming("clip.pretrained.name"):
+    with error_context("clip.pretrained.name"):
         files = files_of(file)
     return digest_file(Path(file)) if files is None else digest(canonical([digest_file(one) for one in files]))
 

@@ -7,16 +7,16 @@ from typing import Any
 from pipelines.download import Download
 from pipelines.embed import Embed, Statistics
 from pipelines.fit.clip import LoadClip
-from pipelines.select import Look, Select
+from pipelines.select import FeatureStage, Select
 from pipelines.source import Source
 
 _STAGES: tuple[Any, ...] = (
     Source,
     Download,
-    Look("filter"),
+    FeatureStage("filter"),
     Select("filter"),
     Embed,
-    Look("curate"),
+    FeatureStage("curate"),
     Select("curate"),
 )
 DATA: tuple[str, ...] = tuple(stage.name for stage in _STAGES)

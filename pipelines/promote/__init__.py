@@ -12,7 +12,7 @@ from infra.lazy import exports
 if TYPE_CHECKING:
     from pipelines.promote import ledger
     from pipelines.promote.gate import VERDICT, Gate, GateSpec
-    from pipelines.promote.ledger import views
+    from pipelines.promote.ledger import view_root
     from pipelines.promote.promote import PROMOTION, Promote
     from pipelines.promote.registry import tracking_uri
 else:

@@ -54,12 +54,12 @@ class Gate(StageBase):
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all. For the champion itself it is the action that made it champion, which is done."""
         evaluate, bundle = inputs
-        spec = {**plain(self.spec), "champion": judged_against(self.head, bundle.version)}
+        spec = {**plain(self.spec), "champion": compared_with(self.head, bundle.version)}
         yield self.action(spec, (evaluate.version, bundle.version))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         evaluate, bundle = action.inputs
-        verdict = judge(store, self.spec, evaluate, action.spec["champion"])
+        verdict = decide(store, self.spec, evaluate, action.spec["champion"])
         if verdict["reasons"] and not (self.head and self.head.release == bundle):
             raise Refused(
                 f"the gate refused release {bundle[:12]}: {'; '.join(verdict['reasons'])}. "
@@ -71,7 +71,7 @@ class Gate(StageBase):
         return Record.of(action, out, facts={"passed": not verdict["reasons"]})
 
 
-def judge(store: Store, spec: GateSpec, evaluate: str, champion: dict[str, Any] | None) -> dict[str, Any]:
+def decide(store: Store, spec: GateSpec, evaluate: str, champion: dict[str, Any] | None) -> dict[str, Any]:
     """The verdict on the scores of that version of `evaluate`; `reasons` is empty if it passed.
 
     champion: {"release", "evaluate"} of whom it is compared with, prompt by prompt; None if there is none.
@@ -103,7 +103,7 @@ def judge(store: Store, spec: GateSpec, evaluate: str, champion: dict[str, Any] 
     }
 
 
-def judged_against(head: Entry | None, bundle: str) -> dict[str, Any] | None:
+def compared_with(head: Entry | None, bundle: str) -> dict[str, Any] | None:
     """Whom the gate compares a release with: the champion; for the champion itself, whom it was compared with."""
     if head is None:
         return None

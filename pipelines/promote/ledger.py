@@ -16,8 +16,8 @@ from infra.errors import NotFound, Refused
 from infra.ledger import Entry, Ledger
 from infra.records import Manifest, Record, document, object_name, read_object
 from infra.store import Store
-from pipelines.promote.gate import judged_against
-from pipelines.promote.promote import after
+from pipelines.promote.gate import compared_with
+from pipelines.promote.promote import required_head
 from pipelines.release import CHAMPION, find_release, release_cache
 from pipelines.stage import plain
 
@@ -79,8 +79,8 @@ def promote(store: Store, name: str, ref: str, reason: str) -> str:
     facts = _facts_of(ledger, version) or {
         "evaluate": (evaluate := _evaluation(store, version)),
         "scores": Manifest.load(store, evaluate).only.facts.get("scores", {}) if evaluate else {},
-        "against": judged_against(head, version),
-        "after": after(head, version),
+        "against": compared_with(head, version),
+        "after": required_head(head, version),
     }
     entry = ledger.append(Entry("promote", version, None, reason, facts), after=head)
     return f"{version[:12]} is the champion of {name} (entry {entry.number}). {_mirror(store, name)}"
@@ -150,7 +150,7 @@ def summary(store: Store, name: str, made: dict[str, Manifest], store_uri: str, 
         beside = [f"{at} {known[f'{kind}.{at}.all']:.3f}" for at in ("ceiling", "floor") if f"{kind}.{at}.all" in known]
         yield f"scores     {kind}: all right {known[f'{kind}.all']:.3f} ({', '.join(beside) or 'no true pictures'})"
     yield "scores     " + ", ".join(f"{key} {known[key]:.3f}" for key in ("clip_score", "cmmd") if key in known)
-    folder = unfolded(store, version, [made[stage].only for stage in ("evaluate", "report") if stage in made])
+    folder = view_folder(store, version, [made[stage].only for stage in ("evaluate", "report") if stage in made])
     for path in sorted(folder.glob("grid-*.png")):
         yield f"grid       {path}"
     if (folder / "report.html").exists():
@@ -161,14 +161,14 @@ def summary(store: Store, name: str, made: dict[str, Manifest], store_uri: str, 
     yield f'generate   unclip generate "a large red circle on a white background" -n 4{release}{option} --out grid.png'
 
 
-def views(store: Store) -> Path:
+def view_root(store: Store) -> Path:
     """The folder of all copies for people that were made on this machine."""
     return (release_cache() if store.uri.startswith("s3://") else Path(store.uri)) / "view"
 
 
-def unfolded(store: Store, version: str, records: list[Record]) -> Path:
+def view_folder(store: Store, version: str, records: list[Record]) -> Path:
     """A folder where a person finds these small files (grids, report): view/ in a local store, else in the cache."""
-    folder = views(store) / version[:12]
+    folder = view_root(store) / version[:12]
     for record in records:
         for name, file in record.files.items():
             target = folder / name

@@ -12,7 +12,7 @@ from infra.errors import Refused
 from infra.ledger import Entry, Ledger
 from infra.records import Action, Manifest, Record
 from infra.store import Store
-from pipelines.promote.gate import judged_against
+from pipelines.promote.gate import compared_with
 from pipelines.stage import StageBase
 
 PROMOTION = "promotion.json"
@@ -41,7 +41,7 @@ class Promote(StageBase):
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         """One in all; the head that it must follow is in its key."""
         gate, _, bundle = inputs
-        spec = {**self.spec, "after": after(self.head, bundle.version), "gate": gate.only.key}
+        spec = {**self.spec, "after": required_head(self.head, bundle.version), "gate": gate.only.key}
         yield self.action(spec, (manifest.version for manifest in inputs))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
@@ -53,8 +53,8 @@ class Promote(StageBase):
             facts = {
                 "evaluate": evaluate,
                 "scores": Manifest.load(store, evaluate).only.facts.get("scores", {}),
-                "against": judged_against(self.head, bundle),
-                "after": after(self.head, bundle),
+                "against": compared_with(self.head, bundle),
+                "after": required_head(self.head, bundle),
             }
             promoted = Entry("promote", bundle, action.spec["gate"], "passed the gate", facts)
             entry = ledger.append(promoted, after=self.head)
@@ -63,7 +63,7 @@ class Promote(StageBase):
         return Record.of(action, out, facts=document)
 
 
-def after(head: Entry | None, bundle: str) -> str:
+def required_head(head: Entry | None, bundle: str) -> str:
     """Digest of the head that a promotion follows ("": none); for the champion itself, the one that it followed."""
     if head is None:
         return ""

@@ -12,6 +12,6 @@ from infra.lazy import exports
 if TYPE_CHECKING:
     from pipelines.recipe import schema, stages
     from pipelines.recipe.schema import Recipe, World
-    from pipelines.recipe.start import starts
+    from pipelines.recipe.start import resolve_starts
 else:
     __getattr__ = exports(__name__)

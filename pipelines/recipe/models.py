@@ -14,7 +14,7 @@ from infra.errors import Refused
 from pipelines.recipe.kinds import KINDS
 from pipelines.recipe.partial import said
 from pipelines.recipe.schema import Recipe, Sampler
-from pipelines.stage import blaming
+from pipelines.stage import error_context
 from training.options import named
 from unclip.diffusion import check_sampling
 from unclip.models import ClassifierConfig, NoisedClipConfig
@@ -50,7 +50,7 @@ def open_clip_config(name: str) -> dict[str, Any]:
     """The model configuration of that name, open_clip's or a folder's, read without importing open_clip (7 s)."""
     from unclip.clip import files_of, model_config
 
-    with blaming("clip.pretrained.name"):
+    with error_context("clip.pretrained.name"):
         files = files_of(name)
         if files is not None:
             return model_config(files[0])
@@ -78,7 +78,7 @@ class Known:
 
 def models(recipe: Recipe) -> dict[str, Any]:
     """Stage name → model configuration, with all that is derived filled in."""
-    with blaming("models"):
+    with error_context("models"):
         row = preset(recipe.models)
     sides = sizes(recipe)
     clip: dict[str, Any] = dict(clip_widths(recipe))
@@ -100,7 +100,7 @@ def models(recipe: Recipe) -> dict[str, Any]:
 def decoder(known: Known, made: dict[str, Any]) -> dict[str, Any]:
     """The decoder's configuration, by its stage's name, as all below."""
     row = known.preset.decoder
-    with blaming("decoder.model"):
+    with error_context("decoder.model"):
         changes = {"text": row.text, **said(known.recipe.decoder.model)}
         changes["vocabulary"] = known.vocabulary if changes["text"] == "own" else 0
         return {"decoder": dataclasses.replace(row, size=known.sides[0], **known.clip, **changes)}
@@ -125,7 +125,7 @@ def _prior(known: Known, kind: str, named: str, other: str) -> dict[str, Any]:
     row = getattr(known.preset, kind)
     if row is None:
         raise Refused(f"{kind}: the preset {known.recipe.models!r} of `models` has no {named} prior; {other}")
-    with blaming(f"{kind}.model"):
+    with error_context(f"{kind}.model"):
         return {"prior": dataclasses.replace(row, **known.clip, **said(known.recipe.section(kind).model))}
 
 
@@ -134,9 +134,9 @@ def upsamplers(known: Known, made: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for template, low, size in zip(known.preset.upsamplers, known.sides, known.sides[1:], strict=False):
         section = known.recipe.upsamplers[size]
-        with blaming(f"upsamplers.{size}.model"):
+        with error_context(f"upsamplers.{size}.model"):
             config = dataclasses.replace(template, low=low, size=size, **said(section.model))
-        with blaming(f"upsamplers.{size}"):
+        with error_context(f"upsamplers.{size}"):
             config.check_crop(section.train.crop)
         out[f"upsampler-{size}"] = config
     return out
@@ -161,7 +161,7 @@ def _guide(known: Known, made: dict[str, Any], stage: str, config: type, more: d
             f"{path}: the preset {known.recipe.models!r} of `models` has no encoder of noised pictures; choose another"
         )
     process = {name: getattr(made["decoder"], name) for name in ("size", "schedule", "timesteps")}
-    with blaming(f"{path}.model"):
+    with error_context(f"{path}.model"):
         return {stage: config(**{**vars(row), **process, **said(known.recipe.section(path).model), **more})}
 
 
@@ -173,7 +173,7 @@ def _check_sampling(sampling: Sampler, models: dict[str, Any]) -> None:
         settings[f"upsampler-{size}"], paths[f"upsampler-{size}"] = one, f"upsamplers.{size}"
     for name, one in settings.items():
         timesteps = getattr(models[name], "timesteps", None)  # an autoregressive prior has none
-        with blaming(f"sampling.{paths[name]}"):
+        with error_context(f"sampling.{paths[name]}"):
             # γ is measured on the way where the prior needs it, and of no other model.
             check_sampling(name, one, written=timesteps is None, gamma=name == "prior")
             if timesteps is not None and one.steps > timesteps:

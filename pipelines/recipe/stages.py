@@ -22,10 +22,10 @@ from pipelines.recipe.partial import part
 from pipelines.recipe.schema import Recipe
 from pipelines.release import Bundle, BundleSpec
 from pipelines.reports import Count, DataReport, Report
-from pipelines.select import Look, Select
+from pipelines.select import FeatureStage, Select
 from pipelines.select.rules import Rule, opened
 from pipelines.source import Source, SourceHow, SourceSpec
-from pipelines.stage import PoolHow, Stage, blaming, plain
+from pipelines.stage import PoolHow, Stage, error_context, plain
 from training.job import FitHow
 from training.options import KINDS
 from unclip.release import KINDS as MODELS
@@ -83,7 +83,7 @@ class Build:
 def _opened(group: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     out = []
     for number, rule in enumerate(rules):
-        with blaming(f"{group}.rules.{number}"):
+        with error_context(f"{group}.rules.{number}"):
             out.append(opened(rule))
     return tuple(out)
 
@@ -120,7 +120,7 @@ def curating(build: Build) -> Iterable[Stage]:
 
 
 def _selecting(group: str, build: Build) -> Iterable[Stage]:
-    for stage in (Look, Select):
+    for stage in (FeatureStage, Select):
         yield stage(group, build.rules[group], build.recipe.columns.keep)
 
 
@@ -179,7 +179,7 @@ def bundle(build: Build) -> Iterable[Stage]:
 def evaluate(build: Build) -> Iterable[Stage]:
     """Its scores."""
     section = build.recipe.evaluate
-    with blaming("evaluate.prompts"):
+    with error_context("evaluate.prompts"):
         prompts = read_prompts(build.inputs.prompts)
     yield EvaluateSample(part(section, EvaluateSpec), part(section, PoolHow), prompts)
     added = [name for name in scores.METRICS if name not in scores.BUILT_IN]

@@ -9,7 +9,7 @@ from pipelines.recipe.schema import Recipe
 from pipelines.release import CHAMPION, find_release
 
 
-def starts(recipe: Recipe, store: Store) -> dict[str, str]:
+def resolve_starts(recipe: Recipe, store: Store) -> dict[str, str]:
     """What the recipe's sections call their `start` → the version of that release.
 
     Raises Refused for a champion, which the run itself may replace: run again, it would train all anew.

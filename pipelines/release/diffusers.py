@@ -27,7 +27,7 @@ def export(store: Store, ref: str, folder: Path, form: str) -> str:
     return said
 
 
-def bring(store: Store, folder: Path, name: str, images: Path | None) -> str:
+def import_folder(store: Store, folder: Path, name: str, images: Path | None) -> str:
     """Makes a folder that UnCLIPPipeline loads a release of the store, and returns its version.
 
     It enters no ledger: nobody has judged it. Whoever wants it as champion promotes it by hand.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipelines.reports import data
     from pipelines.reports.count import Count
     from pipelines.reports.data import PAGE, DataReport
-    from pipelines.reports.page import shows
+    from pipelines.reports.page import names_samples
     from pipelines.reports.release import Report
 else:
     __getattr__ = exports(__name__)

@@ -128,7 +128,7 @@ STATES = ("stays", "goes")
 
 
 @dataclass
-class Census(Part):
+class DatasetStats(Part):
     """All parts together."""
 
     by_host: Hosts = field(default_factory=Hosts)
@@ -143,21 +143,21 @@ class Census(Part):
             self.shown[sheet] = heapq.nsmallest(_most(sheet), [*self.shown.get(sheet, ()), *rows_])
 
 
-def census(store: Store, made: Mapping[str, Manifest], threads: int = THREADS) -> Census:
+def count_dataset(store: Store, made: Mapping[str, Manifest], threads: int = THREADS) -> DatasetStats:
     """Adds up what stage `data-count` counted of each shard. Where it did not run, goes once through the rows, and
     reads no more than the columns that are counted."""
-    total = Census()
+    total = DatasetStats()
     if "data-count" in made:
         records = enumerate(made["data-count"].records)
         parts = map_ordered(lambda one: stored(store, one[1], one[0]), records, threads)
     else:
-        parts = map_ordered(lambda shard: counted(store, shard.tables, shard.number), shards(made), threads)
+        parts = map_ordered(lambda shard: count_shard(store, shard.tables, shard.number), shards(made), threads)
     for part in parts:
         total.add(part)
     return total
 
 
-def counted(store: Store, tables: Tables, number: int = 0) -> Part:
+def count_shard(store: Store, tables: Tables, number: int = 0) -> Part:
     """What is counted of the shard of that number."""
     listed, filtered, rows_file, curated = tables
     part = Part()

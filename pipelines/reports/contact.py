@@ -25,7 +25,7 @@ CAPTION = 200
 
 
 @dataclass(frozen=True)
-class Seen:
+class SheetRow:
     """A row as it is shown."""
 
     uid: str
@@ -39,7 +39,9 @@ class Seen:
     """The picture as a data URI; None where it cannot be decoded or is not to be seen."""
 
 
-def seen(store: Store, made: Mapping[str, Manifest], rows: Iterable[Row], threads: int = THREADS) -> dict[bytes, Seen]:
+def sheet_rows(
+    store: Store, made: Mapping[str, Manifest], rows: Iterable[Row], threads: int = THREADS
+) -> dict[bytes, SheetRow]:
     """uid → the row as it is shown, of these rows of a data set."""
     wanted: dict[int, set[bytes]] = defaultdict(set)
     for row in rows:
@@ -49,7 +51,7 @@ def seen(store: Store, made: Mapping[str, Manifest], rows: Iterable[Row], thread
     return {uid: one for part in read for uid, one in part.items()}
 
 
-def _of_shard(store: Store, shard: Shard, uids: set[bytes]) -> dict[bytes, Seen]:
+def _of_shard(store: Store, shard: Shard, uids: set[bytes]) -> dict[bytes, SheetRow]:
     names = ["uid", "caption", "offset", "length", "width", "height"]
     index = _only(columns(store, shard.download.files[TABLE], names), uids)
     scores: dict[bytes, float] = {}
@@ -66,7 +68,7 @@ def _of_shard(store: Store, shard: Shard, uids: set[bytes]) -> dict[bytes, Seen]
             uri = thumbnail(picture(io.BytesIO(data), 0, len(data)))
         sides = f"{line['width']} × {line['height']}" if line["width"] else ""
         caption = " ".join((line["caption"] or "").split())[:CAPTION]
-        found[line["uid"]] = Seen(line["uid"].hex()[:12], caption, sides, scores.get(line["uid"]), uri)
+        found[line["uid"]] = SheetRow(line["uid"].hex()[:12], caption, sides, scores.get(line["uid"]), uri)
     return found
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.records import Action, Manifest, Record, sized
+from infra.records import Action, Manifest, Record, stored_file
 from infra.store import Store
-from pipelines.reports.census import counted, shards, write
+from pipelines.reports.census import count_shard, shards, write
 from pipelines.stage import StageBase
 
 
@@ -34,7 +34,7 @@ class Count(StageBase):
             yield self.action(self.spec, (file.sha256 for file in shard.tables if file))
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
-        index, filtered, rows, curated = (sized(store, sha256) for sha256 in action.inputs)
-        part = counted(store, (index, filtered, rows, curated))
+        index, filtered, rows, curated = (stored_file(store, sha256) for sha256 in action.inputs)
+        part = count_shard(store, (index, filtered, rows, curated))
         write(part, out)
         return Record.of(action, out, states={"counted": sum(rows for _, _, rows in part.hosts)})

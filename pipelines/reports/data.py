@@ -19,13 +19,13 @@ from infra.records import KEPT, Action, Manifest, Record, document, read_object
 from infra.store import Store
 from pipelines.engine import Version, find_version, list_versions
 from pipelines.fit import CHAIN, DATA, STEPS
-from pipelines.reports.census import ASPECT, SCORES, WIDEST, Census, Row, census
+from pipelines.reports.census import ASPECT, SCORES, WIDEST, DatasetStats, Row, count_dataset
 from pipelines.reports.charts import Chart, binned, histogram, linear, logarithmic, median_bin
-from pipelines.reports.contact import seen
+from pipelines.reports.contact import sheet_rows
 from pipelines.reports.count import Count
 from pipelines.reports.duplicates import COMPARED, groups
 from pipelines.reports.page import TEMPLATES, count, render, stage_line
-from pipelines.select import OVER
+from pipelines.select import ROW_SOURCES
 from pipelines.stage import StageBase
 
 TEMPLATE = TEMPLATES / "data.html.j2"
@@ -105,7 +105,7 @@ def lineage(store: Store, last: Version) -> tuple[dict[str, Manifest], dict[str,
             continue
         action = document(store, one.head)["action"]
         made[stage] = Manifest.load(store, one.version, stage)
-        if stage in OVER:
+        if stage in ROW_SOURCES:
             rules[stage] = action["spec"]["rules"]
         queue += [known[version] for version in action["inputs"] if version in known]
     if "curate" in made:
@@ -120,14 +120,14 @@ def contents(
     store: Store,
     made: Mapping[str, Manifest],
     rules: Rules,
-    count_rows: Callable[[Store, Mapping[str, Manifest]], Census] = census,
+    count_rows: Callable[[Store, Mapping[str, Manifest]], DatasetStats] = count_dataset,
 ) -> dict[str, Any]:
     """All that the page says. made: the data stages, as far as there are any behind download."""
     counted = count_rows(store, made)
     alike = _alike(store, made, rules, counted)
     rows = [row for some in counted.shown.values() for row in some]
     rows += [row for some in alike.values() for group in some for row in (group.taken, *group.first)]
-    pictures = seen(store, made, rows)
+    pictures = sheet_rows(store, made, rows)
 
     def shown(some: Sequence[Row]) -> list[dict[str, Any]]:
         return [{**asdict(pictures[row.uid]), "why": row.why} for row in some if row.uid in pictures]
@@ -162,11 +162,13 @@ def contents(
     }
 
 
-def _alike(store: Store, made: Mapping[str, Manifest], rules: Rules, counted: Census) -> dict[tuple[str, str], Any]:
+def _alike(
+    store: Store, made: Mapping[str, Manifest], rules: Rules, counted: DatasetStats
+) -> dict[tuple[str, str], Any]:
     """(group, rule) of each rule about duplicates → what is alike to some of the rows that it took."""
     found = {
         (group, rule["rule"]): groups(store, made[f"{group}-look"], rule, counted.shown[f"{group}.{rule['rule']}"])
-        for group in OVER
+        for group in ROW_SOURCES
         for rule in rules.get(group, ())
         if rule["rule"] in COMPARED and f"{group}.{rule['rule']}" in counted.shown and f"{group}-look" in made
     }
@@ -197,7 +199,7 @@ def _steps(made: Mapping[str, Manifest], rules: Rules, listed: int) -> list[dict
         if stage not in made:
             break
         states = made[stage].states
-        if stage in OVER:
+        if stage in ROW_SOURCES:
             for rule in rules.get(stage, ()):
                 step(stage, rule["rule"], states.get(rule["rule"], 0))
         else:
@@ -219,7 +221,7 @@ def _reasons(made: Mapping[str, Manifest], listed: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (-one["count"], one["stage"], one["state"]))
 
 
-def _hosts(counted: Census) -> dict[str, Any]:
+def _hosts(counted: DatasetStats) -> dict[str, Any]:
     """The hosts of the most rows, and those of the most that failed; none where pictures came without addresses."""
     table: list[dict[str, Any]] = [
         {
@@ -245,7 +247,7 @@ def _hosts(counted: Census) -> dict[str, Any]:
     }
 
 
-def _charts(counted: Census) -> list[Chart | None]:
+def _charts(counted: DatasetStats) -> list[Chart | None]:
     """Sides and aspect on logarithmic axes, lengths of captions and CLIP's score on linear ones."""
     pixels = logarithmic(OCTAVE, lambda value: count(value), unit="\u202fpx")
     side = f"{count(median_bin(counted.sides[0]) or 0)}\u202fpx"
@@ -268,7 +270,7 @@ def _ratio(value: float) -> str:
 
 def _rules(made: Mapping[str, Manifest], rules: Rules) -> Iterator[dict[str, Any]]:
     """Each rule with its settings and what it took."""
-    for group in (group for group in OVER if group in rules):
+    for group in (group for group in ROW_SOURCES if group in rules):
         given = made[group].rows
         for rule in rules[group]:
             said = [

@@ -19,7 +19,7 @@ from infra.concurrent import map_ordered
 from infra.records import File, Manifest, columns
 from infra.store import Store
 from pipelines.reports.census import THREADS, Row
-from pipelines.select import LOOK
+from pipelines.select import FEATURES
 
 COMPARED = {"exact_duplicates": "digest", "near_duplicates": "phash", "semantic_duplicates": "direction"}
 """Rule → the column of its look that says what is alike."""
@@ -44,7 +44,7 @@ def groups(
 ) -> list[Group]:
     """A group for each of these rows that the rule (its settings, as in a recipe) took; the largest first."""
     column = f"{rule['rule']}.{COMPARED[rule['rule']]}"
-    files = [record.files[LOOK] for record in looks.records]
+    files = [record.files[FEATURES] for record in looks.records]
     found = []
     for row in taken:
         table = columns(store, files[row.shard], ["uid", column])

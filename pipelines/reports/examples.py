@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from infra.records import KEPT, Manifest, Record, object_name
 from infra.store import Store
 from pipelines.download import picture
-from pipelines.select import OVER
+from pipelines.select import ROW_SOURCES
 from pipelines.select.rules import kind_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def examples(store: Store, group: str, data: Manifest, selection: Manifest, most
     for shard in islice(data.records, SHARDS):
         if all(len(some) >= most for some in found.values()):
             break
-        marks = _read(store, selection.only.sha(f"{shard.sha(OVER[group].file)}.parquet"))
+        marks = _read(store, selection.only.sha(f"{shard.sha(ROW_SOURCES[group].file)}.parquet"))
         for rule, some in found.items():
             taken = marks.filter(pc.equal(marks["rule"], rule))["uid"][: most - len(some)]
             if len(taken):
@@ -60,7 +60,7 @@ def examples(store: Store, group: str, data: Manifest, selection: Manifest, most
 
 
 def _rows(store: Store, group: str, shard: Record, uids: pa.Array, *, seen: bool) -> Iterator[Example]:
-    over = OVER[group]
+    over = ROW_SOURCES[group]
     columns = ["uid", "caption", "url", *(("offset", "length") if over.pictures else ("image",))]
     table = _read(store, shard.sha(over.file), columns)
     for row in table.filter(pc.is_in(table["uid"], value_set=uids)).to_pylist():

@@ -75,7 +75,7 @@ def size(number: float) -> str:
     return f"{number:.1f}\u202fTB"
 
 
-def shows(page: bytes, uids: Iterable[bytes]) -> bool:
+def names_samples(page: bytes, uids: Iterable[bytes]) -> bool:
     """Whether one of these samples is among the examples of a page, which names each by the first digits of its uid."""
     named = {*re.findall(rb"<code>([0-9a-f]{12})</code>", page)}
     return any(uid.hex()[:12].encode() in named for uid in uids)

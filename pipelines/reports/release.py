@@ -24,7 +24,7 @@ from pipelines.promote import PROMOTION, VERDICT
 from pipelines.release import CHAMPION
 from pipelines.reports.examples import examples
 from pipelines.reports.page import TEMPLATES, render, stage_line, thumbnail
-from pipelines.select import OVER
+from pipelines.select import ROW_SOURCES
 from pipelines.stage import StageBase
 
 TEMPLATE = TEMPLATES / "report.html.j2"
@@ -114,7 +114,7 @@ def _waterfall(stages: dict[str, Manifest]) -> list[dict[str, Any]]:
 def _rejected(store: Store, stages: dict[str, Manifest]) -> list[dict[str, Any]]:
     """What each rule of filter and curate took: how many rows, and the first of them, with their pictures."""
     out = []
-    for group, over in OVER.items():
+    for group, over in ROW_SOURCES.items():
         selection = stages[group]
         for rule, some in examples(store, group, stages[over.stage], selection).items():
             shown = [{"uid": one.uid, "caption": one.caption, "uri": thumbnail(one.image)} for one in some]

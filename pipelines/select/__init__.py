@@ -10,6 +10,6 @@ from typing import TYPE_CHECKING
 from infra.lazy import exports
 
 if TYPE_CHECKING:
-    from pipelines.select.stage import LOOK, OVER, Look, Select, selected
+    from pipelines.select.stage import FEATURES, ROW_SOURCES, FeatureStage, Select, read_selection
 else:
     __getattr__ = exports(__name__)

@@ -18,19 +18,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.errors import Refused
-from infra.records import INDEX, KEPT, SELECTION, Action, Manifest, Record, embedded, object_name
+from infra.records import INDEX, KEPT, SELECTION, Action, Manifest, Record, embedded_schema, object_name
 from infra.store import Store
 from pipelines.select.rules import MEASURES, Rule, measured
 from pipelines.stage import StageBase, plain
 
-LOOK = "look.parquet"
-AnyLook = TypeVar("AnyLook", bound="Looked")
+FEATURES = "look.parquet"
+AnyLook = TypeVar("AnyLook", bound="Features")
 Judged = tuple[AnyLook, np.ndarray]
 """A look, and int8 [rows]: the place of the rule that rejects the row, -1 where it stays."""
 
 
 @dataclass(frozen=True)
-class Over:
+class RowSource:
     """What rules are applied to: the stage whose shards they are, the file of rows in each, its columns (to which those
     come that are kept from the list), and the tar of its pictures, of which more can be measured."""
 
@@ -40,9 +40,9 @@ class Over:
     pictures: str | None = None
 
 
-OVER = {
-    "filter": Over("download", "index.parquet", (*INDEX.names, *MEASURES), "images.tar"),
-    "curate": Over("embed", "rows.parquet", tuple(embedded(1).names)),
+ROW_SOURCES = {
+    "filter": RowSource("download", "index.parquet", (*INDEX.names, *MEASURES), "images.tar"),
+    "curate": RowSource("embed", "rows.parquet", tuple(embedded_schema(1).names)),
 }
 
 
@@ -65,26 +65,28 @@ class _Selecting(StageBase):
     how = None
 
     def __post_init__(self) -> None:
-        marks = Counter(rule.verdict for rule in self.rules)
+        marks = Counter(rule.label for rule in self.rules)
         if twice := [mark for mark, count in marks.items() if count > 1]:
             raise Refused(
                 f"{self.group}.rules has {twice[0]!r} twice; give each a `name`, so that a row says which it was"
             )
         for number, rule in enumerate(self.rules):
             if missing := set(rule.columns) - self._columns(self.group):
-                there = [f"put it under {name}.rules" for name in OVER if set(rule.columns) <= self._columns(name)]
+                there = [
+                    f"put it under {name}.rules" for name in ROW_SOURCES if set(rule.columns) <= self._columns(name)
+                ]
                 advice = (
                     there[0]
                     if there
                     else "name the list's column in source.columns.keep, for a rule under filter.rules"
                 )
                 raise Refused(
-                    f"{self.group}.rules.{number}: {rule.verdict} reads {', '.join(sorted(missing))}, which the rows "
+                    f"{self.group}.rules.{number}: {rule.label} reads {', '.join(sorted(missing))}, which the rows "
                     f"of {self.over.stage} do not have; {advice}"
                 )
 
     def _columns(self, group: str) -> set[str]:
-        return {*OVER[group].columns, *(self.kept if group == "filter" else ())}
+        return {*ROW_SOURCES[group].columns, *(self.kept if group == "filter" else ())}
 
     @property
     def measures(self) -> list[str]:
@@ -92,9 +94,9 @@ class _Selecting(StageBase):
         return sorted({column for rule in self.rules for column in rule.columns} & MEASURES.keys())
 
     @property
-    def over(self) -> Over:
+    def over(self) -> RowSource:
         """What the rules are applied to."""
-        return OVER[self.group]
+        return ROW_SOURCES[self.group]
 
     @property
     def spec(self) -> SelectSpec:
@@ -103,7 +105,7 @@ class _Selecting(StageBase):
 
 
 @dataclass(frozen=True)
-class Look(_Selecting):
+class FeatureStage(_Selecting):
     """Stage, a map: a shard of rows → what each rule has to know of its kept rows (uid, `<rule>.<column>` …)."""
 
     kind = "task"
@@ -139,9 +141,9 @@ class Look(_Selecting):
                 rows = measured(rows, pictures, self.measures)
         columns: dict[str, Any] = {"uid": rows["uid"]}
         for rule in self.rules:
-            look = rule.look(rows)
-            columns |= {f"{rule.verdict}.{name}": look[name] for name in look.column_names}
-        pq.write_table(pa.table(columns), out / LOOK, compression="zstd")
+            look = rule.features(rows)
+            columns |= {f"{rule.label}.{name}": look[name] for name in look.column_names}
+        pq.write_table(pa.table(columns), out / FEATURES, compression="zstd")
         return Record.of(action, out, states={"looked": rows.num_rows})
 
 
@@ -166,14 +168,16 @@ class Select(_Selecting):
     def actions(self, *inputs: Manifest) -> Iterator[Action]:
         looks, data = inputs
         pairs = zip(looks.records, data.records, strict=True)
-        shas = [sha for look, rows in pairs for sha in (look.sha(LOOK), rows.sha(self.over.file))]
+        shas = [sha for look, rows in pairs for sha in (look.sha(FEATURES), rows.sha(self.over.file))]
         yield self.action(plain(self.spec), shas)
 
     def run(self, action: Action, store: Store, out: Path) -> Record:
         looks, shards = action.inputs[0::2], action.inputs[1::2]
-        names = pa.array([rule.verdict for rule in self.rules], pa.string())
+        names = pa.array([rule.label for rule in self.rules], pa.string())
         counts = np.zeros(1 + len(names), np.int64)
-        for shard, (look, marks) in zip(shards, judged(self.rules, (Stored(store, sha) for sha in looks)), strict=True):
+        for shard, (look, marks) in zip(
+            shards, decide(self.rules, (StoredFeatures(store, sha) for sha in looks)), strict=True
+        ):
             rules = pa.DictionaryArray.from_arrays(pa.array(marks, mask=marks < 0), names).cast(pa.string())
             selection = pa.table([look.uids, rules], schema=SELECTION)
             pq.write_table(selection, out / f"{shard}.parquet", compression="zstd")
@@ -204,7 +208,7 @@ class Select(_Selecting):
         )
 
 
-class Looked(Protocol):
+class Features(Protocol):
     """What `-look` has put down about the kept rows of one shard."""
 
     @property
@@ -218,7 +222,7 @@ class Looked(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFeatures:
     """A look as it lies in the store. Each rule reads its own columns when its turn comes, so that no look waits in
     memory for a rule that has to see all of them before it decides."""
 
@@ -246,7 +250,7 @@ class Stored:
         return self.store.local(object_name(self.sha256))
 
 
-def judged(rules: Sequence[Rule], looks: Iterable[AnyLook]) -> Iterator[Judged[AnyLook]]:
+def decide(rules: Sequence[Rule], looks: Iterable[AnyLook]) -> Iterator[Judged[AnyLook]]:
     """Applies rules in order to looks in manifest order. One byte a row waits for a rule that decides over all; what
     else such a rule holds is its own matter."""
     stream: Iterator[Judged[AnyLook]] = ((look, np.full(look.rows, -1, np.int8)) for look in looks)
@@ -261,7 +265,7 @@ def _apply(place: int, rule: Rule, stream: Iterator[Judged[AnyLook]]) -> Iterato
     def survivors() -> Iterator[pa.Table]:
         for look, marks in stream:
             pending.append((look, marks))
-            yield look.part(rule.verdict).filter(pa.array(marks < 0))
+            yield look.part(rule.label).filter(pa.array(marks < 0))
 
     for rejected in rule.reject(survivors()):
         look, marks = pending.popleft()
@@ -269,7 +273,7 @@ def _apply(place: int, rule: Rule, stream: Iterator[Judged[AnyLook]]) -> Iterato
         yield look, marks
 
 
-def selected(store: Store, sha: str) -> pa.Array:
+def read_selection(store: Store, sha: str) -> pa.Array:
     """uids, in order, that the selection object of that SHA-256 lets stay."""
     table = pq.read_table(store.local(object_name(sha)))
     return table["uid"].combine_chunks().filter(pc.is_null(table["rule"].combine_chunks()))

@@ -11,7 +11,7 @@ from infra.lazy import exports
 
 if TYPE_CHECKING:
     from pipelines.source.columns import Columns, columns_of
-    from pipelines.source.files import Unreadable, place
+    from pipelines.source.files import Unreadable, open_location
     from pipelines.source.stage import Source, SourceHow, SourceSpec
 else:
     __getattr__ = exports(__name__)

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from pipelines.source.files import Found
+from pipelines.source.files import SourceFile
 
 YOUNG_S = 60
 
 
-def remembered(kind: str, place: str, file: Found) -> str | None:
+def cached_digest(kind: str, place: str, file: SourceFile) -> str | None:
     """The digest of a file as it was when it was last read, if it has not changed since."""
     if not _path().is_file():
         return None
@@ -35,12 +35,12 @@ def remembered(kind: str, place: str, file: Found) -> str | None:
     return row[0] if row else None
 
 
-def digest_of(kind: str, place: str, file: Found, read: Callable[[], str]) -> str:
+def digest_of(kind: str, place: str, file: SourceFile, read: Callable[[], str]) -> str:
     """The digest of a file: what is remembered of it, or else what `read` makes of its bytes, from now on remembered.
 
     place: where the file's name begins, such that the same place and name are the same file to whoever asks again.
     """
-    known = remembered(kind, place, file)
+    known = cached_digest(kind, place, file)
     if known is not None:
         return known
     made = read()

@@ -37,7 +37,7 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceFile:
     """A file of a place: its name there and its size in bytes."""
 
     name: str
@@ -50,17 +50,17 @@ class Found:
     """When it was written, in seconds since 1970."""
 
     @classmethod
-    def of(cls, name: str, status: os.stat_result) -> Found:
+    def of(cls, name: str, status: os.stat_result) -> SourceFile:
         """A file on a file system."""
         stamp = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         changed = max(status.st_mtime, status.st_ctime)
         return cls(name, status.st_size, stat.S_ISREG(status.st_mode), stamp, changed)
 
 
-class Place(Protocol):
+class Location(Protocol):
     """Files that are read only, by names relative to the place."""
 
-    def list(self) -> Iterator[Found]:
+    def list(self) -> Iterator[SourceFile]:
         """All files, however deep, in the order of their names."""
         ...
 
@@ -83,10 +83,10 @@ class Folder:
 
     root: Path
 
-    def list(self) -> Iterator[Found]:
+    def list(self) -> Iterator[SourceFile]:
         yield from self._walk("")
 
-    def _walk(self, folder: str) -> Iterator[Found]:
+    def _walk(self, folder: str) -> Iterator[SourceFile]:
         with os.scandir(self.root / folder) as found:
             # A folder sorts as "name/", so that the whole is in the order in which S3 lists it.
             children = sorted(found, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
@@ -95,7 +95,7 @@ class Folder:
             if child.is_dir(follow_symlinks=False):
                 yield from self._walk(f"{name}/")
             else:
-                yield Found.of(name, child.stat(follow_symlinks=False))
+                yield SourceFile.of(name, child.stat(follow_symlinks=False))
 
     def open(self, name: str) -> BinaryIO:
         *folders, last = parts(name)
@@ -136,11 +136,11 @@ class Bucket:
 
     store: Store
 
-    def list(self, prefix: str = "") -> Iterator[Found]:
+    def list(self, prefix: str = "") -> Iterator[SourceFile]:
         for entry in self.store.list(prefix):
             if not entry.name.endswith("/"):  # an object that some tools put to stand for a folder
                 put = entry.modified
-                yield Found(entry.name, entry.bytes, stamp=put.isoformat(), modified=put.timestamp())
+                yield SourceFile(entry.name, entry.bytes, stamp=put.isoformat(), modified=put.timestamp())
 
     def open(self, name: str) -> BinaryIO:
         copy = cast(BinaryIO, tempfile.TemporaryFile(prefix="unclip-"))  # noqa: SIM115 - the caller closes it
@@ -188,7 +188,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def place(uri: str) -> Place:
+def open_location(uri: str) -> Location:
     """The folder at a path, or the prefix s3://bucket/prefix; Refused if there is no such folder or bucket."""
     if uri.startswith("s3://"):
         return Bucket(open_store(uri.rstrip("/"), create=False))
@@ -198,14 +198,14 @@ def place(uri: str) -> Place:
     return Folder(root)
 
 
-def where(base: str) -> str:
+def location_name(base: str) -> str:
     """A place's name that means the same to every process: absolute, and of S3 with its server."""
     if base.startswith("s3://"):
         return f"{os.environ.get('AWS_ENDPOINT_URL', '')} {base}"
     return str(Path(base).expanduser().resolve())
 
 
-def find(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]]:
+def find_files(uri: str, endings: Collection[str], key: str) -> tuple[str, list[SourceFile]]:
     """What a file's name, a folder's (its direct children) or a glob stands for: (place, its files by name).
 
     endings: suffixes that count, such as ".csv". key: the recipe's, for Refused, which comes where nothing is found.
@@ -215,7 +215,7 @@ def find(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]
     return (_in_bucket if uri.startswith("s3://") else _in_folder)(uri, endings, key)
 
 
-def _in_folder(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]]:
+def _in_folder(uri: str, endings: Collection[str], key: str) -> tuple[str, list[SourceFile]]:
     path = Path(uri).expanduser()
     if path.is_dir():
         there = list(path.iterdir())
@@ -236,10 +236,10 @@ def _in_folder(uri: str, endings: Collection[str], key: str) -> tuple[str, list[
             raise Refused(f"{key}: no file that ends in {_wanted(endings, named)} matches {uri}")
     else:
         raise Refused(f"{key}: there is no file or folder {uri!r}")
-    return str(base), [Found.of(file.relative_to(base).as_posix(), file.stat()) for file in files]
+    return str(base), [SourceFile.of(file.relative_to(base).as_posix(), file.stat()) for file in files]
 
 
-def _in_bucket(uri: str, endings: Collection[str], key: str) -> tuple[str, list[Found]]:
+def _in_bucket(uri: str, endings: Collection[str], key: str) -> tuple[str, list[SourceFile]]:
     split = uri.rstrip("/").split("/")
     # Of "s3:", "", bucket, … the first that is no plain name begins the pattern.
     first = next((n for n, part in enumerate(split) if n > 2 and _MAGIC.search(part)), None)

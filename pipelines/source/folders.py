@@ -21,9 +21,9 @@ from infra.concurrent import map_ordered
 from infra.documents import canonical, digest, digest_file
 from infra.errors import Refused
 from pipelines.source.columns import Columns
-from pipelines.source.digest_cache import digest_of, remembered
-from pipelines.source.files import Found, Place, Unreadable, is_text, place, where
-from pipelines.source.list_errors import trouble
+from pipelines.source.digest_cache import cached_digest, digest_of
+from pipelines.source.files import Location, SourceFile, Unreadable, is_text, location_name, open_location
+from pipelines.source.list_errors import describe_error
 from pipelines.source.lists import FORMATS, open_list, stream
 from pipelines.source.samples import PICTURES, TEXT_BYTES, Sample, batches, caption_of, sha256_of, text_of
 
@@ -58,13 +58,13 @@ def folder_digest(folder: str, columns: Columns) -> tuple[str]:
             pass
         return total.total.hexdigest()
 
-    return (digest_of(_kind(columns), where(folder), _whole(folder), read),)
+    return (digest_of(_kind(columns), location_name(folder), _whole(folder), read),)
 
 
-def unread(folder: str, columns: Columns) -> int:
+def unhashed_bytes(folder: str, columns: Columns) -> int:
     """Bytes that `folder_digest` would read."""
     whole = _whole(folder)
-    return 0 if remembered(_kind(columns), where(folder), whole) else whole.bytes
+    return 0 if cached_digest(_kind(columns), location_name(folder), whole) else whole.bytes
 
 
 def size(folder: str) -> int:
@@ -77,18 +77,18 @@ def _kind(columns: Columns) -> str:
     return f"{KEY} {digest(canonical(asdict(columns)))}"
 
 
-def _whole(folder: str) -> Found:
+def _whole(folder: str) -> SourceFile:
     """All files of a folder as one, which changes whenever one of them does."""
     try:
         total, size, newest = hashlib.sha256(), 0, 0.0
-        for one in place(folder).list():
+        for one in open_location(folder).list():
             total.update(canonical([one.name, one.bytes, one.stamp]))
             size, newest = size + one.bytes, max(newest, one.modified)
     except Refused as error:
         raise Refused(f"{KEY}: {error}") from error
     except OSError as error:
         raise Refused(f"{KEY}: {folder} cannot be read: {error}") from error
-    return Found("", size, stamp=total.hexdigest(), modified=newest)
+    return SourceFile("", size, stamp=total.hexdigest(), modified=newest)
 
 
 def rows(folder: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -101,7 +101,7 @@ def rows(folder: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.R
 
 def _samples(folder: str, columns: Columns, total: _Digest) -> Iterator[Sample]:
     try:
-        there = place(folder)
+        there = open_location(folder)
     except Refused as error:
         raise Refused(f"{KEY}: {error}") from error
     try:
@@ -115,7 +115,7 @@ def _samples(folder: str, columns: Columns, total: _Digest) -> Iterator[Sample]:
 
 
 @contextmanager
-def _metadata(there: Place) -> Iterator[Path | None]:
+def _metadata(there: Location) -> Iterator[Path | None]:
     """A copy of the folder's metadata file, or None; Refused if there are several."""
     with tempfile.TemporaryDirectory(prefix="unclip-metadata-") as scratch:
         copies = []
@@ -132,7 +132,7 @@ def _metadata(there: Place) -> Iterator[Path | None]:
         yield copies[0] if copies else None
 
 
-def _walk(there: Place) -> Iterator[Sample]:
+def _walk(there: Location) -> Iterator[Sample]:
     """Every picture, with the text of the .txt file of its name."""
     pictures = (found.name for found in there.list() if _is_picture(found.name))
     yield from map_ordered(lambda name: _beside(there, name), pictures, THREADS)
@@ -143,7 +143,7 @@ def _is_picture(name: str) -> bool:
     return path.suffix.lower()[1:] in PICTURES and not path.name.startswith(".")
 
 
-def _beside(there: Place, name: str) -> Sample:
+def _beside(there: Location, name: str) -> Sample:
     sample = _picture(there, name)
     if sample.wrong:
         return sample
@@ -155,7 +155,7 @@ def _beside(there: Place, name: str) -> Sample:
     return replace(sample, caption=caption, wrong=wrong)
 
 
-def _picture(there: Place, name: str) -> Sample:
+def _picture(there: Location, name: str) -> Sample:
     shown = name.encode(errors="replace").decode()
     try:
         sha, length = sha256_of(there.chunks(name))
@@ -164,7 +164,7 @@ def _picture(there: Place, name: str) -> Sample:
     return Sample(name, name, 0, length, sha)
 
 
-def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
+def _listed(there: Location, path: Path, columns: Columns) -> Iterator[Sample]:
     """A sample a row of the metadata file, in its order."""
     names = Columns("file_name", columns.caption, columns.keep)
     table = open_list(path, names, KEY)
@@ -185,4 +185,4 @@ def _listed(there: Place, path: Path, columns: Columns) -> Iterator[Sample]:
     try:
         yield from map_ordered(sample, lines(), THREADS)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise Refused(f"{KEY}: {path.name} cannot be read to its end: {trouble(path, error)}") from error
+        raise Refused(f"{KEY}: {path.name} cannot be read to its end: {describe_error(path, error)}") from error

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipelines.source import folders, lists, tars
 from pipelines.source.columns import Columns
-from pipelines.source.files import find
+from pipelines.source.files import find_files
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,22 @@ class SourceKind:
 
 
 def _list_digests(urls: str, columns: Columns) -> tuple[str, ...]:
-    if not urls.startswith("s3://") or lists.unread(urls):
+    if not urls.startswith("s3://") or lists.unhashed_bytes(urls):
         lists.check_columns(urls, columns)
     return lists.list_digests(urls)
 
 
 SOURCES: dict[str, SourceKind] = {
-    "urls": SourceKind(lists.size, lambda urls, _: lists.unread(urls), _list_digests, lists.rows),
+    "urls": SourceKind(lists.size, lambda urls, _: lists.unhashed_bytes(urls), _list_digests, lists.rows),
     "tars": SourceKind(
         tars.size,
-        lambda location, _: tars.unread(location),
+        lambda location, _: tars.unhashed_bytes(location),
         lambda location, _: tars.tar_digests(location),
         tars.rows,
-        lambda location: find(location, (".tar",), tars.KEY)[0],
+        lambda location: find_files(location, (".tar",), tars.KEY)[0],
     ),
-    "folder": SourceKind(folders.size, folders.unread, folders.folder_digest, folders.rows, lambda folder: folder),
+    "folder": SourceKind(
+        folders.size, folders.unhashed_bytes, folders.folder_digest, folders.rows, lambda folder: folder
+    ),
 }
 """Every kind, by the recipe's key; those that plug-ins add are `source.uri: kind://location`."""

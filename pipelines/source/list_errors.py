@@ -31,7 +31,7 @@ ADVICE = {
 _LONGEST = 1 << 20
 
 
-def trouble(path: Path, error: BaseException) -> str:
+def describe_error(path: Path, error: BaseException) -> str:
     """Why a list file cannot be read, in one line; error: what Arrow or the file system said of it."""
     try:
         with open(path, "rb") as file:

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 
 from infra.documents import digest_file
 from infra.errors import Refused
-from infra.records import SOURCE, uid
+from infra.records import SOURCE, pair_uid
 from pipelines.source.columns import Columns
-from pipelines.source.digest_cache import digest_of, remembered
-from pipelines.source.files import Unreadable, find, place, where
-from pipelines.source.list_errors import never_closed, trouble
+from pipelines.source.digest_cache import cached_digest, digest_of
+from pipelines.source.files import Unreadable, find_files, location_name, open_location
+from pipelines.source.list_errors import describe_error, never_closed
 
 if TYPE_CHECKING:
     import pyarrow.csv as csv
@@ -34,9 +34,9 @@ _BATCH_ROWS = 2048
 
 def list_digests(urls: str) -> tuple[str, ...]:
     """SHA-256 (hex) of each list file, in reading order; Refused if there is none or one cannot be read."""
-    base, found = find(urls, FORMATS, KEY)
+    base, found = find_files(urls, FORMATS, KEY)
     try:
-        return tuple(digest_of(KEY, where(base), one, partial(_digest, base, one.name)) for one in found)
+        return tuple(digest_of(KEY, location_name(base), one, partial(_digest, base, one.name)) for one in found)
     except Unreadable as error:
         raise Refused(f"{KEY}: {urls} cannot be read: {error}") from error
     except OSError as error:
@@ -47,20 +47,20 @@ def _digest(base: str, name: str) -> str:
     if not base.startswith("s3://"):
         return digest_file(Path(base, name))
     total = hashlib.sha256()
-    for chunk in place(base).chunks(name):
+    for chunk in open_location(base).chunks(name):
         total.update(chunk)
     return total.hexdigest()
 
 
-def unread(urls: str) -> int:
+def unhashed_bytes(urls: str) -> int:
     """Bytes of those list files whose digests are not remembered: what `list_digests` would read."""
-    base, found = find(urls, FORMATS, KEY)
-    return sum(one.bytes for one in found if remembered(KEY, where(base), one) is None)
+    base, found = find_files(urls, FORMATS, KEY)
+    return sum(one.bytes for one in found if cached_digest(KEY, location_name(base), one) is None)
 
 
 def size(urls: str) -> int:
     """Bytes of all list files."""
-    return sum(one.bytes for one in find(urls, FORMATS, KEY)[1])
+    return sum(one.bytes for one in find_files(urls, FORMATS, KEY)[1])
 
 
 def check_columns(urls: str, columns: Columns) -> None:
@@ -81,11 +81,11 @@ def rows(urls: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.Rec
 @contextmanager
 def _files(urls: str) -> Iterator[list[Path]]:
     """The list's files in reading order; those of S3 are copied, since a list, unlike an object, may change."""
-    base, found = find(urls, FORMATS, KEY)
+    base, found = find_files(urls, FORMATS, KEY)
     if not urls.startswith("s3://"):
         yield [Path(base, one.name) for one in found]
         return
-    bucket = place(base)
+    bucket = open_location(base)
     with tempfile.TemporaryDirectory(prefix="unclip-list-") as folder:
         copies = []
         for number, one in enumerate(found):
@@ -119,14 +119,16 @@ def read(paths: Sequence[Path], columns: Columns) -> Iterator[pa.RecordBatch]:
             for batch in stream(found, path, [columns.url, columns.caption, *columns.keep]):
                 urls, captions = (_readable(batch.column(n).cast(pa.string())) for n in (columns.url, columns.caption))
                 pairs = list(zip(urls.to_pylist(), captions.to_pylist(), strict=True))
-                names = pa.array([uid(url or "", caption or "") for url, caption in pairs], SOURCE.field("uid").type)
+                names = pa.array(
+                    [pair_uid(url or "", caption or "") for url, caption in pairs], SOURCE.field("uid").type
+                )
                 extra = [_readable(batch.column(field.name).cast(field.type)) for field in kept]
                 count, last = count + batch.num_rows, (pairs or [last])[-1]
                 yield pa.record_batch([names, urls, captions, *extra], schema=pa.schema([*SOURCE, *kept]))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             behind = f", behind row {count:,}" if count else ""
             raise Refused(
-                f"source.urls: {path.name} cannot be read to its end{behind}: {trouble(path, error)}"
+                f"source.urls: {path.name} cannot be read to its end{behind}: {describe_error(path, error)}"
             ) from error
         if path.suffix in (".csv", ".tsv") and any(never_closed(path, value) for value in last):
             raise Refused(
@@ -158,7 +160,9 @@ def open_list(path: Path, columns: Columns, key: str = "source.urls") -> ds.Data
             )
         found = ds.dataset(path, format=kind)
     except (pa.ArrowException, OSError) as error:
-        raise Refused(f"{key}: {path.name} cannot be read as {path.suffix[1:]}: {trouble(path, error)}") from error
+        raise Refused(
+            f"{key}: {path.name} cannot be read as {path.suffix[1:]}: {describe_error(path, error)}"
+        ) from error
     there = found.schema.names
     url = "source.columns.url" if key == "source.urls" else key
     texts = ((url, columns.url), ("source.columns.caption", columns.caption))

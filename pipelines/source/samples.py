@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.errors import Refused
-from infra.records import MEMBER, SOURCE, sample_uid, uid
+from infra.records import MEMBER, SOURCE, pair_uid, sample_uid
 from pipelines.source.files import is_text
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -51,7 +51,7 @@ class Sample:
     def uid(self) -> bytes:
         """By content; what has no picture is named by its place, so that two of them are not taken for one."""
         caption = self.caption or ""
-        return uid(self.name, caption) if self.sha256 is None else sample_uid(self.sha256, caption)
+        return pair_uid(self.name, caption) if self.sha256 is None else sample_uid(self.sha256, caption)
 
 
 def batches(samples: Iterable[Sample], keep: tuple[str, ...], key: str) -> Iterator[pa.RecordBatch]:

@@ -19,8 +19,18 @@ import pyarrow as pa
 from infra.documents import canonical, digest
 from infra.errors import Refused
 from pipelines.source.columns import Columns
-from pipelines.source.digest_cache import digest_of, remembered
-from pipelines.source.files import CHUNK, Found, Place, Unreadable, find, is_text, parts, place, where
+from pipelines.source.digest_cache import cached_digest, digest_of
+from pipelines.source.files import (
+    CHUNK,
+    Location,
+    SourceFile,
+    Unreadable,
+    find_files,
+    is_text,
+    location_name,
+    open_location,
+    parts,
+)
 from pipelines.source.samples import PICTURES, TEXT_BYTES, Sample, batches, caption_of, sha256_of, text_of
 
 KEY = "source.tars"
@@ -33,32 +43,32 @@ def tar_digests(tars: str) -> tuple[str, ...]:
 
     The name counts, since slices say in which tar their pictures lie; the folder that they lie in does not.
     """
-    base, found = find(tars, (".tar",), KEY)
-    there = place(base)
+    base, found = find_files(tars, (".tar",), KEY)
+    there = open_location(base)
 
-    def digest_of_tar(one: Found) -> str:
-        return digest_of(KEY, where(base), one, lambda: _digest(there, one.name))
+    def digest_of_tar(one: SourceFile) -> str:
+        return digest_of(KEY, location_name(base), one, lambda: _digest(there, one.name))
 
     return tuple(digest_of_tar(one) for one in found)
 
 
-def unread(tars: str) -> int:
+def unhashed_bytes(tars: str) -> int:
     """Bytes of those tars whose digests are not remembered: what `tar_digests` would read."""
-    base, found = find(tars, (".tar",), KEY)
-    return sum(one.bytes for one in found if remembered(KEY, where(base), one) is None)
+    base, found = find_files(tars, (".tar",), KEY)
+    return sum(one.bytes for one in found if cached_digest(KEY, location_name(base), one) is None)
 
 
 def size(tars: str) -> int:
     """Bytes of all of them."""
-    return sum(one.bytes for one in find(tars, (".tar",), KEY)[1])
+    return sum(one.bytes for one in find_files(tars, (".tar",), KEY)[1])
 
 
 def rows(tars: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Batches of the samples of all tars; Refused unless they are those that have these digests."""
-    base, found = find(tars, (".tar",), KEY)
+    base, found = find_files(tars, (".tar",), KEY)
 
     def samples() -> Iterator[Sample]:
-        there = place(base)
+        there = open_location(base)
         for one, known in zip(found, digests, strict=False):
             with _open(there, one.name) as file:
                 if _named(one.name, file) != known:
@@ -70,7 +80,7 @@ def rows(tars: str, columns: Columns, digests: Sequence[str]) -> Iterator[pa.Rec
     yield from batches(samples(), columns.keep, KEY)
 
 
-def _open(there: Place, name: str) -> BinaryIO:
+def _open(there: Location, name: str) -> BinaryIO:
     try:
         return there.open(name)
     except Unreadable as error:
@@ -79,7 +89,7 @@ def _open(there: Place, name: str) -> BinaryIO:
         raise Refused(f"{KEY}: {name} cannot be read ({error.strerror or error})") from error
 
 
-def _digest(there: Place, name: str) -> str:
+def _digest(there: Location, name: str) -> str:
     with _open(there, name) as file:
         return _named(name, file)
 

@@ -12,6 +12,6 @@ from infra.lazy import exports
 if TYPE_CHECKING:
     from pipelines.versions import diff, forget, gc, show, verify
     from pipelines.versions.forget import Account
-    from pipelines.versions.gc import announced
+    from pipelines.versions.gc import run_lease
 else:
     __getattr__ = exports(__name__)

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from infra.documents import canonical, digest
 from infra.errors import Refused
-from infra.records import KEPT, UID, Manifest, Record, buried, document, object_name, reading
+from infra.records import KEPT, UID, Manifest, Record, document, explain_damage, object_name, removed_objects
 from infra.store import Store
 from pipelines.engine import differences, find_version
 
@@ -86,7 +86,7 @@ def diff(store: Store, a: str, b: str, rows: Path | None = None) -> list[Differe
 
 def _sources(store: Store, bundle: str) -> dict[str, str]:
     """Stage → version of what a release was made from, in the release's order."""
-    with reading(object_name(bundle)):
+    with explain_damage(object_name(bundle)):
         record = Manifest.load(store, bundle).only
         return dict(json.loads(store.get(object_name(record.sha("release.json"))))["data"])
 
@@ -99,7 +99,7 @@ def _compare(store: Store, stage: str, a: str, b: str, rows: Path | None) -> Dif
     out = Difference(
         stage, a, b, differences(said[0], said[1]) if heads[0] != heads[1] else [], (before.rows, after.rows)
     )
-    gone = buried(store)
+    gone = removed_objects(store)
     tables = _shards(before, after, out)
     left = [[sha for sha in side if sha not in gone or store.exists(object_name(sha))] for side in tables]
     out = replace(out, forgotten=(len(tables[0]) - len(left[0]), len(tables[1]) - len(left[1])))
@@ -162,7 +162,7 @@ def _deal(store: Store, tables: list[str], folder: Path, side: str, parts: int) 
 def _states(store: Store, sha: str) -> Iterator[pa.Table]:
     """(uid, state) of a table of rows: a state, or the rule that rejected; what has neither is kept."""
     name = object_name(sha)
-    with reading(name), pq.ParquetFile(store.local(name)) as file:
+    with explain_damage(name), pq.ParquetFile(store.local(name)) as file:
         if "uid" not in file.schema_arrow.names:
             return
         state = next((column for column in _STATES if column in file.schema_arrow.names), None)

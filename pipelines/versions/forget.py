@@ -41,22 +41,22 @@ from infra.records import (
     Manifest,
     Record,
     add_request,
-    buried,
-    bury,
     commit,
     document,
-    newest,
+    explain_damage,
+    mark_removed,
+    newest_generations,
     object_name,
     read_object,
-    reading,
-    requests_made,
-    salt_of,
+    read_requests,
+    removed_objects,
+    url_salt,
 )
 from infra.store import Store
 from pipelines.download import TABLE, TAR, redact_tar, shard_record
-from pipelines.promote import views
+from pipelines.promote import view_root
 from pipelines.release import bundles
-from pipelines.reports import shows
+from pipelines.reports import names_samples
 
 DOWNLOADS = "records/download-"
 ROUNDS = 3
@@ -139,7 +139,7 @@ def _hex(option: str, text: str, size: int) -> bytes:
 def forget(store: Store, names: ForgottenNames, *, dry: bool = False, told: Told = lambda *_: None) -> Account:
     """Forgets what is named, and whatever of the list is still in the data; says what was done, or (dry) would be."""
     # A dry run writes nothing: where there is no salt yet, there is no list either, and any will do.
-    salt = salt_of(store) if not dry or store.exists(SALT) else b""
+    salt = url_salt(store) if not dry or store.exists(SALT) else b""
     asked = Forgotten.of(names, salt)
     account, uids = Account(), set[bytes](asked.uids)
     for _ in range(1 if dry else ROUNDS):
@@ -148,7 +148,7 @@ def forget(store: Store, names: ForgottenNames, *, dry: bool = False, told: Told
         asked = asked.plus(Forgotten(uids=frozenset(uids)))  # by which it can be said later what was trained on them
         if not dry:
             add_request(store, asked)
-        known, held = Forgotten.load(store).plus(asked), buried(store)
+        known, held = Forgotten.load(store).plus(asked), removed_objects(store)
         for done, one in enumerate(touched, 1):
             held |= _renewed(store, one.record, known, dry)
             told("shards", done, len(touched))
@@ -159,7 +159,7 @@ def forget(store: Store, names: ForgottenNames, *, dry: bool = False, told: Told
         account.objects += _remove(store, derived, known, told, dry)
         if not touched:
             break
-    uids |= {uid for one in requests_made(store) if one.meets(asked) for uid in one.uids}
+    uids |= {uid for one in read_requests(store) if one.meets(asked) for uid in one.uids}
     _trained(store, frozenset(uids), derived.held, account)
     return account
 
@@ -174,7 +174,11 @@ class _Touched:
 
 def _touched(store: Store, known: Forgotten, told: Told) -> Iterator[_Touched]:
     """Downloaded shards, of every setting and list, that hold what is in the list."""
-    standing = [name for _, name in newest(entry.name for entry in store.list(DOWNLOADS)).values()] if known else []
+    standing = (
+        [name for _, name in newest_generations(entry.name for entry in store.list(DOWNLOADS)).values()]
+        if known
+        else []
+    )
 
     def look(name: str) -> _Touched:
         record = Record.from_json(store.get(name), name)
@@ -190,7 +194,7 @@ def _touched(store: Store, known: Forgotten, told: Told) -> Iterator[_Touched]:
 def _rows(store: Store, record: Record, known: Forgotten) -> tuple[pa.Table, np.ndarray]:
     """The index of a shard, and which of its rows are still to be forgotten."""
     name = object_name(record.sha(TABLE))
-    with reading(name), pq.ParquetFile(store.local(name)) as file:
+    with explain_damage(name), pq.ParquetFile(store.local(name)) as file:
         index = file.read()
     left = pc.not_equal(index["state"], FORGOTTEN).to_numpy(zero_copy_only=False).astype(bool)
     return index, known.among(index) & left
@@ -209,7 +213,7 @@ def _renewed(store: Store, name: str, known: Forgotten, dry: bool) -> set[str]:
         index = redact_tar(store.local(object_name(record.sha(TAR))), index, gone, out / TAR)
         made = shard_record(action, index, out, record.generation + 1)
         files -= {file.sha256 for file in made.files.values()}
-        bury(store, files)
+        mark_removed(store, files)
         commit(store, action, made, out)
     return files
 
@@ -228,12 +232,14 @@ class _Derived:
 def _derived(store: Store, held: set[str], known: Forgotten, told: Told) -> _Derived:
     """Follows these objects through the records that read them, as far as the sample is found in what was made."""
     listed = (entry.name for entry in store.list("records/"))
-    standing = [name for _, name in newest(listed).values() if not name.startswith(DOWNLOADS)] if held else []
+    standing = (
+        [name for _, name in newest_generations(listed).values() if not name.startswith(DOWNLOADS)] if held else []
+    )
     made: dict[str, dict[str, str]] = {}
     readers: dict[str, list[str]] = {}
 
     def read(name: str) -> tuple[str, dict[str, Any]]:
-        with reading(name):
+        with explain_damage(name):
             return name, document(store, name)
 
     for done, (_, (name, said)) in enumerate(map_unordered(read, standing, THREADS), 1):
@@ -259,7 +265,7 @@ def _holds(store: Store, sha256: str, path: str, known: Forgotten) -> bool:
     """Whether a file tells more of a forgotten sample than its uid and what became of it."""
     try:
         if path.endswith(".html"):
-            return shows(store.get(object_name(sha256)), known.uids)
+            return names_samples(store.get(object_name(sha256)), known.uids)
         if not path.endswith(".parquet"):
             return False
         with pq.ParquetFile(store.local(object_name(sha256))) as file:
@@ -274,11 +280,11 @@ def _remove(store: Store, derived: _Derived, known: Forgotten, told: Told, dry: 
     """Buries and removes objects, the records of what was made from them first; returns how many objects there were."""
     gone = sorted(derived.held - derived.named)
     if not dry:
-        bury(store, derived.held - buried(store))
+        mark_removed(store, derived.held - removed_objects(store))
         for name in derived.records:
             store.delete(name)
-        for page in views(store).glob("*/*.html"):  # copies for people; the next run makes them again
-            if shows(page.read_bytes(), known.uids):
+        for page in view_root(store).glob("*/*.html"):  # copies for people; the next run makes them again
+            if names_samples(page.read_bytes(), known.uids):
                 page.unlink()
     there = 0
     for done, sha256 in enumerate(gone, 1):

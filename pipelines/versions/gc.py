@@ -33,9 +33,9 @@ from typing import Any
 
 from infra.concurrent import map_unordered
 from infra.errors import Refused
-from infra.lease import Lease, alive, clock, stands
+from infra.lease import Lease, alive, clock, is_held
 from infra.ledger import Ledger
-from infra.records import Manifest, document, newest, object_name, reading, split
+from infra.records import Manifest, document, explain_damage, newest_generations, object_name, split_name
 from infra.store import Entry, Store
 
 DAY_S = 86_400
@@ -121,7 +121,7 @@ def collect(
             if (strict := Lease.acquire(store, STRICT)) is not None:
                 stack.enter_context(strict.kept())
             live = alive(store, datetime.now(UTC) - timedelta(days=1))
-            if any(key.startswith(RUN) and stands(store, key) for key in live):
+            if any(key.startswith(RUN) and is_held(store, key) for key in live):
                 raise Refused(
                     f"a run on {store.uri} is going on, and may need what this would remove. Wait until it has ended; "
                     "without --keep newest and --abandoned, gc goes beside runs.",
@@ -131,12 +131,12 @@ def collect(
 
 
 @contextlib.contextmanager
-def announced(store: Store) -> Iterator[None]:
+def run_lease(store: Store) -> Iterator[None]:
     """A run says that it is there, for as long as the context lasts; Refused while old versions are being removed."""
     lease = Lease.acquire(store, f"{RUN}{uuid.uuid4().hex[:16]}")
     assert lease is not None
     with lease.kept():
-        if stands(store, STRICT):
+        if is_held(store, STRICT):
             raise Refused(f"old versions are being removed from {store.uri} (unclip data gc). Run again soon.", code=4)
         yield
 
@@ -149,7 +149,7 @@ def _collect(
     since = min([now, *fits]) - timedelta(seconds=older_s)
     marked = _mark(store, keep, since, told)
     names = [entry.name for entry in store.list("records/")]
-    standing = newest(names)
+    standing = newest_generations(names)
     for key, (generation, name) in standing.items():
         unfinished = key not in marked.listed and not abandoned
         # What was forgotten, asked again or mended since: the next run lists it in the place of what it supersedes.
@@ -182,7 +182,7 @@ def _mark(store: Store, keep: Keep, since: datetime, told: Told) -> _Marked:
             queue += [one for head in by_version.get(version, ()) for one in head.inputs]
     for done, head in enumerate(heads, 1):
         told("manifests", done, len(heads))
-        with reading(head.name):
+        with explain_damage(head.name):
             pairs = document(store, head.name)["records"]
         for key, generation in pairs:
             marked.listed[key] = max(generation, marked.listed.get(key, 0))
@@ -203,7 +203,7 @@ def _heads(store: Store, told: Told) -> Iterator[Head]:
     listed = list(store.list("manifests/"))
 
     def read(entry: Entry) -> Head:
-        with reading(entry.name):
+        with explain_damage(entry.name):
             said = document(store, entry.name)
             action = said["action"]
             return Head(
@@ -238,7 +238,7 @@ def _mark_files(store: Store, version: str, marked: _Marked) -> None:
 
 
 def _mark_record(store: Store, name: str, marked: _Marked) -> None:
-    with reading(name):
+    with explain_damage(name):
         said = document(store, name)
         marked.keys.add(said["key"])
         marked.objects |= {bytes.fromhex(file["sha256"]) for file in said["files"].values()}
@@ -250,7 +250,7 @@ def _candidates(
 ) -> Iterator[tuple[str, Iterable[Entry]]]:
     """Kind → names that nothing refers to, in the order in which they go."""
     # All generations of a key or none: else a lost one's number could be given again.
-    yield "records", (one for one in store.list("records/") if split(one.name)[0] not in marked.keys)
+    yield "records", (one for one in store.list("records/") if split_name(one.name)[0] not in marked.keys)
     dropped = {head.name for head in marked.dropped}
     yield "manifests", (one for one in store.list("manifests/") if one.name in dropped)
 

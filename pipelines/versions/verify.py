@@ -17,7 +17,16 @@ from enum import StrEnum
 from infra.concurrent import map_unordered
 from infra.documents import SCHEMA_VERSION, canonical, digest
 from infra.errors import NotFound, Refused
-from infra.records import Manifest, Record, buried, document, lost_name, newest, object_name, split
+from infra.records import (
+    Manifest,
+    Record,
+    document,
+    lost_name,
+    newest_generations,
+    object_name,
+    removed_objects,
+    split_name,
+)
 from infra.store import Store
 
 THREADS = 8
@@ -124,7 +133,7 @@ def _bodies(store: Store, versions: Sequence[str], out: Verified) -> dict[str, s
 
 def _records(store: Store, out: Verified) -> Iterator[tuple[str, Record]]:
     """Records that hold and can be read; notes the others."""
-    names = [name for _, name in newest(entry.name for entry in store.list("records/")).values()]
+    names = [name for _, name in newest_generations(entry.name for entry in store.list("records/")).values()]
 
     def read(name: str) -> tuple[str, Record | None]:
         with suppress(Refused, NotFound):
@@ -143,7 +152,7 @@ def _records(store: Store, out: Verified) -> Iterator[tuple[str, Record]]:
 
 def _objects(store: Store, wanted: dict[str, _Wanted], out: Verified, told: Told) -> None:
     """Reads every object and compares."""
-    gone, lost = buried(store), set(_lost(store))
+    gone, lost = removed_objects(store), set(_lost(store))
     if lost:  # what was lost once and made anew may be lost once more
         lost -= {file.sha256 for _, record in _records(store, Verified()) for file in record.files.values()}
     total = sum(one.bytes or 0 for one in wanted.values())
@@ -183,7 +192,7 @@ def _checked(store: Store, sha256: str) -> tuple[int, Trouble | None]:
 def _lost(store: Store) -> Iterator[str]:
     """SHA-256s of the objects whose loss was noted."""
     for entry in store.list("records/"):
-        if split(entry.name)[2]:
+        if split_name(entry.name)[2]:
             yield from document(store, entry.name)["objects"]
 
 
@@ -196,7 +205,7 @@ def mend(store: Store, found: Verified) -> dict[str, int]:
     objects = {one.name.rpartition("/")[2] for one in found.findings if one.name.startswith("objects/")}
     names = [entry.name for entry in store.list("records/")]
     again: Counter[str] = Counter()
-    for _, name in newest(names).values() if objects else ():
+    for _, name in newest_generations(names).values() if objects else ():
         with suppress(Refused):  # it is damaged itself, and removed below
             files = Record.from_json(store.get(name), name).files.values()
             if hit := sorted(objects & {file.sha256 for file in files}):
@@ -206,7 +215,7 @@ def mend(store: Store, found: Verified) -> dict[str, int]:
         store.delete(one.name)
         if one.name.startswith("records/"):
             again[one.name.split("/")[1]] += 1
-    records = {split(name)[:2]: name for name in names if not split(name)[2]}
+    records = {split_name(name)[:2]: name for name in names if not split_name(name)[2]}
     for entry in list(store.list("manifests/")):
         version = entry.name.rpartition("/")[2].partition(".")[0]
         if version in objects and not _rebuilt(store, entry.name, version, records):

@@ -19,7 +19,7 @@ import pytest
 
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import SOURCE, uid
+from infra.records.schemas import SOURCE, pair_uid
 from infra.store.opening import open_store
 from pipelines.download.stage import Download, DownloadHow, DownloadSpec
 from tests.benchmarks.bare import Took, bare
@@ -32,7 +32,7 @@ def rows(count: int, port: int) -> pa.Table:
     """A list over all hosts."""
     urls = [f"http://{address(number % HOSTS)}:{port}/{number}.jpg" for number in range(count)]
     captions = [f"picture {number}" for number in range(count)]
-    names = pa.array([uid(*pair) for pair in zip(urls, captions, strict=True)], pa.binary(16))
+    names = pa.array([pair_uid(*pair) for pair in zip(urls, captions, strict=True)], pa.binary(16))
     return pa.table([names, urls, captions], schema=SOURCE)
 
 

@@ -27,7 +27,7 @@ from pipelines.select.rules import (
     SemanticDuplicates,
     Size,
 )
-from pipelines.select.stage import judged
+from pipelines.select.stage import decide
 
 ROWS = (10_000, 100_000, 1_000_000)
 SHARD = 10_000
@@ -91,7 +91,7 @@ def test_the_time_per_row_hardly_grows_with_the_rows(name: str) -> None:
         made, took = list(looks(rows)), []
         for _ in range(5 if rows < ROWS[-1] else 3):
             began = time.process_time()
-            rejected = sum(int(np.count_nonzero(marks >= 0)) for _, marks in judged(rules, map(InMemory, made)))
+            rejected = sum(int(np.count_nonzero(marks >= 0)) for _, marks in decide(rules, map(InMemory, made)))
             took.append(time.process_time() - began)
         per_row[rows] = statistics.median(took) / rows
         print(f"\n{name}: {1 / per_row[rows]:,.0f} rows/s at {rows:,} rows ({rejected:,} rejected)", end="")
@@ -105,11 +105,11 @@ def test_blocked_terms_cost_the_same_however_many_there_are() -> None:
     seconds = {}
     for count in (10, 10_000):
         rule = BlockedTerms(terms=tuple(f"term{number} again" for number in range(count)))
-        rule.look(captions.slice(0, 1))
+        rule.features(captions.slice(0, 1))
         took = []
         for _ in range(3):
             began = time.process_time()
-            rule.look(captions)
+            rule.features(captions)
             took.append(time.process_time() - began)
         seconds[count] = statistics.median(took)
         print(f"\nblocked_terms: {5000 / seconds[count]:,.0f} captions/s with {count:,} terms", end="")
@@ -141,7 +141,7 @@ def test_crowds_and_clusters_take_time_in_proportion_to_the_rows(name: str, make
         rule = NearDuplicates() if make is crowd else SemanticDuplicates(min_cosine=0.95, clusters=rows // 1000)
         made = make(rows)
         began = time.process_time()
-        rejected = sum(int(np.count_nonzero(marks >= 0)) for _, marks in judged((rule,), [InMemory(made)]))
+        rejected = sum(int(np.count_nonzero(marks >= 0)) for _, marks in decide((rule,), [InMemory(made)]))
         per_row[rows] = (time.process_time() - began) / rows
         speed = f"{1 / per_row[rows]:,.0f} rows/s at {rows:,} rows"
         print(f"\n{name} ({make.__name__}): {speed} ({rejected:,} rejected)", end="")

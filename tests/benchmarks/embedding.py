@@ -29,13 +29,13 @@ from PIL import Image
 from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import KEPT, SOURCE, uid
+from infra.records.schemas import KEPT, SOURCE, pair_uid
 from infra.store.base import Store
 from infra.store.opening import open_store
-from pipelines.download.images import Picture, decoded
+from pipelines.download.images import Picture, decode_picture
 from pipelines.download.shard import Outcome, pack
-from pipelines.embed.stage import Embed, base, chosen_rows, load_clip, pixels
-from pipelines.select.stage import Look, Select
+from pipelines.embed.stage import Embed, base_picture, chosen_rows, load_clip, picture_tensor
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.shapes.world import picture_of, scene_of
 from tests.benchmarks.measure import one_thread, status
 from tests.fixtures.stages import make
@@ -123,7 +123,7 @@ class Case:
             pairs = [pair(draw, shard * self.rows + row, self.side, self.shapes) for row in range(self.rows)]
             urls = [f"http://a.test/{shard}/{row}" for row in range(self.rows)]
             captions = [text for _, text in pairs]
-            names = pa.array([uid(*both) for both in zip(urls, captions, strict=True)], pa.binary(16))
+            names = pa.array([pair_uid(*both) for both in zip(urls, captions, strict=True)], pa.binary(16))
             table = pa.table([names, urls, captions], schema=SOURCE)
 
             def take(positions: Any, pairs: list[tuple[bytes, str]] = pairs) -> Iterator[tuple[int, Outcome]]:
@@ -143,7 +143,7 @@ class Case:
     @cached_property
     def inputs(self) -> tuple[Manifest, Manifest, Manifest]:
         """What embed needs."""
-        looks = make(self.store, Look("filter"), self.download)
+        looks = make(self.store, FeatureStage("filter"), self.download)
         return self.download, make(self.store, Select("filter"), looks, self.download), self.clip
 
     @property
@@ -200,10 +200,10 @@ class Case:
 def decode(clip: Clip, bodies: list[bytes], side: int) -> None:
     """Each picture from bytes in memory to what CLIP sees and what is stored, and nothing else."""
     for body in bodies:
-        image = decoded(body)
+        image = decode_picture(body)
         assert image is not None
-        clip.preprocess(pixels(image)).to(clip.dtype)
-        base(image, side)
+        clip.preprocess(picture_tensor(image)).to(clip.dtype)
+        base_picture(image, side)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def files(root: Path, shards: int, count: int, pictures: int = 64) -> Files:
     for shard in range(shards):
         urls = [f"http://a.test/{shard}/{row}.jpg" for row in range(count)]
         captions = [f"a photograph of thing {row} with {row % 7} others on shelf {shard}" for row in range(count)]
-        uids = [rows.uid(url, caption) for url, caption in zip(urls, captions, strict=True)]
+        uids = [rows.pair_uid(url, caption) for url, caption in zip(urls, captions, strict=True)]
         vectors = random.standard_normal((count, 2, WIDTH)).astype(np.float32)
         samples = list(zip(uids, captions, range(count), strict=True))
         tar, offsets = _tar((uid, {"jpg": large[n % pictures], "txt": text.encode()}) for uid, text, n in samples)
@@ -78,7 +78,7 @@ def files(root: Path, shards: int, count: int, pictures: int = 64) -> Files:
                 "score": pa.array(np.zeros(count, np.float32)),
                 "image": pa.array([base[n % pictures] for n in range(count)], pa.binary()), "url": urls,
             },
-            rows.embedded(WIDTH),
+            rows.embedded_schema(WIDTH),
         )  # fmt: skip
         facts: dict[str, Any] = {"tar": download.sha("images.tar"), "index": download.sha("index.parquet")}
         embed = committed(store, f"embed-{shard}", {"rows.parquet": parquet(table, GROUP)}, GROUP, facts)

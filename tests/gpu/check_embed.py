@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.embed.prefetch import Lane
+from pipelines.embed.prefetch import DeviceCopier
 from unclip.clip.text import TextTower
 
 LEAST = 0.999
@@ -47,7 +47,7 @@ def captions(batch: int) -> Tensor:
     return ids
 
 
-def brought(made: TextTower, batches: list[Tensor], lane: Lane) -> tuple[list[Tensor], float]:
+def brought(made: TextTower, batches: list[Tensor], lane: DeviceCopier) -> tuple[list[Tensor], float]:
     """Each batch's embeddings, one batch behind as embed has it, and seconds of all."""
     began, found, due = time.perf_counter(), [], None
     for ids in batches:
@@ -61,7 +61,7 @@ def brought(made: TextTower, batches: list[Tensor], lane: Lane) -> tuple[list[Te
 
 def check(device: torch.device, batch: int, batches: int, layers: int, width: int) -> dict[str, Any]:
     """Precision → captions a second, and the least cosine to float32 of whole and of cut captions."""
-    lane, asked = Lane(device), [captions(batch) for _ in range(batches)]
+    lane, asked = DeviceCopier(device), [captions(batch) for _ in range(batches)]
     made = tower(layers, width).to(device)
     exact = [made(ids.to(device)).embedding.cpu() for ids in asked]
     told: dict[str, Any] = {}

@@ -78,10 +78,10 @@ class Watch(NullMonitor):
 
 def places(job: Job) -> dict[int, tuple[int, int]]:
     """(step, micro-batch) by the seed of its noise."""
-    from training.data.order import derived
+    from training.data.order import derive_seed
 
     steps, lanes = job.config.steps, job.config.lanes
-    return {derived("noise", job.config.seed, s, m): (s, m) for s in range(steps) for m in range(lanes)}
+    return {derive_seed("noise", job.config.seed, s, m): (s, m) for s in range(steps) for m in range(lanes)}
 
 
 def _ranks() -> tuple[int, int]:

@@ -26,7 +26,7 @@ from infra.records.folders import materialise
 from infra.records.manifest import Manifest
 from infra.records.objects import object_name
 from infra.store.local import LocalStore
-from pipelines.embed.stage import base
+from pipelines.embed.stage import base_picture
 from pipelines.evaluate.grids import pixels
 from pipelines.release.open import open_release
 from pipelines.shapes import oracle
@@ -39,7 +39,7 @@ from unclip.degrade.bsr import gaussian_blur
 from unclip.diffusion.guidance import conditional
 from unclip.diffusion.losses import bits_per_dim
 from unclip.diffusion.samplers import SAMPLERS, noise_for
-from unclip.diffusion.settings import Sampling, guided, in_range
+from unclip.diffusion.settings import Sampling, clip_denoiser, guided_denoiser
 from unclip.files import read_json, read_tensors
 from unclip.metrics import cosine
 from unclip.models.decoder import Context, Decoder
@@ -130,8 +130,8 @@ class Bench:
         sampling = Sampling(cell.sampler, cell.steps, cell.guidance, variance=cell.variance)
         condition = context(cell.embedding != "none", cell.caption)
         null = context(cell.against == "image", False)
-        denoise = guided(decoder.denoise, condition, null, sampling, decoder.schedule)
-        denoise = in_range(denoise, sampling, decoder.schedule)
+        denoise = guided_denoiser(decoder.denoise, condition, null, sampling, decoder.schedule)
+        denoise = clip_denoiser(denoise, sampling, decoder.schedule)
         side = decoder.config.size
         noise = noise_for(seeds, (3, side, side), stream="decoder")
         schedule, options = decoder.schedule.respace(cell.steps), sampling.options(pictures=True)
@@ -257,7 +257,7 @@ def read_back(pictures: NDArray[np.uint8], asked_for: list[Asked]) -> dict[str, 
 
 def resized(pictures: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """As `embed` makes the decoder's pictures of the originals."""
-    return np.stack([pixels(base(Image.fromarray(picture), side)) for picture in pictures])
+    return np.stack([pixels(base_picture(Image.fromarray(picture), side)) for picture in pictures])
 
 
 def unit(pictures: NDArray[np.uint8]) -> Tensor:

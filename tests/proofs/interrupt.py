@@ -31,7 +31,7 @@ from tests.fixtures.fits import tiny
 from tests.proofs.interrupt_ranks import BATCH, MICRO, Attempt, Strike, attempt
 from training.checkpoint.store import Checkpoint, Checkpoints
 from training.data.batches import Data, Reads
-from training.data.order import derived
+from training.data.order import derive_seed
 from training.job import Job
 from unclip.files import read_tensors
 
@@ -116,7 +116,7 @@ def outcome(folder: Path, job: Job) -> Outcome:
         raise SystemExit(f"{folder.name}: checkpoints of {last.samples} and {before.samples} samples")
     released = read_tensors(last.files["release/model.safetensors"])
     tensors = whole(before) | {f"released.{name}": tensor for name, tensor in released.items()}
-    names = {derived("noise", job.config.seed, s, m): (s, m) for s in range(STEPS) for m in range(BATCH // MICRO)}
+    names = {derive_seed("noise", job.config.seed, s, m): (s, m) for s in range(STEPS) for m in range(BATCH // MICRO)}
     metrics: dict[int, dict[str, float]] = {}
     uids: dict[tuple[int, int], list[str]] = {}
     for path in sorted(folder.glob("seen-*.jsonl")):

@@ -72,11 +72,11 @@ class Watch(NullMonitor):
     """What a rank notes in a file (uids of each micro-batch, metrics of each step), and when it is struck."""
 
     def __init__(self, path: Path, job: Job, strike: Strike | None) -> None:
-        from training.data.order import derived
+        from training.data.order import derive_seed
 
         super().__init__()
         steps, lanes = job.config.steps, job.config.lanes
-        self.places = {derived("noise", job.config.seed, s, m): (s, m) for s in range(steps) for m in range(lanes)}
+        self.places = {derive_seed("noise", job.config.seed, s, m): (s, m) for s in range(steps) for m in range(lanes)}
         self.path, self.strike, self.steps, self.step, self.micros = path, strike, steps, -1, 0
 
     def note(self, **said: Any) -> None:
@@ -140,9 +140,9 @@ def _rank(rank: int, folder: Path, meeting: Path, job: Job, one: Attempt, number
 
     from training import loop
     from training.parallel.flat import Group
-    from training.preemption import heed_sigterm, told_to_end
+    from training.preemption import handle_sigterm, sigterm_received
 
-    heed_sigterm()
+    handle_sigterm()
     struck = one.strike if rank == one.ranks - 1 else None
     watch = Watch(folder / f"seen-{number}-{rank}.jsonl", job, struck)
     made = loop.objective
@@ -158,7 +158,7 @@ def _rank(rank: int, folder: Path, meeting: Path, job: Job, one: Attempt, number
             watch,
             lease=number,
             group=Group(rank, one.ranks),
-            stop=told_to_end,
+            stop=sigterm_received,
             save=watch.save_due,
         )
     except Stopped:

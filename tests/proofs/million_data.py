@@ -178,7 +178,7 @@ def embedded(todo: Sequence[tuple[str, Any]]) -> list[Any]:
         scores = pa.array(random.random(count), pa.float32())
         columns = [chosen["uid"], chosen["caption"], *vectors, scores, pa.array([b"\0" * 64] * count), chosen["url"]]
         with store.scratch() as out:
-            pq.write_table(pa.table(columns, schema=rows.embedded(4)), out / TABLE, row_group_size=BLOCK_ROWS)
+            pq.write_table(pa.table(columns, schema=rows.embedded_schema(4)), out / TABLE, row_group_size=BLOCK_ROWS)
             made = Record.of(action, out, states={rows.KEPT: count})
             records.append(commit(store, action, made, out))
     return records
@@ -235,7 +235,7 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
     from infra.records.objects import object_name
     from infra.store.opening import open_store
     from pipelines.select.rules.base import PHASH
-    from pipelines.select.stage import LOOK
+    from pipelines.select.stage import FEATURES
 
     records = []
     for uri, action in todo:
@@ -246,10 +246,10 @@ def looked(todo: Sequence[tuple[str, Any]], stage: Any) -> list[Any]:
         rows = rows.append_column(PHASH, pa.array(hashes, pa.uint64()))
         columns: dict[str, Any] = {"uid": rows["uid"]}
         for rule in stage.rules:
-            look = rule.look(rows)
-            columns |= {f"{rule.verdict}.{name}": look[name] for name in look.column_names}
+            look = rule.features(rows)
+            columns |= {f"{rule.label}.{name}": look[name] for name in look.column_names}
         with store.scratch() as out:
-            pq.write_table(pa.table(columns), out / LOOK, compression="zstd")
+            pq.write_table(pa.table(columns), out / FEATURES, compression="zstd")
             made = Record.of(action, out, states={"looked": rows.num_rows})
             records.append(commit(store, action, made, out))
     return records

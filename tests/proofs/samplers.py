@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from infra.store.opening import open_store
-from pipelines.embed.stage import base
+from pipelines.embed.stage import base_picture
 from pipelines.evaluate.grids import pixels
 from pipelines.release.open import open_release
 from pipelines.shapes.oracle import judge
@@ -194,7 +194,7 @@ class Bench:
     def small(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """As `embed` stores them for the decoder."""
         side = self.model.decoder.config.size
-        return np.stack([pixels(base(Image.fromarray(picture), side)) for picture in pictures])
+        return np.stack([pixels(base_picture(Image.fromarray(picture), side)) for picture in pictures])
 
     def embeddings(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Raw CLIP image embeddings [n, d]."""

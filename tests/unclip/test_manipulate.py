@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.fixtures.release import shaken, write_release
 from unclip import UnCLIP, manipulate
-from unclip.diffusion.guidance import clipped, conditional
+from unclip.diffusion.guidance import clip_x0, conditional
 from unclip.diffusion.samplers import ddim
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
@@ -60,7 +60,7 @@ def base(model: UnCLIP, latents: manipulate.Latents) -> Tensor:
     """The decoder's pictures in [-1, 1] of latents, by DDIM without noise."""
     text = [part.expand(len(latents.start), *part.shape[1:]) for part in model.decoder.null_text.expand(1)]
     context = model.decoder.context(latents.embedding, *text)
-    denoise = clipped(conditional(model.decoder.denoise, context), model.decoder.schedule)
+    denoise = clip_x0(conditional(model.decoder.denoise, context), model.decoder.schedule)
     return ddim(denoise, latents.start, model.decoder.schedule.respace(10))
 
 

@@ -11,8 +11,8 @@ from infra.lazy import exports
 
 if TYPE_CHECKING:
     from training.checkpoint.dcp import load_dcp
-    from training.checkpoint.files import room_for
+    from training.checkpoint.files import explain_full_disk
     from training.checkpoint.saver import Saver
-    from training.checkpoint.store import RELEASE, Checkpoint, Checkpoints, deliver, finished, identity
+    from training.checkpoint.store import RELEASE, Checkpoint, Checkpoints, deliver_model, is_finished, job_identity
 else:
     __getattr__ = exports(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from infra.errors import EXPECTED, Unavailable, advice
-from infra.store import patiently
+from infra.store import with_retries
 from training.checkpoint.store import Checkpoints, Written
 
 
@@ -21,15 +21,15 @@ def put_tensors(checkpoints: Checkpoints, samples: int, name: str, tensors: Mapp
 
     def put() -> Written | None:
         with checkpoints.store.scratch() as folder:
-            with room_for(folder):
+            with explain_full_disk(folder):
                 save_file({key: tensors[key] for key in sorted(tensors)}, folder / name)
             return checkpoints.put(samples, name, folder / name)
 
-    return patiently(checkpoints.store, put)
+    return with_retries(checkpoints.store, put)
 
 
 @contextmanager
-def room_for(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """Around what writes files in a folder: a full disk is `Unavailable`, by whichever of the libraries it was met."""
     from safetensors import SafetensorError
 

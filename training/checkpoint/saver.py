@@ -113,9 +113,9 @@ class Saver:
         self._copies[name].copy_(local, non_blocking=True)
         if local is tensor:
             return self._copies[name]
-        from training.parallel import placed
+        from training.parallel import as_dtensor
 
-        return placed(self._copies[name], tensor)
+        return as_dtensor(self._copies[name], tensor)
 
 
 def _whole(name: str, tensor: Tensor) -> Stored:

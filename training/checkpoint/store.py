@@ -82,8 +82,8 @@ class Checkpoints:
     """The checkpoints of one fit. `lease` numbers the holder that writes.
 
     keep: how many of the newest stay. best: the name of a metric of `head["metrics"]`; the checkpoint where it is least
-    stays too. job: the digest of what is fitted (`identity`); a checkpoint of another job is passed over. told: called
-    with the samples and the digest of each one that is committed here.
+    stays too. job: the digest of what is fitted (`job_identity`); a checkpoint of another job is passed over.
+    told: called with the samples and the digest of each one that is committed here.
     """
 
     def __init__(
@@ -255,20 +255,20 @@ def _earlier(files: dict[str, Path]) -> dict[str, Stored]:
     return found
 
 
-def identity(job: Job) -> str:
+def job_identity(job: Job) -> str:
     """The digest of all that decides a fit: configuration of model and training, versions of the data's manifests."""
     return digest(canonical({"kind": job.kind, "model": job.model, "train": job.train, "data": job.data}))
 
 
-def finished(checkpoint: Checkpoint, job: Job) -> bool:
+def is_finished(checkpoint: Checkpoint, job: Job) -> bool:
     """Whether that checkpoint is the finished model's."""
     return checkpoint.samples == job.config.steps * job.config.batch
 
 
-def deliver(store: Store, job: Job, out: Path) -> dict[str, Any] | None:
+def deliver_model(store: Store, job: Job, out: Path) -> dict[str, Any] | None:
     """Copies the finished model's files to out and returns its facts; None if it is not finished."""
     found = Checkpoints(store, job.key).newest()
-    if found is None or not finished(found, job):
+    if found is None or not is_finished(found, job):
         return None
     for name, path in found.files.items():
         target = out / name.removeprefix(RELEASE)

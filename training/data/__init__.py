@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from infra.lazy import exports
 
 if TYPE_CHECKING:
-    from training.data.batches import Batch, Data, Reads, ReadText, decode, picture
-    from training.data.blocks import Place, matrix, places
+    from training.data.batches import Batch, Data, Reads, ReadText, decode_image, picture
+    from training.data.blocks import BlockRef, as_matrix, block_refs
     from training.data.feed import Feed
     from training.data.labels import MISSING, Labels, class_table
-    from training.data.order import Order, derived
+    from training.data.order import Order, derive_seed
 else:
     __getattr__ = exports(__name__)

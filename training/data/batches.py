@@ -23,7 +23,7 @@ from torch import Tensor
 from infra.errors import Refused
 from infra.records import RowGroups
 from infra.store import Store
-from training.data.blocks import Index, Place, Spans, Wanted, matrix, places
+from training.data.blocks import BlockRef, Index, Spans, Wanted, as_matrix, block_refs
 from training.data.labels import Labels, Reader
 
 Decode = Callable[[bytes, bytes], np.ndarray]
@@ -143,7 +143,7 @@ class Data:
     ) -> None:
         self.store, self.reads, self.read_text = store, reads, read_text
         self._versions = rows, selection
-        self.places = places(store, rows, selection, reads.labels, wanted)
+        self.places = block_refs(store, rows, selection, reads.labels, wanted)
         self.limit, self._decoders = cache, decoders
         self._cached: OrderedDict[int, Rows] = OrderedDict()
         self._held = 0
@@ -227,7 +227,7 @@ class Data:
             if self.reads.originals:
                 self._spans(place, table["uid"].to_pylist()).fetch()
 
-    def _read(self, place: Place) -> pa.Table:
+    def _read(self, place: BlockRef) -> pa.Table:
         """What is wanted of a block's kept rows, out of its Parquet file."""
         columns = ["uid", "caption"]
         if self.reads.embeddings:
@@ -240,17 +240,17 @@ class Data:
         place.check(table["uid"])
         return table if len(place.keep) == place.rows else table.take(pa.array(place.keep))
 
-    def _spans(self, place: Place, uids: Sequence[bytes]) -> Spans:
+    def _spans(self, place: BlockRef, uids: Sequence[bytes]) -> Spans:
         return Spans(self.store, place.tar, self._index(place.index).spans(uids))
 
-    def _load(self, place: Place) -> Rows:
+    def _load(self, place: BlockRef) -> Rows:
         reads, table = self.reads, self._read(place)
         uids, captions = table["uid"].to_pylist(), table["caption"].to_pylist()
         tensors: dict[str, Tensor] = {}
         if reads.embeddings:
-            tensors["image_embedding"] = torch.from_numpy(matrix(table["image_embedding"]))
+            tensors["image_embedding"] = torch.from_numpy(as_matrix(table["image_embedding"]))
         if reads.text_embeddings:
-            tensors["text_embedding"] = torch.from_numpy(matrix(table["text_embedding"]))
+            tensors["text_embedding"] = torch.from_numpy(as_matrix(table["text_embedding"]))
         if reads.labels is not None:
             tensors["labels"] = self._labels(place.index)(uids)
         if reads.text and self.read_text is not None:
@@ -282,7 +282,7 @@ class Data:
         return torch.from_numpy(stacked)
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode_image(data: bytes) -> np.ndarray:
     """An encoded picture as uint8 [3, h, w]."""
     from PIL import Image
 
@@ -297,7 +297,7 @@ def picture(data: bytes, uid: bytes, *, size: int) -> np.ndarray:
     """
     from PIL import Image
 
-    pixels = decode(data)
+    pixels = decode_image(data)
     height, width = pixels.shape[1:]
     side = min(height, width)
     if side < size:

@@ -28,7 +28,7 @@ THREADS = 8
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockRef:
     """Where the kept rows of a block are: rows `first + keep` of a Parquet file; tar and index hold the pictures."""
 
     parquet: File
@@ -52,9 +52,9 @@ class Place:
             )
 
 
-def places(
+def block_refs(
     store: Store, rows: str, selection: str, labels: Labels | None = None, wanted: Wanted | None = None
-) -> list[Place]:
+) -> list[BlockRef]:
     """The blocks of all shards in the manifest's order, with the rows that the selection keeps and that are wanted and,
     where labels are asked for, that have one.
 
@@ -72,7 +72,7 @@ def places(
 
 def _shard(
     store: Store, record: Record, selections: dict[str, File], labels: Labels | None, wanted: Wanted | None
-) -> Iterator[Place]:
+) -> Iterator[BlockRef]:
     name = "rows.parquet" if "rows.parquet" in record.files else "index.parquet"
     parquet = record.files[name]
     sha = parquet.sha256
@@ -103,7 +103,7 @@ def _shard(
         mask = mask & wanted(uids)
     for block in record.blocks:
         keep = np.flatnonzero(mask[block.first : block.first + block.rows])
-        yield Place(parquet, block.first, block.rows, keep, _names(uids.slice(block.first, block.rows)), tar, index)
+        yield BlockRef(parquet, block.first, block.rows, keep, _names(uids.slice(block.first, block.rows)), tar, index)
 
 
 def _names(uids: pa.Array) -> str:
@@ -153,7 +153,7 @@ class Index:
         return found
 
 
-def matrix(column: pa.ChunkedArray) -> np.ndarray:
+def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size float lists as float32 [rows, width]."""
     array = column.combine_chunks()
     return array.flatten().to_numpy().reshape(len(array), -1).astype(np.float32)

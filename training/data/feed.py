@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from training.data.batches import Batch, Data
-from training.data.order import Order, derived
+from training.data.order import Order, derive_seed
 
 FETCHERS = 8
 """Blocks that are brought from elsewhere at a time."""
@@ -74,7 +74,7 @@ class Feed:
                 for lane in self._lanes:
                     self._bring(step, lane)
                     rows = self._order.rows(step, lane)
-                    if not self._put(self._data.batch(rows, derived("noise", self._order.seed, step, lane))):
+                    if not self._put(self._data.batch(rows, derive_seed("noise", self._order.seed, step, lane))):
                         return
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the batch
             self._put(error)

@@ -19,20 +19,20 @@ import numpy as np
 from infra.errors import Refused
 
 
-def derived(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed out of labels and numbers, independent between any two different tuples."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def words(count: int, *seed: int | str) -> np.ndarray:
+def random_words(count: int, *seed: int | str) -> np.ndarray:
     """Random uint64 [count] from that seed: raw Philox words, which NumPy keeps the same for ever."""
-    return np.random.Philox(key=derived(*seed)).random_raw(count)
+    return np.random.Philox(key=derive_seed(*seed)).random_raw(count)
 
 
 def shuffled(count: int, *seed: int | str) -> np.ndarray:
     """A permutation of range(count), int64 [count], from that seed; NumPy's own `permutation` may change."""
-    return np.argsort(words(count, *seed), kind="stable")
+    return np.argsort(random_words(count, *seed), kind="stable")
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Order:
     def _walk_on(self, lane: int, walk: Walk) -> None:
         """Finds the lane's next windows, about an epoch of them: arithmetic alone, so that resuming late costs little.
 
-        No window of `spread` crosses the end of an epoch, or of as many as it takes for a lane to fill one.
+        No window of `scatter_state` crosses the end of an epoch, or of as many as it takes for a lane to fill one.
         """
         place, count = walk.cuts[-1], len(self.blocks)
         if not self.spread:
@@ -154,7 +154,7 @@ class Order:
         if key not in self._windows:
             cuts = self._walks[lane].cuts
             blocks = self._dealt(lane, cuts[number], cuts[number + 1])
-            mix = spread if self.spread else mixed
+            mix = spread_window if self.spread else shuffle_window
             self._windows[key] = mix(blocks, self._counts[blocks], self.seed, lane, number)
             if len(self._windows) > self.lanes + 1:
                 self._windows.popitem(last=False)
@@ -167,13 +167,13 @@ def _all(blocks: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.stack([np.repeat(blocks, counts), np.arange(counts.sum()) - np.repeat(starts, counts)], 1)
 
 
-def mixed(blocks: np.ndarray, counts: np.ndarray, *seed: int) -> np.ndarray:
+def shuffle_window(blocks: np.ndarray, counts: np.ndarray, *seed: int) -> np.ndarray:
     """A window's (block, row) pairs, shuffled; int64 [rows, 2]."""
     pairs = _all(blocks, counts)
     return pairs[shuffled(len(pairs), "window", *seed)]
 
 
-def spread(blocks: np.ndarray, counts: np.ndarray, *seed: int) -> np.ndarray:
+def spread_window(blocks: np.ndarray, counts: np.ndarray, *seed: int) -> np.ndarray:
     """A window's (block, row) pairs, int64 [rows, 2], in rounds, in each of which a block has at most one row.
 
     A block's shuffled rows lie evenly apart, from a random phase on; the rows of a round are shuffled. Where a round
@@ -181,7 +181,7 @@ def spread(blocks: np.ndarray, counts: np.ndarray, *seed: int) -> np.ndarray:
     neighbours come from one of W blocks with probability 1/W, however many shards there are.)
     """
     pairs, total, entries = _all(blocks, counts), int(counts.sum()), np.repeat(np.arange(len(blocks)), counts)
-    drawn = words(2 * total + len(blocks), "spread", *seed)
+    drawn = random_words(2 * total + len(blocks), "spread", *seed)
     turns = pairs[:, 1].copy()  # 0, 1, … within each block
     pairs = pairs[np.lexsort((drawn[:total], entries))]  # each block's rows shuffled, the blocks where they were
     phases = (drawn[2 * total :] >> np.uint64(11)) * 2.0**-53

@@ -22,9 +22,9 @@ from training.data import Batch, Reads, ReadText
 from training.job import Job
 from training.options import KINDS
 from training.parallel import Group
-from training.warm_start import started
+from training.warm_start import warm_started
 from unclip.clip import clip_widths
-from unclip.diffusion import Schedule, hybrid_loss, simple_loss, weights
+from unclip.diffusion import Schedule, hybrid_loss, loss_weights, simple_loss
 from unclip.files import CONFIG, read_json, read_tensors, write_json
 from unclip.models import AutoregressivePrior, Decoder, DiffusionPrior
 from unclip.release import config_from, save_model
@@ -88,7 +88,7 @@ class Model:
 
     def started(self, model: nn.Module) -> nn.Module:
         """The new model, with the weights of a finished one where the job goes on from one."""
-        return started(model, self.job, self.store, self.facts.get("clip"))
+        return warm_started(model, self.job, self.store, self.facts.get("clip"))
 
     def save(self, out: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
         save_model(out, self.job.kind, self.config, state, clip=self.facts.get("clip"))
@@ -125,7 +125,7 @@ class Diffusion(Noised):
 
     def _loss(self, schedule: Schedule, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
         kind = self.config.prediction
-        weight = weights(schedule, t, kind, self.options.weighting, self.options.snr_cap)
+        weight = loss_weights(schedule, t, kind, self.options.weighting, self.options.snr_cap)
         learned = getattr(self.config, "learned_range", False)
         loss = (hybrid_loss if learned else simple_loss)(schedule, output.float(), x0, noise, t, kind, weight)
         return Losses(loss, t / len(schedule))

@@ -14,11 +14,11 @@ from torch import nn
 
 from infra.records import columns
 from infra.store import Store
-from training.data import MISSING, Batch, Labels, Place, Reads, class_table, picture, places
+from training.data import MISSING, Batch, BlockRef, Labels, Reads, block_refs, class_table, picture
 from training.job import Job
 from training.objectives.base import Losses, Noised
 from training.parallel import Group
-from training.warm_start import configured
+from training.warm_start import inherit_fields
 from unclip.models import Classifier, ClassifierConfig
 from unclip.pictures import to_unit
 
@@ -36,9 +36,9 @@ class ClassifierObjective(Noised):
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job, store)
         names = self.config.labels
-        self.config = configured(job, store, self.config, "classes")
+        self.config = inherit_fields(job, store, self.config, "classes")
         if not self.config.classes:
-            blocks = places(store, job.data["rows"], job.data["selection"], Labels(names))
+            blocks = block_refs(store, job.data["rows"], job.data["selection"], Labels(names))
             self.config = self.config.fitted(class_table(store, _kept(store, blocks), names))
         self.facts["classes"] = dict(zip(names, self.config.counts, strict=True))
         labels = Labels(names, self.config.classes)
@@ -59,7 +59,7 @@ class ClassifierObjective(Noised):
         return Losses(torch.stack(each).sum(0), t / len(classifier.schedule))
 
 
-def _kept(store: Store, blocks: Iterable[Place]) -> Iterator[tuple[str, list[bytes]]]:
+def _kept(store: Store, blocks: Iterable[BlockRef]) -> Iterator[tuple[str, list[bytes]]]:
     """(index object, uids of the kept rows) of each shard."""
     for (parquet, index), shard in groupby(blocks, key=lambda place: (place.parquet, place.index)):
         uids = columns(store, parquet, ["uid"])["uid"]

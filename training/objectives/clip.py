@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from infra.errors import Refused
 from infra.records import Manifest, object_name
 from infra.store import Store
-from training.data import Batch, Reads, decode, picture
+from training.data import Batch, Reads, decode_image, picture
 from training.job import START, Job
 from training.objectives.base import Losses, Noised
 from training.optim import in_float32
 from training.options import KINDS, ClipTrain
 from training.parallel import Group
-from training.warm_start import finished
+from training.warm_start import finished_model
 from unclip.clip import CLIP_VOCABULARY, Clip, Preprocess, Tokenizer, build_clip, check_clip, clip_widths
 from unclip.diffusion import Schedule
 from unclip.files import CONFIG, read_json
@@ -84,7 +84,7 @@ class ClipObjective:
 
     def _started(self, store: Store) -> Clip:
         """The CLIP that the job goes on from; Refused for one of another architecture, or without an image tower."""
-        with finished(self.job, store) as folder:
+        with finished_model(self.job, store) as folder:
             clip = Clip.load(folder)
         asked = json.loads(json.dumps(self.job.model))
         if different := sorted(name for name in asked | clip.config if asked.get(name) != clip.config.get(name)):
@@ -130,7 +130,7 @@ class ClipObjective:
     def _decode(self, data: bytes, uid: bytes) -> np.ndarray:
         """A picture resized as the finished CLIP will resize it, in 8 bits."""
         plain = Preprocess(self.preprocess.size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        return (plain(torch.from_numpy(decode(data))[None])[0] * 255).round().to(torch.uint8).numpy()
+        return (plain(torch.from_numpy(decode_image(data))[None])[0] * 255).round().to(torch.uint8).numpy()
 
 
 class NoisedClipObjective(Noised):

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from infra.records import RowGroups
 from infra.store import Store
-from training.data import Batch, Reads, matrix, places
+from training.data import Batch, Reads, as_matrix, block_refs
 from training.job import Job
 from training.objectives.base import Conditioned, Diffusion, Losses
 from training.optim import in_float32
 from training.options import AutoregressivePriorTrain, PriorTrain
 from training.parallel import Group
-from training.warm_start import configured
+from training.warm_start import inherit_fields
 from unclip.models import AutoregressivePrior, DiffusionPrior
 
 DOTS = 1 << 14
@@ -48,7 +48,7 @@ class AutoregressivePriorObjective(Conditioned):
 
     def __init__(self, job: Job, store: Store, device: torch.device) -> None:
         super().__init__(job, store, device)
-        self.config = configured(job, store, self.config, "components").fitted(self.statistics["eigenvalues"])
+        self.config = inherit_fields(job, store, self.config, "components").fitted(self.statistics["eigenvalues"])
         self.facts["components"] = self.config.kept
 
     def build(self) -> nn.Module:
@@ -73,12 +73,12 @@ class AutoregressivePriorObjective(Conditioned):
 def sample_dots(store: Store, rows: str, selection: str, least: int = DOTS) -> Tensor:
     """z_i·z_t of kept rows, float64 [n]: of all, or of blocks evenly apart that hold `least` or somewhat more."""
     columns = ("image_embedding", "text_embedding")
-    blocks = [place for place in places(store, rows, selection) if len(place.keep)]
+    blocks = [place for place in block_refs(store, rows, selection) if len(place.keep)]
     apart = max(1, sum(len(place.keep) for place in blocks) // least)
     dots = []
     for place in blocks[::apart]:
         table = RowGroups(store, place.parquet).read(place.first, place.rows, ("uid", *columns))
         place.check(table["uid"])
-        image, text = (torch.from_numpy(matrix(table[name])[place.keep]).double() for name in columns)
+        image, text = (torch.from_numpy(as_matrix(table[name])[place.keep]).double() for name in columns)
         dots.append((image * text).sum(1))
     return torch.cat(dots) if dots else torch.zeros(0, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.store import Store
-from training.data import Batch, Reads, derived, picture
+from training.data import Batch, Reads, derive_seed, picture
 from training.job import Job
 from training.objectives.base import Diffusion, Losses
 from training.optim import in_float32
@@ -54,7 +54,7 @@ class UpsamplerObjective(Diffusion):
             sigmas = options.blur * torch.rand(len(low), generator=batch.generator)
             return gaussian_blur(low, sigmas.to(low.device))
         if self.bsr is not None:
-            return bsr_degrade(low, [derived("bsr", batch.seed, uid.hex()) for uid in batch.uids], self.bsr)
+            return bsr_degrade(low, [derive_seed("bsr", batch.seed, uid.hex()) for uid in batch.uids], self.bsr)
         return low
 
     def _cropped(self, x0: Tensor, low: Tensor, crop: int, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from infra.store import Store
 from training.optim.ema import PowerEma
 from training.optim.posthoc import Average, combination, combined
 from training.options import TrainConfig
-from training.parallel import Group, Vectors, whole
+from training.parallel import Group, Vectors, gather_state
 from unclip.files import read_tensors, write_tensors
 
 TRACKED = (0.05, 0.10)
@@ -53,7 +53,7 @@ class Averages:
     def snapshot(self, store: Store, key: str, updates: int, group: Group) -> None:
         """Rank 0 writes one, after that many updates; every rank calls it, since each may have a part of it."""
         sha = ""
-        tensors = whole(self.tensors().items(), keep=group.rank == 0)
+        tensors = gather_state(self.tensors().items(), keep=group.rank == 0)
         if group.rank == 0:
             with store.scratch() as folder:
                 write_tensors(folder / "snapshot", tensors)

@@ -25,14 +25,14 @@ def is_inner(name: str, parameter: nn.Parameter) -> bool:
     return wide and not any(part in name for part in OUTER)
 
 
-def orthogonal(x: Tensor) -> Tensor:
+def orthogonalise(x: Tensor) -> Tensor:
     """x [k, m, n] → about U·Vᵀ of each matrix's singular value decomposition, by five Newton–Schulz steps.
 
     Singular values end between 0.7 and 1.2. Long matrices take the steps on their small Gram matrix, in float32; the
     others, where the device multiplies it fast, take them in bfloat16.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
+        return orthogonalise(x.mT).mT
     y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if x.shape[2] >= 3 * x.shape[1]:
         return _by_gram(y)
@@ -63,7 +63,7 @@ def _by_gram(y: Tensor) -> Tensor:
 def direction(gradient: Tensor, momentum: Tensor, mine: slice = ALL) -> Tensor:
     """Takes the gradient [k, m, n] into its momentum, in place; where `mine` of the k matrices are to move to."""
     momentum.lerp_(gradient, 1 - MOMENTUM)
-    return orthogonal(gradient[mine].lerp(momentum[mine], MOMENTUM))
+    return orthogonalise(gradient[mine].lerp(momentum[mine], MOMENTUM))
 
 
 def move_(weights: Tensor, update: Tensor, lr: float, decay: float) -> None:
@@ -73,7 +73,7 @@ def move_(weights: Tensor, update: Tensor, lr: float, decay: float) -> None:
     weights.add_(update, alpha=-lr * MATCH * max(weights.shape[1:]) ** 0.5)
 
 
-def dealt(shapes: Sequence[tuple[int, int, int]], ranks: int) -> list[list[slice]]:
+def assigned(shapes: Sequence[tuple[int, int, int]], ranks: int) -> list[list[slice]]:
     """[rank][stack] → the matrices of a stack [k, m, n] whose directions that rank computes for all.
 
     Equal shares, of which the rest goes to those that have the least to do so far.

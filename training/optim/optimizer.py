@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import Refused
-from training.optim.muon import dealt, direction, move_
+from training.optim.muon import assigned, direction, move_
 from training.options import TrainConfig
 from training.parallel import Group, Vectors
 
@@ -39,7 +39,7 @@ class Optimiser:
 
     def __init__(self, flat: Vectors, config: TrainConfig, group: Group = ALONE) -> None:
         self.flat, self.config, self._group = flat, config, group
-        self._mine = dealt([shape for _, shape in flat.stacks], group.ranks)[group.rank]
+        self._mine = assigned([shape for _, shape in flat.stacks], group.ranks)[group.rank]
         self.updates = 0
         self.skipped = 0
         self._in_a_row = 0

@@ -11,7 +11,7 @@ from infra.lazy import exports
 
 if TYPE_CHECKING:
     from training.parallel.flat import STATE_BYTES, Flat, Group, Vectors
-    from training.parallel.fsdp import placed, shard, spread, whole
-    from training.parallel.modes import determinism, prepare, recomputed, seed
+    from training.parallel.fsdp import as_dtensor, gather_state, scatter_state, shard_module
+    from training.parallel.modes import determinism, prepare_model, recomputed, seed
 else:
     __getattr__ = exports(__name__)

@@ -21,7 +21,7 @@ from training.parallel.flat import Group
 from unclip.models import ContextAttention, ResBlock, TransformerBlock
 
 
-def shard(learner: nn.Module, device: torch.device, ranks: int, extra: int) -> Shards:
+def shard_module(learner: nn.Module, device: torch.device, ranks: int, extra: int) -> Shards:
     """Cuts the `model` of a learner, which rank 0 alone has whole, on its host; every rank calls it.
 
     A device never holds more of it than a shard and one tensor. Blocks are gathered one by one, what stands between
@@ -45,7 +45,7 @@ def shard(learner: nn.Module, device: torch.device, ranks: int, extra: int) -> S
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     learner.to_empty(device=device)
-    spread(learner, start)
+    scatter_state(learner, start)
     return Shards(model, extra)
 
 
@@ -94,7 +94,7 @@ class Shards:
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
         """See `Vectors`."""
-        return {name: placed(view, self._parameters[name]) for name, view in self.split(vector).items()}
+        return {name: as_dtensor(view, self._parameters[name]) for name, view in self.split(vector).items()}
 
     def add(self, group: Group) -> None:
         """See `Vectors`: the backward passes have summed the gradient, shard by shard."""
@@ -113,7 +113,7 @@ class Shards:
         torch._foreach_copy_(parts, list(self.split(self.weights).values()))
 
 
-def placed(local: Tensor, like: Any) -> Tensor:
+def as_dtensor(local: Tensor, like: Any) -> Tensor:
     """A rank's shard as part of a whole that is cut as the DTensor `like` is."""
     from torch.distributed.tensor import DTensor
 
@@ -129,8 +129,8 @@ def _collect(into: Tensor, parameter: Tensor) -> None:
 
 
 @torch.no_grad()
-def spread(learner: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `whole`: puts tensors that rank 0 alone has into a sharded model; every rank calls it.
+def scatter_state(learner: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `gather_state`: puts tensors that rank 0 alone has into a sharded model; every rank calls it.
 
     One after the other is on the device as a whole. Buffers that are not in `state` become rank 0's.
     """
@@ -152,7 +152,7 @@ def spread(learner: nn.Module, state: Mapping[str, Tensor]) -> None:
             there.copy_(full)
 
 
-def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+def gather_state(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the host, gathered one after the other; every rank calls it, and those that `keep` get them."""
     found = {}
     for name, tensor in tensors:

@@ -21,7 +21,7 @@ BLOCKS = (ResBlock, ContextAttention, SelfAttention, TransformerBlock)
 """What is computed a second time under `recompute`: blocks of U-Nets and transformers."""
 
 
-def prepare(model: nn.Module, how: FitHow, *, sharded: bool) -> None:
+def prepare_model(model: nn.Module, how: FitHow, *, sharded: bool) -> None:
     """Makes the model run as `how` says, before its parameters become views of one vector.
 
     A sharded model keeps its layout: FSDP2 cuts contiguous tensors alone.

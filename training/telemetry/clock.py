@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infra.tracking import Vitals
+from infra.tracking import SystemMetrics
 from training.job import FitHow, Job
 from training.objectives import Losses
 from training.options import TrainConfig
@@ -63,7 +63,7 @@ class Clock:
 
     def __post_init__(self) -> None:
         self._watch = Stopwatch(self.device)
-        self._vitals = Vitals(self.how.system_seconds, gpus=self.how.gpus > 0)
+        self._vitals = SystemMetrics(self.how.system_seconds, gpus=self.how.gpus > 0)
 
     def __enter__(self) -> Clock:
         if self.step is not None:

@@ -27,10 +27,10 @@ from training.objectives import Objective
 from training.optim import Precision
 from training.parallel import Group
 from unclip.clip import Text
-from unclip.diffusion import Sampling, conditional, guided, in_range
+from unclip.diffusion import Sampling, clip_denoiser, conditional, guided_denoiser
 from unclip.models import Decoder, Prior, Upsampler
 from unclip.pictures import to_uint8, to_unit
-from unclip.sample import draw, draw_embeddings
+from unclip.sample import draw, sample_embeddings
 
 if TYPE_CHECKING:
     from training.telemetry.clock import Monitor
@@ -170,7 +170,7 @@ def _embeddings(model: nn.Module, task: Objective, batch: Batch) -> Shown:
     little alike, to the next row's."""
     prior, rows = cast(Prior, model), batch.tensors
     text = Text(rows["text_embedding"], rows["text_states"], rows["text_mask"])
-    drawn = draw_embeddings(prior, text, range(len(batch)), _sampling(prior)).float()
+    drawn = sample_embeddings(prior, text, range(len(batch)), _sampling(prior)).float()
     true = rows["image_embedding"]
     pairs = {"cosine": true, "cosine_other": true.roll(1, 0)}
     return Shown(values={name: float(F.cosine_similarity(drawn, other).mean()) for name, other in pairs.items()})
@@ -188,7 +188,7 @@ def _pictures(model: nn.Module, task: Any, batch: Batch) -> Shown:
         free[..., x0.shape[-1] // 2 :] = True
         context, null = (decoder.knowing(one, x0, free) for one in (context, null))
     sampling = _sampling(decoder, GUIDANCE if task.options.drop_text else 1.0)
-    denoise = guided(decoder.denoise, context, null, sampling, decoder.schedule)
+    denoise = guided_denoiser(decoder.denoise, context, null, sampling, decoder.schedule)
     return Shown(torch.stack([batch.tensors["image"], _sampled(decoder, denoise, sampling, x0)]))
 
 
@@ -222,7 +222,7 @@ def _sampling(model: Any, guidance: float = 1.0) -> Sampling:
 
 def _sampled(model: Decoder | Upsampler, denoise: Any, sampling: Sampling, like: Tensor) -> Tensor:
     """uint8 pictures of the shape of `like`, a seed each."""
-    bounded, seeds = in_range(denoise, sampling, model.schedule), range(len(like))
+    bounded, seeds = clip_denoiser(denoise, sampling, model.schedule), range(len(like))
     x = draw(NAME, bounded, model.schedule, seeds, like.shape[1:], sampling, like.device)
     return to_uint8(x.float().nan_to_num())
 

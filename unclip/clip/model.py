@@ -29,11 +29,11 @@ from unclip.errors import Refused
 from unclip.files import (
     CONFIG,
     WEIGHTS,
-    misfit,
+    explain_document,
     read_json,
     read_tensors,
     read_text,
-    understood,
+    shape_mismatch,
     write_json,
     write_tensors,
 )
@@ -208,7 +208,7 @@ class Clip:
             merges = read_text(folder / MERGES).splitlines()
         except (OSError, ValueError) as error:
             raise Refused(f"CLIP's tokeniser cannot be read: {error}") from None
-        with understood(folder / CONFIG, "configuration of a CLIP"):
+        with explain_document(folder / CONFIG, "configuration of a CLIP"):
             settings: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in document["preprocess"].items()
             }
@@ -319,7 +319,7 @@ class Clip:
         if on_meta:
             with weightless():
                 needed = {name: tensor.shape for name, tensor in build(self.config).state_dict().items()}
-            if wrong := misfit({name: tensor.shape for name, tensor in state.items()}, needed):
+            if wrong := shape_mismatch({name: tensor.shape for name, tensor in state.items()}, needed):
                 raise Refused(f"{unfit} {wrong}")
         module = build(self.config)
         try:

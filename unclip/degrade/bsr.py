@@ -40,7 +40,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel: int = 3) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bsr:
+class BsrRanges:
     """Ranges of the BSR degradation; every value of a picture is drawn uniformly within them.
 
     The defaults are the light variant that latent diffusion trained its upscaler with (arXiv 2112.10752), BSR_FULL are
@@ -81,7 +81,7 @@ class Bsr:
             if not least <= low <= high <= most:
                 raise Refused(f"BSR: {name} is {low} to {high}; it must rise within {least} to {most}")
 
-    def scaled(self, strength: float) -> Bsr:
+    def scaled(self, strength: float) -> BsrRanges:
         """The same degradation, weaker or stronger: 0 leaves pictures as they are, 1 gives these ranges.
 
         Deviations and distances from "no change" are multiplied, JPEG qualities bounded below by 1.
@@ -99,8 +99,8 @@ class Bsr:
         )
 
 
-BSR_LIGHT = Bsr()
-BSR_FULL = Bsr(isotropic=2.2, anisotropic=5.0, blurs=2, noise=(2.0, 25.0), quality=(30, 95))
+BSR_LIGHT = BsrRanges()
+BSR_FULL = BsrRanges(isotropic=2.2, anisotropic=5.0, blurs=2, noise=(2.0, 25.0), quality=(30, 95))
 
 OPERATIONS = ("blur", "blur again", "shrink", "restore", "noise", "compress")
 
@@ -125,7 +125,7 @@ class Plan:
     """Of the noise."""
 
     @classmethod
-    def drawn(cls, seed: int, ranges: Bsr) -> Plan:
+    def drawn(cls, seed: int, ranges: BsrRanges) -> Plan:
         """The plan of a seed: the same uniform numbers whatever the ranges, so that a strength only scales it."""
         digest = hashlib.sha256(f"bsr/{seed}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -155,7 +155,7 @@ class Plan:
         return max(1, round(height / self.shrink)), max(1, round(width / self.shrink))
 
 
-def bsr_degrade(images: Tensor, seeds: Sequence[int], ranges: Bsr = BSR_LIGHT) -> Tensor:
+def bsr_degrade(images: Tensor, seeds: Sequence[int], ranges: BsrRanges = BSR_LIGHT) -> Tensor:
     """images [b, 3, h, w] in [-1, 1], each degraded as its own seed says: the same shape, within [-1, 1].
 
     Blur, a detour through a smaller size, noise and JPEG come in a random order; a JPEG compression comes last
@@ -219,7 +219,7 @@ def gaussian_noise(seed: int, mixing: Sequence[Sequence[float]], height: int, wi
 
 
 def _covariance(
-    ranges: Bsr, kind: float, first: float, second: float, turn: float, width: float
+    ranges: BsrRanges, kind: float, first: float, second: float, turn: float, width: float
 ) -> tuple[float, float, float]:
     """(variance along y, along x, covariance) from five uniform numbers."""
     if kind < 0.5:

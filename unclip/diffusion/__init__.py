@@ -11,10 +11,19 @@ from unclip.lazy import exports
 
 if TYPE_CHECKING:
     from unclip.diffusion.analytic import estimate_gamma
-    from unclip.diffusion.guidance import LogProb, Network, classifier, clip_guided, clipped, conditional, join, known
-    from unclip.diffusion.losses import hybrid_loss, simple_loss, weights
+    from unclip.diffusion.guidance import (
+        LogProb,
+        Network,
+        classifier_guidance,
+        clip_guidance,
+        clip_x0,
+        conditional,
+        join,
+        with_known_pixels,
+    )
+    from unclip.diffusion.losses import hybrid_loss, loss_weights, simple_loss
     from unclip.diffusion.samplers import SAMPLERS, Noise, ddim_invert, noise_for
     from unclip.diffusion.schedule import Denoiser, Prediction, Schedule, check_process
-    from unclip.diffusion.settings import Sampling, check_sampling, guided, in_range
+    from unclip.diffusion.settings import Sampling, check_sampling, clip_denoiser, guided_denoiser
 else:
     __getattr__ = exports(__name__)

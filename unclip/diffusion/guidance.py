@@ -112,7 +112,7 @@ def check_guidance(scale: float, interval: tuple[int, int] | None, rescale: floa
         raise Refused(f"rescale must lie between 0 and 1, not {rescale}")
 
 
-def classifier(denoise: Denoiser, log_prob: LogProb, scale: float, schedule: Schedule) -> Denoiser:
+def classifier_guidance(denoise: Denoiser, log_prob: LogProb, scale: float, schedule: Schedule) -> Denoiser:
     """ε̂ = ε − s·σ_t·∇ log p(y | x_t), a noised classifier's guidance as a score (Dhariwal & Nichol 2021, algorithm 2).
 
     It holds for every sampler; s = 0 is unguided, and s = 1 samples p(x | y) if both networks are right. Algorithm 1,
@@ -149,7 +149,7 @@ def clip_log_prob(embed_image: Callable[[Tensor, Tensor], Tensor], text_embeddin
     return lambda x, t: (torch.nn.functional.normalize(embed_image(x, t), dim=-1) * caption).sum(-1)
 
 
-def clip_guided(
+def clip_guidance(
     denoise: Denoiser,
     embed_image: Callable[[Tensor, Tensor], Tensor],
     text_embedding: Tensor,
@@ -161,10 +161,10 @@ def clip_guided(
     embed_image(x_t, t) [b, d] is a CLIP's image tower that was trained on noised pictures; text_embedding [b, d]. Both
     are normalised here, so `scale` includes CLIP's logit scale: GLIDE's s is s·exp(logit scale) here.
     """
-    return classifier(denoise, clip_log_prob(embed_image, text_embedding), scale, schedule)
+    return classifier_guidance(denoise, clip_log_prob(embed_image, text_embedding), scale, schedule)
 
 
-def clipped(denoise: Denoiser, schedule: Schedule, low: float = -1.0, high: float = 1.0) -> Denoiser:
+def clip_x0(denoise: Denoiser, schedule: Schedule, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """Static thresholding: clamps the predicted clean sample to its range; `schedule` is the timesteps' own."""
 
     def clip(x: Tensor, t: Tensor) -> Prediction:
@@ -174,7 +174,7 @@ def clipped(denoise: Denoiser, schedule: Schedule, low: float = -1.0, high: floa
     return clip
 
 
-def dynamically_clipped(
+def threshold_dynamically(
     denoise: Denoiser, schedule: Schedule, percentile: float = 0.995, most: float = math.inf
 ) -> Denoiser:
     """Dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3), for pictures in [-1, 1] under strong guidance.
@@ -197,7 +197,7 @@ def dynamically_clipped(
     return clip
 
 
-def known(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, schedule: Schedule) -> Denoiser:
+def with_known_pixels(denoise: Denoiser, picture: Tensor, free: Tensor, noise: Tensor, schedule: Schedule) -> Denoiser:
     """A denoiser that may draw only where free [b, 1, h, w] is True; elsewhere stands `picture` [b, 3, h, w].
 
     What the network sees of it is noised by `noise` to the step's level; schedule is the timesteps' own.

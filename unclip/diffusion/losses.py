@@ -18,7 +18,7 @@ from unclip.diffusion.schedule import Denoiser, Schedule
 from unclip.errors import Refused
 
 
-def weights(schedule: Schedule, t: Tensor, kind: str, weighting: str, cap: float = 5.0) -> Tensor:
+def loss_weights(schedule: Schedule, t: Tensor, kind: str, weighting: str, cap: float = 5.0) -> Tensor:
     """Weight [b] of the squared error in the network's own output at t [b].
 
     `uniform`: 1. `min_snr`: as an x0 loss min(SNR, cap) (Hang et al. 2023). `min_snr_plus_one`: as an x0 loss

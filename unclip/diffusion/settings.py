@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import AMOUNT, TIMESTEPS, Range, outside
-from unclip.diffusion.guidance import Network, check_guidance, classifier_free, clipped, dynamically_clipped
+from unclip.diffusion.guidance import Network, check_guidance, classifier_free, clip_x0, threshold_dynamically
 from unclip.diffusion.samplers import SAMPLERS
 from unclip.diffusion.schedule import VARIANCES, Denoiser, Schedule
 from unclip.errors import Refused
@@ -143,14 +143,14 @@ def check_sampling(name: str, sampling: Sampling, *, written: bool = False, gamm
         raise Refused(f"{name} denoises, and only an autoregressive prior has a temperature; leave it at 1")
 
 
-def guided(network: Network, context: Any, null: Any, sampling: Sampling, schedule: Schedule) -> Denoiser:
+def guided_denoiser(network: Network, context: Any, null: Any, sampling: Sampling, schedule: Schedule) -> Denoiser:
     """Classifier-free guidance as the settings want it."""
     options: dict[str, Any] = {"interval": sampling.interval, "rescale": sampling.rescale, "schedule": schedule}
     return classifier_free(network, context, null, sampling.guidance, **options)
 
 
-def in_range(denoise: Denoiser, sampling: Sampling, schedule: Schedule) -> Denoiser:
+def clip_denoiser(denoise: Denoiser, sampling: Sampling, schedule: Schedule) -> Denoiser:
     """Pictures stay in [-1, 1], by static or dynamic thresholding."""
     if sampling.percentile is None:
-        return clipped(denoise, schedule)
-    return dynamically_clipped(denoise, schedule, sampling.percentile)
+        return clip_x0(denoise, schedule)
+    return threshold_dynamically(denoise, schedule, sampling.percentile)

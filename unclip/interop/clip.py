@@ -34,7 +34,7 @@ _VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_rat
 _OWN = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 
 
-def unheld(clip: Clip) -> list[str]:
+def unsupported(clip: Clip) -> list[str]:
     """Why transformers' CLIP models cannot hold this one; empty where they can."""
     model, text, vision = clip.config, clip.config["text_cfg"], clip.config["vision_cfg"]
     why = []

@@ -27,14 +27,14 @@ from unclip.cascade import UnCLIP
 from unclip.clip import Clip
 from unclip.diffusion import Sampling
 from unclip.errors import Refused
-from unclip.files import read_document, read_tensors, understood
+from unclip.files import explain_document, read_document, read_tensors
 from unclip.interop.clip import (
     processor_document,
     read_clip,
     read_merges,
     text_document,
     text_state,
-    unheld,
+    unsupported,
     vision_document,
     vision_state,
     write_tokenizer,
@@ -160,7 +160,7 @@ def import_diffusers(
             f"{folder / INDEX} names the pipeline {index.get('_class_name')!r}; a release needs the prior of {PIPELINE}"
         )
     _check_classes(index, CLASSES, folder)
-    with understood(folder, "folder of diffusers'"):
+    with explain_document(folder, "folder of diffusers'"):
         clip = _read_clip(folder, Path(images) if images is not None else None)
         models = _read_models(folder, clip)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def import_diffusers(
 
 def _unheld(model: UnCLIP) -> list[str]:
     """Why diffusers cannot hold a release; empty where it can."""
-    why = unheld(model.clip)
+    why = unsupported(model.clip)
     if model.prior is None:
         return [*why, "its decoder draws from prompts alone, without a prior, and the pipeline always runs one"]
     if not isinstance(model.prior, DiffusionPrior):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from unclip.lazy import exports
 
 if TYPE_CHECKING:
-    from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, Prior, write_tokens
+    from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, Prior, sample_tokens
     from unclip.models.classifier import Classifier, ClassifierConfig
     from unclip.models.decoder import IMAGE_TOKENS, Context, Decoder, DecoderConfig
     from unclip.models.layers import (
@@ -24,6 +24,6 @@ if TYPE_CHECKING:
     from unclip.models.prior import DiffusionPrior, PriorConfig
     from unclip.models.text import Caption, NullText
     from unclip.models.unet_encoder import HalfUNetConfig, SelfAttention
-    from unclip.models.upsampler import WORKSPACE, Upsampler, UpsamplerConfig, filled_up
+    from unclip.models.upsampler import WORKSPACE, Upsampler, UpsamplerConfig, pad_to_multiple
 else:
     __getattr__ = exports(__name__)

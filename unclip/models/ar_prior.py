@@ -173,7 +173,7 @@ class AutoregressivePrior(nn.Module):
         return self.out(self.norm(h))
 
 
-class Reading:
+class CachedDecoding:
     """An autoregressive prior that reads one token at a time and remembers keys and values of all before."""
 
     def __init__(self, prior: AutoregressivePrior, context: PriorContext) -> None:
@@ -194,7 +194,7 @@ class Reading:
 
 
 @torch.no_grad()
-def write_tokens(
+def sample_tokens(
     prior: AutoregressivePrior,
     context: PriorContext,
     null: PriorContext,
@@ -210,7 +210,7 @@ def write_tokens(
     condition alone. temperature: 0 takes the likeliest token each time. noise(j): standard normals [b, buckets] for
     token j, of each row's own seed (`noise_for`). callback(j, tokens so far [b, j]) after each token.
     """
-    reading = Reading(prior, context if guidance == 1 else join(context, null))
+    reading = CachedDecoding(prior, context if guidance == 1 else join(context, null))
     tokens: list[Tensor] = []
     for place in range(prior.config.tokens):
         if tokens:

@@ -77,7 +77,7 @@ class Classifier(nn.Module):
         return self.encoder(x, t).split(self.config.counts, 1)
 
     def log_prob(self, wanted: Mapping[str, str]) -> LogProb:
-        """(x_t, t) → log p(wanted | x_t) [b], for `guidance.classifier`; wanted: label → class, the same of all rows.
+        """(x_t, t) → log p(wanted | x_t) [b], for `classifier_guidance`; wanted: label → class, for all rows.
 
         Raises Refused for a label or a class that it does not know.
         """

@@ -118,13 +118,13 @@ class KeyValues:
         return self._stored[0, :, :, : self.read], self._stored[1, :, :, : self.read]
 
     def remembered(self) -> Tensor:
-        """All that was read, [b, 2, heads, n, c]; see `Remembered`."""
+        """All that was read, [b, 2, heads, n, c]; see `PrefixKeyValues`."""
         if self._stored is None:
             raise ValueError("nothing was read yet")
         return self._stored[:, :, :, : self.read].transpose(0, 1)
 
 
-class Remembered:
+class PrefixKeyValues:
     """Keys and values of a beginning that was read once, [b, 2, heads, n, c]: every call goes on from there anew."""
 
     def __init__(self, keys_values: Tensor) -> None:
@@ -163,7 +163,7 @@ class TransformerBlock(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, past: KeyValues | Remembered | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, past: KeyValues | PrefixKeyValues | None = None) -> Tensor:
         """mask, broadcast to [b, heads, n, n]: True where a query (row) may look at a key (column).
 
         With `past`, x holds the tokens after those read before, and keys (columns) are all tokens so far.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import DEPTH, LATER, POSITIVE, SHARE, TIMESTEPS, WIDTH, outside
-from unclip.diffusion import Denoiser, Prediction, Schedule, check_process, clipped
+from unclip.diffusion import Denoiser, Prediction, Schedule, check_process, clip_x0
 from unclip.errors import Refused
-from unclip.models.layers import KeyValues, Remembered, TimeEmbedding, TransformerBlock
+from unclip.models.layers import KeyValues, PrefixKeyValues, TimeEmbedding, TransformerBlock
 from unclip.models.text import NullText
 
 
@@ -168,7 +168,7 @@ class DiffusionPrior(nn.Module):
         seen = nn.functional.pad(memory.mask, (0, 3), value=True)
         mask = (self.causal[-3:] & seen[:, None])[:, None]
         for block, keys_values in zip(self.blocks, memory.keys_values, strict=True):
-            h = block(h, mask, Remembered(keys_values))
+            h = block(h, mask, PrefixKeyValues(keys_values))
         return self.out(self.norm(h[:, -1]))
 
     def _mask(self, seen: Tensor) -> Tensor:
@@ -190,4 +190,4 @@ class DiffusionPrior(nn.Module):
     def in_range(self, denoise: Denoiser) -> Denoiser:
         """A denoiser of this prior, guided or not, as it is sampled: its clean samples keep to `clip_range`."""
         limit = self.config.clip_range
-        return denoise if limit is None else clipped(denoise, self.schedule, -limit, limit)
+        return denoise if limit is None else clip_x0(denoise, self.schedule, -limit, limit)

@@ -50,7 +50,9 @@ class Layer(NamedTuple):
         return Layer(read, self.channels + other.channels, self.height, self.width, *statistics)
 
 
-def in_strips(unet: UNet, x: Tensor, t: Tensor, *, workspace: int, hold: torch.device | str | None = None) -> Tensor:
+def apply_in_strips(
+    unet: UNet, x: Tensor, t: Tensor, *, workspace: int, hold: torch.device | str | None = None
+) -> Tensor:
     """unet(x, t) for x [b, in, h, w], equal up to the rounding of sums; no gradients.
 
     workspace: bytes that a layer's strip may take; a handful of them exist at once. hold: where whole layers lie,

@@ -19,7 +19,7 @@ from unclip.config import LATER, SIDE, TIMESTEPS, outside
 from unclip.degrade import mirrored
 from unclip.diffusion import Prediction, Schedule, check_process
 from unclip.errors import Refused
-from unclip.models.strips import in_strips
+from unclip.models.strips import apply_in_strips
 from unclip.models.unet import UNet, UNetConfig
 
 WORKSPACE = 1 << 27
@@ -172,11 +172,11 @@ class Upsampler(nn.Module):
         workspace: int = WORKSPACE,
         hold: torch.device | str | None = None,
     ) -> Prediction:
-        """As `denoise`, picture by picture and each in strips; workspace and hold as in `in_strips`."""
+        """As `denoise`, picture by picture and each in strips; workspace and hold as in `apply_in_strips`."""
         parts = []
         for one, when in zip(self._input(x, low).split(1), t.split(1), strict=True):
             network = self.unet if self.last is None or int(when) else self.last
-            parts.append(in_strips(network, one, when, workspace=workspace, hold=hold))
+            parts.append(apply_in_strips(network, one, when, workspace=workspace, hold=hold))
         return self.predict(torch.cat(parts), x, t)
 
     def widest(self, pictures: int, height: int, width: int) -> int:
@@ -186,7 +186,7 @@ class Upsampler(nn.Module):
         return int(pictures * config.channels * max(layers) * height * width / config.unshuffle**2 * size)
 
 
-def filled_up(low: Tensor, grain: int) -> Tensor:
+def pad_to_multiple(low: Tensor, grain: int) -> Tensor:
     """low [b, c, h, w] mirrored at its lower and right edge until its sides are multiples of `grain`."""
     for dim in (2, 3):
         side = low.shape[dim]

@@ -24,7 +24,7 @@ from unclip.clip import MERGES, Clip, clip_widths
 from unclip.config import mistyped
 from unclip.diffusion import Sampling, check_sampling
 from unclip.errors import Damaged, Refused
-from unclip.files import CONFIG, WEIGHTS, read_json, understood, write_json
+from unclip.files import CONFIG, WEIGHTS, explain_document, read_json, write_json
 from unclip.models import AutoregressivePriorConfig, Decoder, Prior, Upsampler
 from unclip.release.compatibility import check_fit, check_guides
 from unclip.release.guides import GUIDES, Guides, check_asked
@@ -126,7 +126,7 @@ def read_release(folder: Path | str) -> Release:
     """What release.json says, its form checked but no other file opened."""
     path = Path(folder) / MANIFEST
     document = read_json(path, "release")
-    with understood(path, "release"):
+    with explain_document(path, "release"):
         return _parsed(path, document)
 
 
@@ -183,7 +183,7 @@ def check_release(folder: Path | str) -> Release:
                     "Take an undamaged copy of the release."
                 )
     document = read_json(folder / "clip" / CONFIG, "CLIP")
-    with understood(folder / "clip" / CONFIG, "configuration of a CLIP"):
+    with explain_document(folder / "clip" / CONFIG, "configuration of a CLIP"):
         clip, widths = str(document["fingerprint"]), clip_widths(document["model"])
     if clip != release.clip:
         raise Refused(f"{folder} was released with the CLIP {release.clip[:12]}…, and holds the CLIP {clip[:12]}…")

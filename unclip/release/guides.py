@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unclip.diffusion import Denoiser, Sampling, Schedule, classifier, clip_guided
+from unclip.diffusion import Denoiser, Sampling, Schedule, classifier_guidance, clip_guidance
 from unclip.errors import Refused
 from unclip.models import Classifier, ClassifierConfig, HalfUNetConfig, NoisedClip
 
@@ -42,10 +42,12 @@ class Guides:
         text_embedding: CLIP's of the captions, [b, d]. CLIP guidance is s·exp(logit scale)·∇(f(x_t)·g(c)), as GLIDE's.
         """
         if sampling.labels and self.classifier is not None:
-            denoise = classifier(denoise, self.classifier.log_prob(sampling.labels), sampling.label_guidance, schedule)
+            denoise = classifier_guidance(
+                denoise, self.classifier.log_prob(sampling.labels), sampling.label_guidance, schedule
+            )
         if sampling.clip_guidance and self.noised_clip is not None:
             scale = sampling.clip_guidance * float(self.noised_clip.scale)
-            denoise = clip_guided(denoise, self.noised_clip, text_embedding, scale, schedule)
+            denoise = clip_guidance(denoise, self.noised_clip, text_embedding, scale, schedule)
         return denoise
 
 
@@ -58,7 +60,7 @@ def check_asked(sampling: Sampling, guides: Mapping[str, HalfUNetConfig]) -> Non
     if sampling.labels and not isinstance(classifier, ClassifierConfig):
         raise Refused(
             f"label {next(iter(sampling.labels))!r} needs a classifier that reads noised pictures, and this release "
-            "has none. Train one with a recipe's section `classifier`."
+            "has none. Train one with a recipe's section `classifier_guidance`."
         )
     for label, value in sampling.labels.items():
         assert isinstance(classifier, ClassifierConfig)

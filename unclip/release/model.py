@@ -19,11 +19,11 @@ from unclip.errors import Refused
 from unclip.files import (
     CONFIG,
     WEIGHTS,
-    misfit,
+    explain_document,
+    explain_tensors,
     read_json,
     read_tensors,
-    reading_tensors,
-    understood,
+    shape_mismatch,
     write_json,
     write_tensors,
 )
@@ -101,7 +101,7 @@ def _document(config: Any) -> dict[str, Any]:
 def read_model_config(folder: Path, *kinds: str) -> tuple[Any, str | None]:
     """(configuration, CLIP fingerprint) of a model's folder, without its tensors; raises Refused for another kind."""
     kind, document = _kind(folder, kinds)
-    with understood(folder / CONFIG, f"configuration of a {kind}"):
+    with explain_document(folder / CONFIG, f"configuration of a {kind}"):
         return config_from(kind, document["config"], str(folder / CONFIG)), document.get("clip")
 
 
@@ -132,7 +132,7 @@ def load_model(folder: Path, *kinds: str) -> nn.Module:
     """
     config, _ = read_model_config(folder, *kinds)
     kind, _ = _kind(folder, kinds)
-    with understood(folder / CONFIG, f"configuration of a {kind}"):
+    with explain_document(folder / CONFIG, f"configuration of a {kind}"):
         with weightless():  # its shapes cost nothing; what does not fit the file is never built
             needed = KINDS[kind].module(config).state_dict()
         check_shapes(folder / WEIGHTS, needed)
@@ -147,9 +147,9 @@ def check_shapes(path: Path, needed: Mapping[str, Tensor]) -> None:
     """Raises Refused unless a file's header names just these tensors, in these shapes; reads nothing else of it."""
     from safetensors import safe_open
 
-    with reading_tensors(path), safe_open(path, "pt") as file:
+    with explain_tensors(path), safe_open(path, "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if wrong := misfit(found, {name: tuple(tensor.shape) for name, tensor in needed.items()}):
+    if wrong := shape_mismatch(found, {name: tuple(tensor.shape) for name, tensor in needed.items()}):
         raise Refused(f"{path} does not fit its {CONFIG}: {wrong}")
 
 

@@ -1,11 +1,9 @@
 """What a row must be to stay: each rule looks at one shard alone and decides over all of them.
 
-`look` reduces a shard to a few bytes a row; `reject` goes through those small looks in manifest order. Among equals the
-row that is first in the manifest stays, so what was decided about a shard does not change when others come after it
-(except under `top_fraction`, which asks for just that, and while there are too few rows for `semantic_duplicates` to
-have found its clusters).
-
-base.py what a rule is · image.py · text.py · duplicates.py, hamming.py · scores.py · embeddings.py · contamination.py
+`features` reduces a shard to a few bytes a row; `reject` goes through those in manifest order. Among equals the row
+that is first in the manifest stays, so what was decided about a shard does not change when others come after it (except
+under `top_fraction`, which asks for just that, and while there are too few rows for `semantic_duplicates` to have found
+its clusters).
 """
 
 from __future__ import annotations

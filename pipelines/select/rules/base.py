@@ -18,7 +18,7 @@ from unclip.config import LATER, Range, outside
 NOT_IN_KEY = {"how": True}
 """Metadata of a field that says where something lies, or holds its bytes: a digest beside it is in the key."""
 PHASH, DEVIATION = "picture:phash", "picture:deviation"
-"""Columns that no shard has: `look` is given them measured from the decoded picture (image.py)."""
+"""Columns that no shard has: `features` is given them measured from the decoded picture (image.py)."""
 EMBEDDING = "image_embedding"
 COSINE = Range(-1, 1)
 
@@ -32,16 +32,16 @@ class Rule(Protocol):
     rule: Any
 
     @property
-    def verdict(self) -> str:
+    def label(self) -> str:
         """What the rows that it rejects are marked with, in every selection and account."""
         ...
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the data that `look` reads."""
+        """Columns of the data that `features` reads."""
         ...
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         """A few bytes a row, from `columns` of one shard's kept rows, in their order."""
         ...
 
@@ -67,18 +67,18 @@ class BaseRule:
             raise Refused(f"rule {self.rule}: name is {self.name!r}; write small letters, digits and _")
 
     @property
-    def verdict(self) -> str:
+    def label(self) -> str:
         """What the rows that it rejects are marked with."""
         return f"{self.rule}-{self.name}" if self.name else str(self.rule)
 
 
-def kind_of(verdict: str) -> str:
+def kind_of(label: str) -> str:
     """The kind of the rule that marked a row."""
-    return verdict.partition("-")[0]
+    return label.partition("-")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(BaseRule):
+class FileRule(BaseRule):
     """What rules share that read a small file: it is read once, where the recipe is, and its bytes travel with the
     rule to whoever looks. The SHA-256 is in the key and the path is not, so a moved file changes nothing.
     """
@@ -97,12 +97,12 @@ class Reading(BaseRule):
             content = Path(path).read_bytes()
         except OSError as error:
             raise Refused(f"{path} cannot be read: {error.strerror or error}") from None
-        opened = replace(self, sha256=pinned(self.sha256, digest(content), path))
+        opened = replace(self, sha256=check_pinned(self.sha256, digest(content), path))
         object.__setattr__(opened, "content", content)
         return opened
 
 
-def pinned(wanted: str, found: str, path: str) -> str:
+def check_pinned(wanted: str, found: str, path: str) -> str:
     """The digest that was found; Refused where the recipe pins another."""
     if wanted not in ("", found):
         raise Refused(f"sha256 is {wanted[:12]}…, and {path} has {found[:12]}…: it is another file")
@@ -128,7 +128,7 @@ def numbers(look: pa.Table, column: str) -> np.ndarray:
     return look[column].combine_chunks().to_numpy(zero_copy_only=False)
 
 
-def directions(rows: pa.Table) -> np.ndarray:
+def unit_embeddings(rows: pa.Table) -> np.ndarray:
     """CLIP's image embeddings as float32 [rows, width] of length 1 (0 where an embedding is 0)."""
     column = rows[EMBEDDING].combine_chunks()
     raw = np.asarray(column.flatten(), np.float32).reshape(-1, column.type.list_size)

@@ -19,11 +19,11 @@ from pipelines.select.rules.base import (
     EMBEDDING,
     NOT_IN_KEY,
     PHASH,
-    Reading,
+    FileRule,
+    check_pinned,
     digest_of_files,
-    directions,
     numbers,
-    pinned,
+    unit_embeddings,
 )
 from pipelines.select.rules.hamming import MOST, hashes, near, split
 from pipelines.select.rules.image import phash
@@ -33,7 +33,7 @@ _ROWS = 4096  # rows compared at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contamination(Reading):
+class Contamination(FileRule):
     """Rejects pictures of an evaluation set, so that what is measured was not trained on.
 
     By hash, in filter: `images` names the set's pictures, and what looks nearly as one of them (`max_distance` bits of
@@ -70,12 +70,12 @@ class Contamination(Reading):
             _ = rule._known  # refused here, before anything is started
             return rule
         found = digest_of_files(pictures_of(self.images))
-        return replace(self, sha256=pinned(self.sha256, found, self.images))
+        return replace(self, sha256=check_pinned(self.sha256, found, self.images))
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         if self.images is not None:
             return pa.table({"phash": rows[PHASH]})
-        z = directions(rows)
+        z = unit_embeddings(rows)
         if z.shape[1] != self._known.shape[1]:
             raise Refused(
                 f"rule contamination: {self.embeddings} has embeddings of width {self._known.shape[1]}, and CLIP's has "

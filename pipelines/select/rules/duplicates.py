@@ -27,7 +27,7 @@ class ExactDuplicates(BaseRule):
     rule: Literal["exact_duplicates"] = "exact_duplicates"
     columns: ClassVar[tuple[str, ...]] = ("sha256",)
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         digests = [digest[:16] for digest in rows["sha256"].to_pylist()]
         return pa.table({"digest": pa.array(digests, pa.binary(16))})
 
@@ -52,7 +52,7 @@ class NearDuplicates(BaseRule):
     columns: ClassVar[tuple[str, ...]] = (PHASH,)
     bounds: ClassVar[Mapping[str, Range]] = {"max_distance": Range(0, MOST)}
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         return pa.table({"phash": rows[PHASH]})
 
     def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.select.rules.base import COSINE, EMBEDDING, BaseRule, directions
+from pipelines.select.rules.base import COSINE, EMBEDDING, BaseRule, unit_embeddings
 from unclip.config import COUNT, Range
 
 _SAMPLE, _LEAST = 256, 39  # rows of a cluster that k-means learns from at most and at least: faiss's own bounds
@@ -39,8 +39,8 @@ class SemanticDuplicates(BaseRule):
     columns: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     bounds: ClassVar[Mapping[str, Range]] = {"min_cosine": COSINE, "clusters": COUNT}
 
-    def look(self, rows: pa.Table) -> pa.Table:
-        z = directions(rows)
+    def features(self, rows: pa.Table) -> pa.Table:
+        z = unit_embeddings(rows)
         flat = pa.array(z.astype(np.float16).reshape(-1))
         return pa.table({"direction": pa.FixedSizeListArray.from_arrays(flat, z.shape[1])})
 

@@ -211,7 +211,7 @@ class Table:
 
     @property
     def _told(self) -> np.uint64:
-        """The lowest bit of a word that `telling` keeps."""
+        """The lowest bit of a word that `reporting_to` keeps."""
         return np.uint64(max(int(self.bits), BITS - self.width - _TELLING))
 
     @property

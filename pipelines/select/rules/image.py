@@ -34,7 +34,7 @@ class Size(BaseRule):
     columns: ClassVar[tuple[str, ...]] = ("width", "height")
     bounds: ClassVar[Mapping[str, Range]] = {"min_side": SIDE}
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         return pa.table({"side": pc.min_element_wise(rows["width"], rows["height"])})
 
     def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:
@@ -52,7 +52,7 @@ class Aspect(BaseRule):
     columns: ClassVar[tuple[str, ...]] = ("width", "height")
     bounds: ClassVar[Mapping[str, Range]] = {"max_ratio": Range(1)}
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         longer = pc.max_element_wise(rows["width"], rows["height"]).cast(pa.float64())
         return pa.table({"ratio": pc.divide(longer, pc.min_element_wise(rows["width"], rows["height"]))})
 
@@ -74,7 +74,7 @@ class Blank(BaseRule):
     columns: ClassVar[tuple[str, ...]] = (DEVIATION,)
     bounds: ClassVar[Mapping[str, Range]] = {"min_deviation": Range(0, 127.5)}
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         return pa.table({"deviation": rows[DEVIATION]})
 
     def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:

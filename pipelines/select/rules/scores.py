@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import Refused
-from pipelines.select.rules.base import COSINE, EMBEDDING, NOT_IN_KEY, BaseRule, Reading, directions, numbers
+from pipelines.select.rules.base import COSINE, EMBEDDING, NOT_IN_KEY, BaseRule, FileRule, numbers, unit_embeddings
 from unclip.config import PART, Range
 
 _ANY = Range(-1e30, 1e30)
@@ -41,7 +41,7 @@ class ClipScore(BaseRule):
         if (self.min_score is None) == (self.top_fraction is None):
             raise Refused("rule clip_score: give either min_score (a cosine) or top_fraction")
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         return pa.table({"score": rows["score"].cast(pa.float32())})
 
     def reject(self, looks: Iterable[pa.Table]) -> Iterator[np.ndarray]:
@@ -69,7 +69,7 @@ def _top(scores: np.ndarray, fraction: float) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scored(Reading, ABC):
+class _Scored(FileRule, ABC):
     """A score a row, from a column that was kept from the list (`source.columns.keep`), or from a linear head.
 
     The head's score is w·z/‖z‖ + b, z being CLIP's image embedding and w, b the tensors `weight` [1, width] and `bias`
@@ -108,10 +108,10 @@ class _Scored(Reading, ABC):
         _ = rule._tensors  # refused here, before anything is started
         return rule
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         if self.column is None:
             weight, bias = self._tensors
-            z = directions(rows)
+            z = unit_embeddings(rows)
             if z.shape[1] != len(weight):
                 raise Refused(
                     f"rule {self.rule}: {self.head} is for embeddings of width {len(weight)}, and CLIP's has "

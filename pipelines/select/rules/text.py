@@ -13,7 +13,7 @@ import pyarrow as pa
 import regex
 
 from infra.errors import Refused
-from pipelines.select.rules.base import NOT_IN_KEY, BaseRule, Reading, numbers
+from pipelines.select.rules.base import NOT_IN_KEY, BaseRule, FileRule, numbers
 from unclip.config import FRACTION, WHOLE, Range
 
 _WORD = regex.compile(r"\w+")
@@ -51,7 +51,7 @@ class Caption(BaseRule):
                 f"{self.max_characters} characters (max_characters), so no caption would stay"
             )
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         said = [(caption or "").strip() for caption in rows["caption"].to_pylist()]
         characters, words = [len(one) for one in said], [len(one.split()) for one in said]
         return pa.table({"characters": pa.array(characters, pa.int32()), "words": pa.array(words, pa.int32())})
@@ -99,7 +99,7 @@ class Language(BaseRule):
             raise Refused(f"rule language: {', '.join(bad)} is none of the languages that py3langid tells apart")
         return self
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         codes, sure = [], []
         for caption in rows["caption"].to_pylist():
             code, confidence = language(caption or "")
@@ -130,7 +130,7 @@ def language(caption: str) -> tuple[str | None, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockedTerms(Reading):
+class BlockedTerms(FileRule):
     """Rejects captions that hold one of the terms as a whole word or as successive whole words.
 
     Upper and lower case, accents and forms of width are the same ("Café" is "cafe"), and so is whatever stands between
@@ -163,7 +163,7 @@ class BlockedTerms(Reading):
             raise Refused(f"{self.file} has no term: write one a line")
         return rule
 
-    def look(self, rows: pa.Table) -> pa.Table:
+    def features(self, rows: pa.Table) -> pa.Table:
         captions = rows["caption"].to_pylist()
         return pa.table({"blocked": pa.array([self._holds(caption or "") for caption in captions], pa.bool_())})
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.tracking.board import WINDOW_S, Account, Board, Extent, success_rate
+from infra.tracking.board import WINDOW_S, ProgressBoard, StageExtent, StageProgress, success_rate
 
 
 @dataclass
@@ -22,9 +22,9 @@ class Clock:
         return self.now
 
 
-def account(shards: int, present: int = 0, states: dict[str, int] | None = None) -> tuple[Account, Clock]:
+def account(shards: int, present: int = 0, states: dict[str, int] | None = None) -> tuple[StageProgress, Clock]:
     clock = Clock()
-    return Account(Extent(shards, present, states or {}), clock), clock
+    return StageProgress(StageExtent(shards, present, states or {}), clock), clock
 
 
 def test_rows_of_shards_under_way_count_towards_rate_share_and_time_left() -> None:
@@ -106,8 +106,8 @@ def test_a_stage_that_rejects_no_row_has_no_success_rate() -> None:
 
 
 def test_a_stage_that_has_ended_stays_on_the_board() -> None:
-    board = Board()
-    board.begin("download", Extent(2))
+    board = ProgressBoard()
+    board.begin("download", StageExtent(2))
     board.shard("download", "a", {"kept": 2}, 0, done=True)
     board.finish("download")
     board.shard("download", "b", {"kept": 5}, 9, done=False)  # late

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.tracking.provenance import SENT, git_tags, machine_tags, packages
+from infra.tracking.provenance import GIT_VARIABLE, git_tags, installed_packages, machine_tags
 
 
 def git(folder: Path, *command: str) -> str:
@@ -44,7 +44,7 @@ def test_a_repository_around_installed_code_is_not_its_own(repository: Path, mon
     installed.mkdir()
     assert git_tags(installed) == {}
     git_tags.cache_clear()
-    monkeypatch.setenv(SENT, json.dumps({"mlflow.source.git.commit": "of its sender"}))
+    monkeypatch.setenv(GIT_VARIABLE, json.dumps({"mlflow.source.git.commit": "of its sender"}))
     assert git_tags(installed) == {"mlflow.source.git.commit": "of its sender"}
 
 
@@ -52,6 +52,6 @@ def test_the_environment_is_told_by_versions() -> None:
     told = machine_tags()
     assert told["unclip.torch"] == version("torch")
     assert len(told["unclip.lock"]) == 64
-    lines = packages().splitlines()
+    lines = installed_packages().splitlines()
     assert f"numpy=={version('numpy')}" in lines
     assert lines == sorted(lines, key=str.lower)

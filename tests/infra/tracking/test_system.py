@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.tracking.system import Counters, Vitals, gpus, machine, read_gpus
+from infra.tracking.system import Counters, SystemMetrics, gpus, machine, read_gpus
 
 
 def test_a_busy_process_is_told_as_busy() -> None:
@@ -61,7 +61,7 @@ def test_a_machine_without_the_tool_has_no_gpus(tmp_path: Path, monkeypatch: pyt
 
 
 def test_figures_are_given_once_and_none_after_the_end() -> None:
-    vitals = Vitals(0.02)
+    vitals = SystemMetrics(0.02)
     until = time.monotonic() + 10
     while not (told := vitals.new()):
         assert time.monotonic() < until
@@ -72,4 +72,4 @@ def test_figures_are_given_once_and_none_after_the_end() -> None:
     vitals.new()
     time.sleep(0.1)
     assert vitals.new() == {}
-    assert Vitals(0).new() == {}
+    assert SystemMetrics(0).new() == {}

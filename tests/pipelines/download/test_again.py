@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
-from infra.records.commits import commit, standing
-from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, salt_of
+from infra.records.commits import commit, current_record
+from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, url_salt
 from infra.records.manifest import Manifest, Record
 from infra.records.schemas import KEPT
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.download.stage import PASSING, Download
 from pipelines.engine.graph import resolve, why
-from pipelines.select.stage import Look
+from pipelines.select.stage import FeatureStage
 from pipelines.shapes.server import serve
 from tests.fixtures.stages import RULES, Data, download, make, source, todo
 from tests.fixtures.web import give, serving
@@ -39,7 +39,7 @@ def hasty(data: Data, tmp_path: Path) -> Any:
 
 
 def records(store: Store, stage: Download, listing: Manifest) -> list[Record]:
-    return [record for action in stage.actions(listing) if (record := standing(store, action)) is not None]
+    return [record for action in stage.actions(listing) if (record := current_record(store, action)) is not None]
 
 
 def test_the_shards_end_as_if_the_rows_had_been_kept_at_once(data: Data, hasty: Any):
@@ -80,7 +80,7 @@ def test_a_pass_that_was_made_is_not_made_again_and_holds_without_being_asked_fo
 def test_only_shards_with_such_rows_get_a_generation_and_are_looked_at_anew(hasty: Any):
     store, listing, server = hasty
     first = make(store, download(server.port), listing)
-    look = Look("filter", RULES)
+    look = FeatureStage("filter", RULES)
     make(store, look, first)
     stage = download(server.port, retry_pass=1, retry_states=("http_503",))
     have = [record.states.get("http_503", 0) > 0 for record in first.records]
@@ -122,7 +122,7 @@ def test_what_was_forgotten_meanwhile_is_neither_asked_nor_kept(hasty: Any):
     before = [index.to_pylist() for index in indexes(store, make(store, download(server.port), listing))]
     number, failed = next((n, row) for n, rows in enumerate(before) for row in rows if row["state"] == "http_503")
     kept = next(row for row in before[number] if row["state"] == KEPT)
-    add_request(store, Forgotten.of(ForgottenNames(uids=frozenset({kept["uid"], failed["uid"]})), salt_of(store)))
+    add_request(store, Forgotten.of(ForgottenNames(uids=frozenset({kept["uid"], failed["uid"]})), url_salt(store)))
     server.attempts.clear()
     after = indexes(store, make(store, download(server.port, retry_pass=1), listing))[number].to_pylist()
     assert {row["state"] for row in after if row["uid"] in (kept["uid"], failed["uid"])} == {FORGOTTEN}

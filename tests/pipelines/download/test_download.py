@@ -21,7 +21,7 @@ from infra.concurrent import map_unordered
 from infra.errors import Refused
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import INDEX, KEPT, uid
+from infra.records.schemas import INDEX, KEPT, pair_uid
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.download.stage import DownloadHow, DownloadSpec, opted_out, user_agent
@@ -52,7 +52,7 @@ def indexes(store: Store, manifest: Manifest) -> list[pa.Table]:
 def listed(store: Store, rows: pa.Table) -> Manifest:
     """A source manifest with one slice of these rows, as the source stage would leave it."""
     action = Action("source/1", {}, ())
-    names = [uid(url or "", caption or "") for url, caption in zip(*rows.to_pydict().values(), strict=True)]
+    names = [pair_uid(url or "", caption or "") for url, caption in zip(*rows.to_pydict().values(), strict=True)]
     with store.scratch() as out:
         pq.write_table(rows.add_column(0, "uid", pa.array(names, pa.binary(16))), out / "00000.parquet")
         record = Record.of(action, out, states={"listed": rows.num_rows}, facts={"slices": ["00000.parquet"]})
@@ -288,7 +288,7 @@ def test_we_say_who_we_are():
         {"silent_rows": -1},
         {"per_host": 0},
         {"give_up": -1},
-        {"again": -1},
+        {"retry_pass": -1},
         {"retry_states": ("timeout", "opt_out")},
     ],
 )

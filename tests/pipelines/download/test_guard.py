@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from infra.errors import Refused
-from pipelines.download.guard import Fault, Guard, endpoint, public
+from pipelines.download.guard import Fault, Guard, endpoint, is_public
 from tests.fixtures.web import BODY, Web, cut_chunk, endless, give, reset, serving, trickle
 
 
@@ -111,7 +111,7 @@ def test_broken_urls_are_named_so(web, url):
     ],
 )
 def test_what_a_public_address_is(address, expected):
-    assert public(ipaddress.ip_address(address)) is expected
+    assert is_public(ipaddress.ip_address(address)) is expected
 
 
 def test_networks_that_the_operator_allows_are_reached_and_no_others(web):

@@ -22,7 +22,7 @@ from PIL import Image
 from infra.records.objects import object_name
 from infra.records.schemas import KEPT
 from infra.store.opening import open_store
-from pipelines.download.images import prepare
+from pipelines.download.images import prepare_picture
 from pipelines.download.stage import DownloadSpec
 from tests.fixtures.stages import download, make
 from tests.fixtures.web import cut_chunk, endless, give, reset, serving, trickle
@@ -264,7 +264,7 @@ def test_nothing_leaks_into_other_rows(shard: Any) -> None:
     kept = [row for row in index if row["state"] == KEPT]
     assert [name for name, _ in members[::3]] == [f"{row['uid'].hex()}.png" for row in kept]
     assert [text.decode() for _, text in members[1::3]] == [row["caption"] for row in kept]
-    alone = prepare(PICTURE, SPEC).data
+    alone = prepare_picture(PICTURE, SPEC).data
     plain = {"clean", "recovers", "negative-length", "picture-as-page", *(caption for _, caption, _ in ODD)}
     for row, (_, data) in zip(kept, members[::3], strict=True):
         assert SECRET not in data

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from infra.errors import Refused
-from pipelines.download.images import PictureSpec, prepare
+from pipelines.download.images import PictureSpec, prepare_picture
 
 
 def image(width: int = 64, height: int = 48, mode: str = "RGB") -> Image.Image:
@@ -38,7 +38,7 @@ def decode(data: bytes) -> Image.Image:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_kind_of_picture_is_kept_as_the_kind_asked_for(kind):
-    made = prepare(encode(image(), kind), PictureSpec(resize="none", format="png"))
+    made = prepare_picture(encode(image(), kind), PictureSpec(resize="none", format="png"))
     assert made.state is None
     assert decode(made.data).format == "PNG"
     assert decode(made.data).size == (64, 48)
@@ -46,7 +46,7 @@ def test_every_kind_of_picture_is_kept_as_the_kind_asked_for(kind):
 
 
 def test_png_keeps_every_pixel():
-    made = prepare(encode(image()), PictureSpec(resize="none", format="png"))
+    made = prepare_picture(encode(image()), PictureSpec(resize="none", format="png"))
     assert np.array_equal(np.asarray(decode(made.data)), np.asarray(image()))
 
 
@@ -54,14 +54,14 @@ def test_png_keeps_every_pixel():
     ("resize", "size"), [("none", (64, 48)), ("keep_ratio", (32, 24)), ("center_crop", (24, 24)), ("border", (24, 24))]
 )
 def test_pictures_are_brought_down_to_size(resize, size):
-    made = prepare(encode(image()), PictureSpec(size=24, resize=resize))
+    made = prepare_picture(encode(image()), PictureSpec(size=24, resize=resize))
     assert decode(made.data).size == size == (made.width, made.height)
     assert (made.original_width, made.original_height) == (64, 48)
 
 
 @pytest.mark.parametrize("resize", ["keep_ratio", "center_crop", "border"])
 def test_pictures_are_never_made_larger(resize):
-    made = prepare(encode(image()), PictureSpec(size=500, resize=resize))
+    made = prepare_picture(encode(image()), PictureSpec(size=500, resize=resize))
     assert decode(made.data).size == (64, 48)
 
 
@@ -71,8 +71,8 @@ def test_pictures_are_turned_upright_where_asked_for_and_else_stay_as_stored(ori
     exif = Image.Exif()
     exif[0x0112] = orientation
     body = encode(image().resize((6, 5)).resize((60, 50)).convert(mode), "JPEG", exif=exif, quality=100)
-    stored = prepare(body, PictureSpec(resize="none", format="png"))
-    upright = prepare(body, PictureSpec(resize="none", format="png", upright=True))
+    stored = prepare_picture(body, PictureSpec(resize="none", format="png"))
+    upright = prepare_picture(body, PictureSpec(resize="none", format="png", upright=True))
     assert (stored.width, stored.height) == (60, 50)
     expected = np.asarray(ImageOps.exif_transpose(decode(body)).convert("RGB"), float)
     got = np.asarray(decode(upright.data), float)
@@ -84,30 +84,30 @@ def test_pictures_are_turned_upright_where_asked_for_and_else_stay_as_stored(ori
 
 def test_many_threads_prepare_at_once_and_leave_the_streams_as_they_were():
     body, spec = encode(image(300, 200), "JPEG"), PictureSpec(size=64)
-    alone, before = prepare(body, spec), (os.fstat(1), os.fstat(2))
+    alone, before = prepare_picture(body, spec), (os.fstat(1), os.fstat(2))
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(lambda _: prepare(body, spec), range(200))) == {alone}
+        assert set(pool.map(lambda _: prepare_picture(body, spec), range(200))) == {alone}
     assert (os.fstat(1).st_ino, os.fstat(2).st_ino) == tuple(one.st_ino for one in before)
 
 
 def test_transparency_is_laid_over_white():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    made = prepare(encode(clear), PictureSpec(format="png"))
+    made = prepare_picture(encode(clear), PictureSpec(format="png"))
     assert decode(made.data).getpixel((4, 4)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_half_a_picture_is_not_kept(kind):
     whole = encode(image(200, 200), kind)
-    made = prepare(whole[: len(whole) // 2], PictureSpec())
+    made = prepare_picture(whole[: len(whole) // 2], PictureSpec())
     assert made.state in ("truncated", "broken")
     assert made.data == b""
 
 
 def test_a_jpeg_without_its_last_part_is_truncated():
     whole = encode(image(200, 200), "JPEG")
-    assert prepare(whole, PictureSpec()).state is None
-    assert prepare(whole[:-300], PictureSpec()).state == "truncated"
+    assert prepare_picture(whole, PictureSpec()).state is None
+    assert prepare_picture(whole[:-300], PictureSpec()).state == "truncated"
 
 
 def bomb() -> bytes:
@@ -136,14 +136,14 @@ def bomb() -> bytes:
     ],
 )
 def test_what_is_not_kept_has_a_name(body, spec, state):
-    made = prepare(body, spec)
+    made = prepare_picture(body, spec)
     assert made.state == state
     assert made.data == b""
 
 
 def test_the_same_bytes_give_the_same_bytes():
     body, spec = encode(image(300, 200), "JPEG"), PictureSpec(size=64, resize="center_crop")
-    assert prepare(body, spec) == prepare(body, spec)
+    assert prepare_picture(body, spec) == prepare_picture(body, spec)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from PIL import Image
 from infra.errors import Refused
 from infra.records.schemas import KEPT
 from infra.store.opening import open_store
-from pipelines.download.images import PictureSpec, prepare
-from pipelines.download.isolate import DIED, HUNG, Apart
+from pipelines.download.images import PictureSpec, prepare_picture
+from pipelines.download.isolate import DIED, HUNG, IsolatedDecoder
 from tests.fixtures.stages import PICTURES, download, make
 from tests.fixtures.web import give, serving
 from tests.pipelines.download.test_download import indexes, listed
@@ -79,8 +79,8 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_threads_get_what_they_would_get_here():
     spec = PictureSpec(size=32, format="png")
     bodies = [picture(seed) for seed in range(12)] + [picture(0)[:400], b"<html>", b""]
-    with Apart(spec, 60.0) as apart, ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(apart.prepare, bodies)) == [prepare(body, spec) for body in bodies]
+    with IsolatedDecoder(spec, 60.0) as apart, ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(apart.prepare, bodies)) == [prepare_picture(body, spec) for body in bodies]
 
 
 def test_a_picture_that_ends_or_holds_its_decoder_costs_its_row_and_no_other(tmp_path, faulty):
@@ -116,6 +116,9 @@ def test_a_picture_that_holds_its_decoder_ends_the_process_and_one_that_waits_fo
 def test_processes_that_cannot_start_fail_the_shard_and_cost_no_row(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("raise SystemExit(1)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with Apart(PictureSpec(), 60.0) as apart, pytest.raises(Refused, match="ended before it had one") as caught:
+    with (
+        IsolatedDecoder(PictureSpec(), 60.0) as apart,
+        pytest.raises(Refused, match="ended before it had one") as caught,
+    ):
         apart.prepare(picture(0))
     assert caught.value.code == 5

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.download import images as pictures
-from pipelines.download.images import PictureSpec, prepare
-from pipelines.download.jpeg import goes_to_its_end
+from pipelines.download.images import PictureSpec, prepare_picture
+from pipelines.download.jpeg import is_complete
 
 KINDS: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -36,16 +36,16 @@ def jpeg(kind: str, mode: str = "RGB") -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_pictures_are_seen_to_be_whole_and_what_is_cut_never_is(kind, mode):
     whole = jpeg(kind, mode)
-    assert goes_to_its_end(whole)
-    assert goes_to_its_end(whole + b"what a camera or a trickster puts behind")
-    assert not any(goes_to_its_end(whole[:length]) for length in range(len(whole)))
+    assert is_complete(whole)
+    assert is_complete(whole + b"what a camera or a trickster puts behind")
+    assert not any(is_complete(whole[:length]) for length in range(len(whole)))
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xda\x00\x02\xff\xd9"[:6]]
 )
 def test_what_has_no_picture_in_it_is_not_whole(body):
-    assert not goes_to_its_end(body)
+    assert not is_complete(body)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,8 +62,8 @@ def test_damage_is_judged_as_by_decoding_twice(kind, monkeypatch):
             )
             body[at : at + (size if not new or rng.random() < 0.3 else len(new))] = new
         damaged.append(bytes(body))
-    quick = [prepare(body, spec) for body in damaged]
-    taken = sum(goes_to_its_end(body) for body in damaged)
-    monkeypatch.setattr(pictures, "goes_to_its_end", lambda body: False)
-    assert quick == [prepare(body, spec) for body in damaged]
+    quick = [prepare_picture(body, spec) for body in damaged]
+    taken = sum(is_complete(body) for body in damaged)
+    monkeypatch.setattr(pictures, "is_complete", lambda body: False)
+    assert quick == [prepare_picture(body, spec) for body in damaged]
     assert 20 < taken < 150

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.download.guard import Fault, retry_after
-from pipelines.download.schedule import Manners, fetched
+from pipelines.download.schedule import FetchPolicy, fetch_all
 
 QUICK = {"backoff_s": 0.005, "retries": 2}
 
@@ -25,10 +25,10 @@ def urls(**hosts: int) -> list[str]:
     return [f"http://{host}/{number}" for host, count in hosts.items() for number in range(count)]
 
 
-def states(wanted: list[str], fetch: Callable[[str], str], manners: Manners) -> list[str]:
+def states(wanted: list[str], fetch: Callable[[str], str], manners: FetchPolicy) -> list[str]:
     """What became of each URL, in list order; each exactly once."""
     seen: dict[int, str] = {}
-    for position, got in fetched(enumerate(wanted), fetch, manners):
+    for position, got in fetch_all(enumerate(wanted), fetch, manners):
         assert position not in seen
         seen[position] = got.state if isinstance(got, Fault) else got
     assert sorted(seen) == list(range(len(wanted)))
@@ -41,7 +41,7 @@ def host(url: str) -> str:
 
 def test_hosts_take_turns_in_list_order():
     asked: list[str] = []
-    states(urls(a=4, b=2, c=1), lambda url: asked.append(url[7:]) or "", Manners(threads=1))
+    states(urls(a=4, b=2, c=1), lambda url: asked.append(url[7:]) or "", FetchPolicy(threads=1))
     assert asked == ["a/0", "b/0", "c/0", "a/1", "b/1", "a/2", "a/3"]
 
 
@@ -57,7 +57,7 @@ def test_no_host_has_more_requests_than_it_may_have():
             flying[host(url)] -= 1
         return "got"
 
-    assert states(urls(a=40, b=5), fetch, Manners(threads=12, per_host=3)) == ["got"] * 45
+    assert states(urls(a=40, b=5), fetch, FetchPolicy(threads=12, per_host=3)) == ["got"] * 45
     assert most["a"] == 3
     assert most["b"] <= 3
 
@@ -75,7 +75,7 @@ def test_a_host_that_hangs_costs_a_few_waits_and_no_row_of_another():
 
     began = time.monotonic()
     wanted = urls(mute=200, a=100, b=100)
-    got = states(wanted, fetch, Manners(threads=4, give_up=3, **QUICK))
+    got = states(wanted, fetch, FetchPolicy(threads=4, give_up=3, **QUICK))
     assert time.monotonic() - began < 5  # 200 waits of 0.1 s, in four threads and three attempts: 15 s
     assert got[200:] == ["got"] * 200
     assert set(got[:200]) == {"timeout", "host_timeout"}
@@ -86,7 +86,7 @@ def test_every_row_is_asked_where_no_host_is_given_up():
     def fetch(url: str) -> str:
         raise Fault("timeout", transient=True)
 
-    assert states(urls(a=12), fetch, Manners(threads=4, give_up=0, **QUICK)) == ["timeout"] * 12
+    assert states(urls(a=12), fetch, FetchPolicy(threads=4, give_up=0, **QUICK)) == ["timeout"] * 12
 
 
 def test_a_bad_moment_costs_no_row():
@@ -98,7 +98,7 @@ def test_a_bad_moment_costs_no_row():
             raise Fault("timeout", transient=True)
         return "got"
 
-    assert states(urls(a=50), fetch, Manners(threads=8, give_up=2, **QUICK)) == ["got"] * 50
+    assert states(urls(a=50), fetch, FetchPolicy(threads=8, give_up=2, **QUICK)) == ["got"] * 50
 
 
 def test_what_may_pass_is_asked_again_so_often_and_what_may_not_is_not():
@@ -108,7 +108,7 @@ def test_what_may_pass_is_asked_again_so_often_and_what_may_not_is_not():
         asked[url] += 1
         raise Fault("http_503" if host(url) == "a" else "http_404", transient=host(url) == "a")
 
-    assert set(states(urls(a=5, b=5), fetch, Manners(retries=3, backoff_s=0.001))) == {"http_503", "http_404"}
+    assert set(states(urls(a=5, b=5), fetch, FetchPolicy(retries=3, backoff_s=0.001))) == {"http_503", "http_404"}
     assert set(asked.values()) == {4, 1}
 
 
@@ -121,7 +121,7 @@ def test_a_host_that_asks_for_patience_is_left_alone_for_so_long():
             raise Fault("http_429", transient=True, retry_after=0.3)
         return "got"
 
-    assert states(urls(a=5), fetch, Manners(threads=4, **QUICK)) == ["got"] * 5
+    assert states(urls(a=5), fetch, FetchPolicy(threads=4, **QUICK)) == ["got"] * 5
     assert asked[1] - asked[0] >= 0.3
 
 
@@ -130,7 +130,7 @@ def test_a_host_that_asks_for_too_much_patience_is_given_up():
         raise Fault("http_429", transient=True, retry_after=3600)
 
     began = time.monotonic()
-    got = states(urls(a=10), fetch, Manners(give_up=2, retry_after_s=1.0, **QUICK))
+    got = states(urls(a=10), fetch, FetchPolicy(give_up=2, retry_after_s=1.0, **QUICK))
     assert Counter(got) == {"http_429": 2, "host_busy": 8}
     assert time.monotonic() - began < 5
 
@@ -142,13 +142,13 @@ def test_what_else_goes_wrong_is_raised_and_ends_it():
         return "got"
 
     with pytest.raises(RuntimeError, match="a defect"):
-        states(urls(a=1000), fetch, Manners(threads=4))
+        states(urls(a=1000), fetch, FetchPolicy(threads=4))
 
 
 def test_few_results_wait_to_be_read():
     asked: list[str] = []
     for read, _ in enumerate(
-        fetched(enumerate(urls(a=60, b=60)), lambda url: asked.append(url), Manners(threads=4)), 1
+        fetch_all(enumerate(urls(a=60, b=60)), lambda url: asked.append(url), FetchPolicy(threads=4)), 1
     ):
         assert len(asked) - read < 8
 
@@ -173,7 +173,7 @@ def test_every_row_ends_in_exactly_one_state(rows, threads, per_host, give_up):
         return "got"
 
     wanted = [f"http://{name}/{number}" for number, (name, _, _) in enumerate(rows)]
-    manners = Manners(threads, per_host, retries=2, backoff_s=0.001, give_up=give_up)
+    manners = FetchPolicy(threads, per_host, retries=2, backoff_s=0.001, give_up=give_up)
     for (_, fails, state), got in zip(rows, states(wanted, fetch, manners), strict=True):
         patient = not state or not fails or (state != "gone" and fails <= manners.retries)
         assert got in ({"got", "timeout", "host_timeout", "http_503"} if give_up else {"got"}) if patient else True

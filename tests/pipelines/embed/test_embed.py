@@ -15,10 +15,10 @@ from infra.errors import Refused
 from infra.records.commits import commit
 from infra.records.manifest import Action, Block, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import INDEX, KEPT, embedded
+from infra.records.schemas import INDEX, KEPT, embedded_schema
 from infra.store.base import Store
-from pipelines.embed.stage import Embed, EmbedHow, EmbedSpec, base, chosen_rows, load_clip, pixels
-from pipelines.select.stage import Look, Select
+from pipelines.embed.stage import Embed, EmbedHow, EmbedSpec, base_picture, chosen_rows, load_clip, picture_tensor
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.stage import plain
 from tests.fixtures.stages import Data, clip, make
 from unclip.clip.model import Clip
@@ -44,7 +44,7 @@ def test_each_row_that_filter_keeps_is_one_whole_row(data: Data, seen):
     assert embed.states == {KEPT: data.filter.states[KEPT]}
     for shard, record in zip(data.download.records, embed.records, strict=True):
         table = rows(data.store, record)
-        assert table.schema.equals(embedded(16))
+        assert table.schema.equals(embedded_schema(16))
         index = shard.sha("index.parquet")
         chosen = chosen_rows(data.store, index, data.filter.only.sha(f"{index}.parquet"))
         for column in ("uid", "url", "caption"):
@@ -62,7 +62,7 @@ def test_embeddings_are_clips_own_and_the_score_is_their_cosine(data: Data, seen
     for place, row in enumerate(rows(data.store, record).slice(0, 5).to_pylist()):
         data_of = tar[chosen[place]["offset"] : chosen[place]["offset"] + chosen[place]["length"]]
         picture = Image.open(io.BytesIO(data_of)).convert("RGB")
-        image = adapter.encode_images(pixels(picture))[0].numpy()
+        image = adapter.encode_images(picture_tensor(picture))[0].numpy()
         text = adapter.encode_text([row["caption"]]).embedding[0].numpy()
         np.testing.assert_allclose(row["image_embedding"], image, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(row["text_embedding"], text, rtol=1e-4, atol=1e-5)
@@ -119,7 +119,7 @@ def shard(store: Store, pictures: list[bytes | Image.Image]) -> tuple[Manifest, 
         blocks = [Block("index.parquet", 0, len(index))]
         record = commit(store, action, Record.of(action, folder, states={KEPT: len(index)}, blocks=blocks), folder)
     manifest = Manifest(action, (record,))
-    return manifest, make(store, Select("filter"), make(store, Look("filter"), manifest), manifest)
+    return manifest, make(store, Select("filter"), make(store, FeatureStage("filter"), manifest), manifest)
 
 
 def noise(seed: int, width: int = 64, height: int = 64) -> Image.Image:
@@ -153,7 +153,7 @@ def test_a_shard_without_any_row_is_an_empty_file(store, seen):
     made, _ = seen
     record = make(store, stage(), *shard(store, [b"no picture", b"nor this"]), made).only
     assert record.blocks == ()
-    assert rows(store, record).schema.equals(embedded(16))
+    assert rows(store, record).schema.equals(embedded_schema(16))
     assert rows(store, record).num_rows == 0
 
 
@@ -212,7 +212,7 @@ def test_embeddings_that_overflow_are_refused_not_stored(data: Data, seen):
 def test_the_base_picture_is_the_central_square():
     wide = Image.new("RGB", (120, 40), "red")
     wide.paste("blue", (40, 0, 80, 40))
-    made = Image.open(io.BytesIO(base(wide, 20)))
+    made = Image.open(io.BytesIO(base_picture(wide, 20)))
     assert made.size == (20, 20)
     assert made.getcolors() == [(400, (0, 0, 255))]
 

@@ -15,12 +15,12 @@ from infra.errors import Refused
 from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import KEPT, embedded
+from infra.records.schemas import KEPT, embedded_schema
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.embed.statistics import Statistics
 from pipelines.select.rules import ClipScore
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from tests.fixtures.stages import make
 
 WIDTH = 6
@@ -44,7 +44,7 @@ def shards(*sizes: int, seed: int = 0) -> list[pa.Table]:
             "image": [b""] * size,
             "url": [""] * size,
         }
-        tables.append(pa.table(columns, schema=embedded(WIDTH)))
+        tables.append(pa.table(columns, schema=embedded_schema(WIDTH)))
         done += size
     return tables
 
@@ -62,7 +62,7 @@ def embed(store: Store, tables: list[pa.Table]) -> Manifest:
 
 
 def curate(store: Store, data: Manifest, *rules) -> Manifest:
-    return make(store, Select("curate", rules), make(store, Look("curate", rules), data), data)
+    return make(store, Select("curate", rules), make(store, FeatureStage("curate", rules), data), data)
 
 
 def tensors(store: Store, manifest: Manifest) -> dict[str, np.ndarray]:

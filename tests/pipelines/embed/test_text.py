@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import Refused
-from pipelines.embed.prefetch import Lane
+from pipelines.embed.prefetch import DeviceCopier
 from pipelines.embed.text import Captions
 from unclip.clip.model import Clip, build_clip
 
@@ -32,7 +32,7 @@ def clip() -> Clip:
 
 
 def captions(clip: Clip, texts, lengths=(), batch: int = 8) -> Captions:
-    return Captions(clip, Lane(clip.device), texts, lengths, batch)
+    return Captions(clip, DeviceCopier(clip.device), texts, lengths, batch)
 
 
 def read(clip: Clip, texts, **options) -> torch.Tensor:

@@ -23,7 +23,7 @@ from pipelines.engine.console import Console
 from pipelines.engine.execute import Execution
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from tests.fixtures.disk import Disk
 from tests.fixtures.stages import RULES, Data, download, source
 from tests.pipelines.engine.test_graph import Double, Numbers
@@ -83,7 +83,7 @@ def test_every_stage_says_that_its_disk_is_full_and_with_room_goes_on_to_the_sam
     stages = (
         (source(data.rows), (), data.source),
         (download(data.server.port), (data.source,), data.download),
-        (Look("filter", RULES), (data.download,), data.looks),
+        (FeatureStage("filter", RULES), (data.download,), data.looks),
         (Select("filter", RULES), (data.looks, data.download), data.filter),
     )
     for stage, inputs, expected in stages:

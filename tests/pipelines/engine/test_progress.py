@@ -12,12 +12,12 @@ from rich.console import Console as Terminal
 
 from infra.records.objects import object_name
 from infra.store.opening import open_store
-from infra.tracking.board import Account, Board, Extent
+from infra.tracking.board import ProgressBoard, StageExtent, StageProgress
 from pipelines import progress
 from pipelines.engine import console
 from pipelines.engine.console import Console
 from pipelines.engine.graph import resolve
-from pipelines.progress import became, expect, telling
+from pipelines.progress import count_row, expect_rows, reporting_to
 from tests.fixtures.stages import Data, download
 
 
@@ -31,7 +31,7 @@ def test_a_download_tells_row_by_row_what_its_record_says_in_the_end(
     fresh = open_store(str(tmp_path / "store"))  # so that there is no record yet
     fresh.put_new(object_name(action.inputs[0]), store.local(object_name(action.inputs[0])))
     heard: list[tuple[dict[str, int], int]] = []
-    with telling(lambda states, rows: heard.append((dict(states), rows))), fresh.scratch() as out:
+    with reporting_to(lambda states, rows: heard.append((dict(states), rows))), fresh.scratch() as out:
         record = stage.run(action, fresh, out)
     assert {rows for _, rows in heard} == {record.rows}
     totals = [sum(states.values()) for states, _ in heard]
@@ -42,12 +42,12 @@ def test_a_download_tells_row_by_row_what_its_record_says_in_the_end(
 
 def test_a_shard_tells_about_once_a_second_and_nobody_where_nobody_listens() -> None:
     heard: list[Mapping[str, int]] = []
-    expect(5)
-    became("kept")
-    with telling(lambda states, rows: heard.append(states)):
-        expect(10_000)
+    expect_rows(5)
+    count_row("kept")
+    with reporting_to(lambda states, rows: heard.append(states)):
+        expect_rows(10_000)
         for _ in range(10_000):
-            became("kept")
+            count_row("kept")
     assert len(heard) <= 1
 
 
@@ -57,10 +57,10 @@ def said(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     live = Console(["download"], Terminal(file=out, width=200))
-    board = Board()
+    board = ProgressBoard()
     with live:
         live.state("download", "running", 0, 8)
-        board.accounts["download"] = Account(Extent(8), lambda: now[0])
+        board.accounts["download"] = StageProgress(StageExtent(8), lambda: now[0])
         for second in range(int(seconds)):
             now[0] += 1
             board.shard("download", "a", {"kept": 90 * second, "http_404": 10 * second}, 100_000, done=False)

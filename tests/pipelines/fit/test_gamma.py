@@ -19,7 +19,7 @@ from infra.records.commits import commit
 from infra.records.folders import materialise
 from infra.records.manifest import Action, Block, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import embedded
+from infra.records.schemas import embedded_schema
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.embed.stage import load_clip
@@ -29,7 +29,7 @@ from pipelines.recipe import stages as workflow
 from pipelines.release.bundle import Bundle, BundleSpec
 from pipelines.release.open import open_release
 from pipelines.select.rules import ClipScore
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.stage import PoolHow, plain
 from tests.fixtures.line import MODELS, SAMPLING_SECTION, Line, put
 from tests.fixtures.release import MODEL, shaken
@@ -55,7 +55,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
     line = Line(open_store(str(folder / "store")), folder)
     line.made["embed"] = rows(line.store, 400, 200)
     rules = (ClipScore(min_score=0.3),)
-    looked = make(line.store, Look("curate", rules), line.made["embed"])
+    looked = make(line.store, FeatureStage("curate", rules), line.made["embed"])
     line.made["curate"] = make(line.store, Select("curate", rules), looked, line.made["embed"])
     return line
 
@@ -67,7 +67,7 @@ def rows(store: Store, *sizes: int) -> Manifest:
         places = [next(number) for _ in range(size)]
         image = (3 + 2 * draw.normal(size=(size, WIDTH))).astype(np.float32)
         image[[place % 3 == 0 for place in places]] = 1e4
-        vectors = partial(pa.FixedSizeListArray.from_arrays, type=embedded(WIDTH).field("image_embedding").type)
+        vectors = partial(pa.FixedSizeListArray.from_arrays, type=embedded_schema(WIDTH).field("image_embedding").type)
         columns = {
             "uid": [hashlib.sha256(str(place).encode()).digest()[:16] for place in places],
             "caption": [CAPTIONS[place % 4] for place in places],
@@ -79,7 +79,7 @@ def rows(store: Store, *sizes: int) -> Manifest:
         }
         action = Action("embed/1", {}, (str(size),))
         with store.scratch() as out:
-            pq.write_table(pa.table(columns, schema=embedded(WIDTH)), out / "rows.parquet", row_group_size=100)
+            pq.write_table(pa.table(columns, schema=embedded_schema(WIDTH)), out / "rows.parquet", row_group_size=100)
             blocks = [Block("rows.parquet", first, min(100, size - first)) for first in range(0, size, 100)]
             records.append(commit(store, action, Record.of(action, out, blocks=blocks), out))
     manifest = Manifest(Action("embed/1", {}, ()), tuple(records))

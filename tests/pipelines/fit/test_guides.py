@@ -22,7 +22,7 @@ from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.release.open import open_release
 from pipelines.select.rules import ClipScore, ExactDuplicates
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.lists import LABELS, training_list, write_list
 from pipelines.shapes.oracle import read
@@ -116,12 +116,14 @@ class Labelled:
         listed = make(self.store, source(folder / "list.parquet", columns=Columns(keep=LABELS)))
         fetched = make(self.store, download(port), listed)
         rules = (ExactDuplicates(),)
-        chosen = make(self.store, Select("filter", rules), make(self.store, Look("filter", rules), fetched), fetched)
+        chosen = make(
+            self.store, Select("filter", rules), make(self.store, FeatureStage("filter", rules), fetched), fetched
+        )
         self.clip = clip(self.store)
         self.rows = make(self.store, Embed(EmbedSpec(base=32)), fetched, chosen, self.clip)
         best = (ClipScore(top_fraction=0.7),)
         self.kept = make(
-            self.store, Select("curate", best), make(self.store, Look("curate", best), self.rows), self.rows
+            self.store, Select("curate", best), make(self.store, FeatureStage("curate", best), self.rows), self.rows
         )
 
     def job(self, stage: Any) -> Any:

@@ -12,7 +12,7 @@ from infra.records.manifest import Action, Manifest
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.recipe.models import clip_widths
-from pipelines.run import written
+from pipelines.run import recipe_text
 from pipelines.stage import plain
 
 NAMES = ("demo", "tiny", "laion-art", "paper")
@@ -181,7 +181,7 @@ def test_an_accelerator_is_a_kind_of_the_table_and_its_peak_is_the_fits() -> Non
 def test_the_recipe_that_mlflow_gets_is_the_recipe(name: str, tmp_path: Path) -> None:
     changes = ["decoder.train.steps=7", "decoder.preview_share=0"]
     asked = recipe.load(name, changes)
-    (tmp_path / "told.yaml").write_text(written(asked))
+    (tmp_path / "told.yaml").write_text(recipe_text(asked))
     assert recipe.load(str(tmp_path / "told.yaml")) == asked
     secret = recipe.load(name, ["tracking.uri=http://me:secret@host:5000"])
-    assert "secret" not in written(secret)
+    assert "secret" not in recipe_text(secret)

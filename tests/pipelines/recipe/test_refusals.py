@@ -16,7 +16,7 @@ from infra.errors import Refused
 from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.recipe import yaml as document
-from pipelines.stage import blaming
+from pipelines.stage import error_context
 
 RULES = """[{rule: size, min_side: 64}, {rule: aspect, max_ratio: 2}, {rule: caption}, {rule: exact_duplicates},
             {rule: clip_score, min_score: 0.1}, {rule: blank}, {rule: language, languages: [en]},
@@ -44,7 +44,7 @@ BASES = {
 def checked(read: dict[str, Any]) -> None:
     """All that is checked of a recipe before its lists are read."""
     parsed = recipe.parse(read, "mine.yaml")
-    with blaming("Recipe mine.yaml"):
+    with error_context("Recipe mine.yaml"):
         workflow.models(parsed)
 
 

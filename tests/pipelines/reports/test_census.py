@@ -22,7 +22,17 @@ from infra.records.parquet import SMALL, columns
 from infra.records.schemas import KEPT
 from infra.store.base import Store
 from infra.store.opening import open_store
-from pipelines.reports.census import ARRAYS, Census, Hosts, Row, _chosen, census, counted, shards, stored
+from pipelines.reports.census import (
+    ARRAYS,
+    DatasetStats,
+    Hosts,
+    Row,
+    _chosen,
+    count_dataset,
+    count_shard,
+    shards,
+    stored,
+)
 from pipelines.reports.charts import histogram, linear
 from pipelines.reports.page import count
 from pipelines.versions.forget import forget, names_of
@@ -117,7 +127,7 @@ def test_a_shard_is_counted_once_and_for_all(chain: Chain, tmp_path: Path) -> No
     """What was counted of the shards is all that is read of them, and says the same."""
     own = chain.copy(tmp_path / "store")
     bare = {name: one for name, one in own.made.items() if name != "data-count"}
-    plain = [counted(own.store, shard.tables, shard.number) for shard in shards(bare)]
+    plain = [count_shard(own.store, shard.tables, shard.number) for shard in shards(bare)]
     for shard in shards(bare):
         for file in filter(None, shard.tables):
             own.store.delete(object_name(file.sha256))
@@ -128,7 +138,7 @@ def test_a_shard_is_counted_once_and_for_all(chain: Chain, tmp_path: Path) -> No
         assert one.shown == other.shown
         for name in ARRAYS:
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
-    total, added = census(own.store, own.made), Census()
+    total, added = count_dataset(own.store, own.made), DatasetStats()
     for part in plain:
         added.add(part)
     assert (total.by_host, total.shown) == (added.by_host, added.shown)

@@ -22,13 +22,13 @@ import pytest
 from infra.records.commits import commit
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.objects import object_name
-from infra.records.schemas import INDEX, KEPT, uid
+from infra.records.schemas import INDEX, KEPT, pair_uid
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.engine.versions import find_version
 from pipelines.reports import contact
 from pipelines.reports import data as data_report
-from pipelines.reports.census import Row, census
+from pipelines.reports.census import Row, count_dataset
 from pipelines.reports.data import DataReport, contents, lineage, write
 from pipelines.reports.page import render
 from pipelines.stage import plain
@@ -95,7 +95,7 @@ def test_every_number_is_what_an_independent_count_of_the_store_gives(chain: Cha
 
 
 def test_the_histograms_count_every_row_once(chain: Chain) -> None:
-    counted = census(chain.store, chain.made)
+    counted = count_dataset(chain.store, chain.made)
     rows = [row for row in rows_of(chain) if row["state"] == KEPT]
     for stays in (True, False):
         mine = [row for row in rows if (row["rule"] is None) == stays]
@@ -149,10 +149,10 @@ def test_what_is_not_to_be_seen_is_not_shown_whatever_it_is_a_duplicate_of(
     rules = {row["uid"]: row["rule"] for row in rows_of(chain)}
     every = [Row(0, number, uid) for uid, number in places(chain).items()]
     rows = [row for row in every if rules[row.uid]] + [row for row in every if not rules[row.uid]][:10]
-    shown = contact.seen(chain.store, chain.made, rows)
+    shown = contact.sheet_rows(chain.store, chain.made, rows)
     assert all(one.uri for one in shown.values())
     monkeypatch.setattr(contact, "UNSEEN", frozenset({"exact_duplicates", "clip_score"}))
-    hidden = {uid for uid, one in contact.seen(chain.store, chain.made, rows).items() if one.uri is None}
+    hidden = {uid for uid, one in contact.sheet_rows(chain.store, chain.made, rows).items() if one.uri is None}
     assert hidden == {row.uid for row in rows if (rules[row.uid] or "").endswith(("exact_duplicates", "clip_score"))}
     assert hidden
 
@@ -186,7 +186,7 @@ def test_the_page_is_whole_in_itself_and_says_the_same_for_the_same_data(chain: 
     assert "url(" not in html
     assert chain.store.uri not in html
     made, said = lineage(chain.store, find_version(chain.store, chain.made["curate"].version))
-    assert render(data_report.TEMPLATE, contents(chain.store, made, said, partial(census, threads=2))) == html
+    assert render(data_report.TEMPLATE, contents(chain.store, made, said, partial(count_dataset, threads=2))) == html
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def hostile(store: Store, leak: str) -> Manifest:
     def make(out: Path) -> None:
         rows = [
             {
-                "uid": uid(url, caption), "url": url, "caption": caption, "state": KEPT, "offset": 0,
+                "uid": pair_uid(url, caption), "url": url, "caption": caption, "state": KEPT, "offset": 0,
                 "length": len(body), "width": 40, "height": 40, "sha256": bytes(32),
             }
             for url, caption in zip(urls, captions, strict=True)

@@ -24,7 +24,7 @@ from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.reports.examples import examples
 from pipelines.select.rules import RULES, Aesthetic, BlockedTerms, Contamination, Nsfw, Rule, Size
-from pipelines.select.stage import Look, Select, judged
+from pipelines.select.stage import FeatureStage, Select, decide
 from pipelines.stage import plain
 from tests.fixtures.rules import rejected
 from tests.fixtures.samples import table_of
@@ -182,12 +182,12 @@ class Seen:
         return self.table.num_rows
 
     def part(self, rule: str) -> pa.Table:
-        return next(one.look(self.table) for one in self.rules if one.verdict == rule)
+        return next(one.features(self.table) for one in self.rules if one.label == rule)
 
 
 def verdicts(rules: tuple[Rule, ...], rows: pa.Table) -> list[str | None]:
-    names = [rule.verdict for rule in rules]
-    marks = [mark for _, marked in judged(rules, [Seen(rules, rows)]) for mark in marked]
+    names = [rule.label for rule in rules]
+    marks = [mark for _, marked in decide(rules, [Seen(rules, rows)]) for mark in marked]
     return [names[mark] if mark >= 0 else None for mark in marks]
 
 
@@ -220,7 +220,7 @@ def test_named_rules_reconcile_in_every_account(data: Data, tmp_path: Path) -> N
     store = open_store(str(shutil.copytree(data.store.uri, tmp_path / "store")))
     one, both = BlockedTerms(name="red", terms=("red",)), BlockedTerms(name="colours", terms=("red", "blue"))
     rules = (one, Size(min_side=64), both)
-    looks = make(store, Look("filter", rules), data.download)
+    looks = make(store, FeatureStage("filter", rules), data.download)
     chosen = make(store, Select("filter", rules), looks, data.download)
     assert set(chosen.states) == {"kept", "blocked_terms-red", "blocked_terms-colours"}
     assert sum(chosen.states.values()) == data.download.states["kept"]
@@ -242,5 +242,5 @@ def test_what_is_not_to_be_seen_is_not_shown_under_another_name() -> None:
     from pipelines.select.rules.base import kind_of
 
     for rule in (Nsfw(column="punsafe", max_score=0.5), Nsfw(column="punsafe", max_score=0.5, name="strict")):
-        assert kind_of(rule.verdict) in UNSEEN
-    assert kind_of(BlockedTerms(terms=("a",), name="nsfw").verdict) not in UNSEEN
+        assert kind_of(rule.label) in UNSEEN
+    assert kind_of(BlockedTerms(terms=("a",), name="nsfw").label) not in UNSEEN

@@ -34,7 +34,7 @@ from pipelines.select.rules import (
     opened,
 )
 from pipelines.select.rules.image import phash
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.shapes.links import parse_path
 from tests.fixtures.stages import RULES, Data, clip, make
 
@@ -56,7 +56,7 @@ def kept(data: Data) -> list[dict]:
 
 
 def select(data: Data, group: str, over: Manifest, *rules) -> Manifest:
-    return make(data.store, Select(group, rules), make(data.store, Look(group, rules), over), over)
+    return make(data.store, Select(group, rules), make(data.store, FeatureStage(group, rules), over), over)
 
 
 def marks(data: Data, over: Manifest, selection: Manifest, file: str) -> list[str | None]:
@@ -104,8 +104,8 @@ def test_near_duplicates_and_evaluation_pictures_are_found_in_downloaded_tars(da
 
 
 def test_rules_that_look_at_no_picture_read_no_tar_and_keep_their_keys(data: Data) -> None:
-    (plain, *_) = Look("filter", RULES).actions(data.download)
-    (looking, *_) = Look("filter", (*RULES, Blank())).actions(data.download)
+    (plain, *_) = FeatureStage("filter", RULES).actions(data.download)
+    (looking, *_) = FeatureStage("filter", (*RULES, Blank())).actions(data.download)
     record = data.download.records[0]
     assert plain.inputs == (record.sha("index.parquet"),)
     assert looking.inputs == (record.sha("index.parquet"), record.sha("images.tar"))
@@ -155,13 +155,13 @@ def test_embeddings_are_judged_in_curate(data: Data, tmp_path: Path) -> None:
 def test_rules_are_sent_where_what_they_read_is() -> None:
     for rule in (SemanticDuplicates(min_cosine=0.9), Aesthetic(head="h", min_score=0), Contamination(embeddings="e")):
         with pytest.raises(Refused, match=r"reads image_embedding, which .* put it under curate\.rules"):
-            Look("filter", (rule,))
+            FeatureStage("filter", (rule,))
     for rule in (Blank(), NearDuplicates(), Contamination(images="i"), Size(min_side=1)):
         with pytest.raises(Refused, match=r"which the rows of embed do not have; put it under filter\.rules"):
             Select("curate", (rule,))
     with pytest.raises(Refused, match=r"nsfw reads punsafe, .* name the list's column in source\.columns\.keep"):
-        Look("filter", (Nsfw(column="punsafe", max_score=0.5),))
-    Look("filter", (Nsfw(column="punsafe", max_score=0.5),), ("punsafe",))
+        FeatureStage("filter", (Nsfw(column="punsafe", max_score=0.5),))
+    FeatureStage("filter", (Nsfw(column="punsafe", max_score=0.5),), ("punsafe",))
 
 
 def test_a_recipe_names_the_file_whose_digest_is_in_the_key(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_looks_are_a_few_bytes_a_row(every):
         }
     )
     for rule in every:
-        assert rule.look(rows).nbytes <= 17 * 1000
+        assert rule.features(rows).nbytes <= 17 * 1000
 
 
 def test_a_rule_that_was_opened_travels_and_decides_the_same(every):

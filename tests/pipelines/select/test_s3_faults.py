@@ -11,7 +11,7 @@ from infra.records.manifest import Manifest
 from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.ray_shards import perform
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from tests.fixtures.faulty_s3 import Fault, FaultyS3, at_random, unharmed
 from tests.fixtures.stages import RULES, Data, download, source
 
@@ -26,7 +26,7 @@ def test_stages_on_a_server_that_fails_again_and_again_give_the_same_data(
     stages = (
         (source(data.rows), (), data.source),
         (download(data.server.port), (data.source,), data.download),
-        (Look("filter", RULES), (data.download,), data.looks),
+        (FeatureStage("filter", RULES), (data.download,), data.looks),
         (Select("filter", RULES), (data.looks, data.download), data.filter),
     )
     for stage, inputs, expected in stages:

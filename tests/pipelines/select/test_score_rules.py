@@ -77,7 +77,7 @@ def embeddings(values: np.ndarray) -> pa.Table:
 
 
 def semantic(rule: SemanticDuplicates, *shards: np.ndarray) -> list[list[bool]]:
-    return [verdict.tolist() for verdict in rule.reject(rule.look(embeddings(shard)) for shard in shards)]
+    return [verdict.tolist() for verdict in rule.reject(rule.features(embeddings(shard)) for shard in shards)]
 
 
 def greedy(vectors: np.ndarray, least: float) -> list[bool]:

@@ -19,7 +19,7 @@ from infra.records.schemas import INDEX, KEPT, SELECTION
 from infra.store.base import Store
 from infra.store.opening import open_store
 from pipelines.select.rules import Caption, ClipScore, ExactDuplicates, Size
-from pipelines.select.stage import Look, Select, selected
+from pipelines.select.stage import FeatureStage, Select, read_selection
 from pipelines.shapes.links import parse_path
 from pipelines.shapes.lists import write_list
 from pipelines.shapes.server import serve
@@ -58,7 +58,7 @@ def verdicts(store: Store, data: Manifest, selection: Manifest, file: str = "ind
 
 
 def choose(store: Store, data: Manifest, *rules) -> Manifest:
-    return make(store, Select("filter", rules), make(store, Look("filter", rules), data), data)
+    return make(store, Select("filter", rules), make(store, FeatureStage("filter", rules), data), data)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_states_account_for_every_kept_row_and_selections_name_them(store):
         kept = [row["uid"] for row in index.to_pylist() if row["state"] == KEPT]
         assert made["uid"].to_pylist() == kept
         stays = [uid for uid, rule in zip(kept, made["rule"].to_pylist(), strict=True) if rule is None]
-        assert selected(store, sha).to_pylist() == stays
+        assert read_selection(store, sha).to_pylist() == stays
 
 
 def test_without_rules_every_row_stays(store):
@@ -119,7 +119,7 @@ def test_a_longer_list_downloads_the_new_slices_and_keeps_all_other_selections(t
             listed = make(store, source(tmp_path / "list.parquet", 30))
             new = todo(store, download(server.port), listed)
             fetched = make(store, download(server.port), listed)
-            looks_to_do = todo(store, Look("filter", RULES), fetched)
+            looks_to_do = todo(store, FeatureStage("filter", RULES), fetched)
             made.append((fetched, choose(store, fetched, *RULES), new, looks_to_do))
     (before, old, _, _), (after, grown, new, looks) = made
     assert 1 <= new <= 3
@@ -148,8 +148,8 @@ def test_duplicates_of_the_world_are_rejected_and_its_other_good_rows_stay(data:
 def test_looks_of_shards_that_are_known_are_not_done_again(store):
     one, two = [(KEPT, 100, "a b")], [(KEPT, 100, "c d")]
     choose(store, downloaded(store, one), Size(min_side=64))
-    assert todo(store, Look("filter", (Size(min_side=64),)), downloaded(store, one, two)) == 1
-    assert todo(store, Look("filter", (Size(min_side=65),)), downloaded(store, one)) == 1
+    assert todo(store, FeatureStage("filter", (Size(min_side=64),)), downloaded(store, one, two)) == 1
+    assert todo(store, FeatureStage("filter", (Size(min_side=65),)), downloaded(store, one)) == 1
 
 
 def test_when_nothing_stays_the_rules_that_took_it_are_named(store):
@@ -162,15 +162,15 @@ def test_when_nothing_stays_the_rules_that_took_it_are_named(store):
 
 def test_rules_in_the_wrong_place_or_twice_are_refused():
     with pytest.raises(Refused, match=r"clip_score reads score, which .* put it under curate\.rules"):
-        Look("filter", (ClipScore(min_score=0.2),))
+        FeatureStage("filter", (ClipScore(min_score=0.2),))
     with pytest.raises(Refused, match=r"exact_duplicates reads sha256, .* put it under filter\.rules"):
         Select("curate", (ExactDuplicates(),))
     with pytest.raises(Refused, match="'size' twice"):
-        Look("filter", (Size(min_side=1), Size(min_side=2)))
+        FeatureStage("filter", (Size(min_side=1), Size(min_side=2)))
 
 
 def test_the_stages_are_named_as_the_graph_needs_them():
-    assert [(s.name, s.group, s.needs, s.kind) for s in (Look("curate"), Select("curate"))] == [
+    assert [(s.name, s.group, s.needs, s.kind) for s in (FeatureStage("curate"), Select("curate"))] == [
         ("curate-look", "curate", ("embed",), "task"),
         ("curate", "curate", ("curate-look", "embed"), "driver"),
     ]
@@ -179,7 +179,7 @@ def test_the_stages_are_named_as_the_graph_needs_them():
 def test_the_selections_of_version_1_keep_their_bytes(store):
     data = downloaded(store, [(KEPT, 100, "a b c"), (KEPT, 10, "x"), (KEPT, 100, "a")])
     rules = Size(min_side=64), Caption(min_words=2), ExactDuplicates()
-    looks = make(store, Look("filter", rules), data)
+    looks = make(store, FeatureStage("filter", rules), data)
     made = make(store, Select("filter", rules), looks, data)
     shas = looks.only.sha("look.parquet") + "".join(file.sha256 for file in made.only.files.values())
     total = hashlib.sha256(shas.encode()).hexdigest()

@@ -108,7 +108,7 @@ def test_a_linear_head_scores_the_direction_of_an_embedding(tmp_path):
     assert len(plain(rule)["sha256"]) == 64
     wide = pa.table({EMBEDDING: pa.array([[1.0] * 8], pa.list_(pa.float32(), 8))})
     with pytest.raises(Refused, match="for embeddings of width 4, and CLIP's has 8"):
-        rule.look(wide)
+        rule.features(wide)
 
 
 def test_what_is_no_head_is_refused_before_anything_starts(tmp_path):

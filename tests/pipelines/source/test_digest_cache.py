@@ -75,20 +75,20 @@ def test_of_many_tars_those_that_are_new_are_read_alone(tmp_path):
     how, file = sources(tmp_path)["tars"]
     how.digests(Columns())
     write_tar(file.with_name("2.tar"), 3)
-    assert tars.unread(str(file.parent)) == file.with_name("2.tar").stat().st_size
+    assert tars.unhashed_bytes(str(file.parent)) == file.with_name("2.tar").stat().st_size
 
 
 def test_other_columns_are_another_reading_of_a_folder(tmp_path):
     how, _ = sources(tmp_path)["folder"]
     how.digests(Columns())
-    assert folders.unread(how.folder, Columns(caption="text")) > 0
+    assert folders.unhashed_bytes(how.folder, Columns(caption="text")) > 0
 
 
 def test_what_has_just_been_written_is_not_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(remembered, "YOUNG_S", 60)
     how, file = sources(tmp_path)["urls"]
     how.digests(Columns())
-    assert lists.unread(str(file)) == file.stat().st_size
+    assert lists.unhashed_bytes(str(file)) == file.stat().st_size
 
 
 def test_a_cache_that_cannot_be_had_costs_nothing_but_time(tmp_path, cache):

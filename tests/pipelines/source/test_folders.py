@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, salt_of
+from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, url_salt
 from infra.records.objects import object_name
 from infra.records.schemas import INDEX
 from infra.store.opening import open_store
 from pipelines.embed.stage import Embed, EmbedSpec
 from pipelines.engine.versions import reconcile
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.source.columns import columns_of
 from pipelines.source.files import Folder, Unreadable
 from pipelines.source.stage import SourceHow
@@ -106,7 +106,7 @@ def test_what_was_forgotten_is_not_read_and_not_kept(tmp_path):
     uids = {str(row["url"]): row["uid"] for row in table_of(store, listed, "")}
     sha256 = hashlib.sha256(picture(2)).digest()
     names = ForgottenNames(uids=frozenset({uids["000001.png"]}), pictures=frozenset({sha256}))
-    add_request(store, Forgotten.of(names, salt_of(store)))
+    add_request(store, Forgotten.of(names, url_salt(store)))
     (folder / "000001.png").unlink()  # to read it would be refused
     manifest = make(store, gather_of(how), listed)
     rows = table_of(store, manifest, "index.parquet")
@@ -244,12 +244,12 @@ def test_what_is_behind_finds_what_it_finds_behind_a_download(tmp_path):
     how = SourceHow(tars=str(write_tar(tmp_path / "a.tar", files)))
     store = open_store(str(tmp_path / "store"))
     listed, manifest = taken(store, how)
-    looks = make(store, Look("filter", RULES), manifest)
+    looks = make(store, FeatureStage("filter", RULES), manifest)
     chosen = make(store, Select("filter", RULES), looks, manifest)
     model = clip(store)
     embed = Embed(EmbedSpec(base=16))
     embedded = make(store, embed, manifest, chosen, model)
-    curate = make(store, Select("curate", ()), make(store, Look("curate", ()), embedded), embedded)
+    curate = make(store, Select("curate", ()), make(store, FeatureStage("curate", ()), embedded), embedded)
     account = reconcile(listed, manifest, chosen, embedded, curate)
     assert account["kept"] == 40
     assert account["download.no_caption"] == 1

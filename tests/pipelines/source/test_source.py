@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infra.errors import Refused
 from infra.records.objects import object_name
-from infra.records.schemas import uid
+from infra.records.schemas import pair_uid
 from infra.store.opening import open_store
 from pipelines.source.columns import Columns
 from pipelines.source.cut import cut, slices
@@ -74,7 +74,7 @@ def touched(before: list[tuple[bytes, ...]], after: list[tuple[bytes, ...]]) -> 
 def test_one_row_more_or_less_touches_its_slice_and_at_most_its_neighbours(seed, rows, rows_per_shard, where):
     without = names(seed, rows)
     at = round(where * rows)
-    within = [*without[:at], uid("http://new.test", str(seed)), *without[at:]]
+    within = [*without[:at], pair_uid("http://new.test", str(seed)), *without[at:]]
     old, new = touched(pieces(without, rows_per_shard), pieces(within, rows_per_shard))
     assert old <= 3
     assert new <= 3
@@ -85,7 +85,7 @@ def test_most_rows_touch_one_slice_alone():
     before = pieces(without, 100)
     alone = 0
     for at in range(0, 2000, 20):
-        after = pieces([*without[:at], uid("http://new.test", str(at)), *without[at:]], 100)
+        after = pieces([*without[:at], pair_uid("http://new.test", str(at)), *without[at:]], 100)
         alone += touched(before, after) == (1, 1)
     assert alone >= 90
 
@@ -117,7 +117,7 @@ def test_slices_have_the_rows_asked_for_on_average():
 
 def test_slices_hold_every_row_in_list_order_however_the_list_comes_in_batches():
     rows = table(500).add_column(
-        0, "uid", pa.array([uid(f"http://a.test/{n}.png", f"picture {n}") for n in range(500)])
+        0, "uid", pa.array([pair_uid(f"http://a.test/{n}.png", f"picture {n}") for n in range(500)])
     )
     whole = list(slices(rows.to_batches(), 40))
     parts = list(slices(rows.to_batches(max_chunksize=7), 40))

@@ -32,7 +32,7 @@ from infra.store.opening import open_store
 from pipelines.embed.stage import Embed
 from pipelines.engine.graph import resolve
 from pipelines.select.rules import Aspect, BlockedTerms, Caption, ExactDuplicates, Rule, Size
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.source.columns import LAYOUTS
 from pipelines.source.stage import SourceHow
 from pipelines.versions.verify import lose, mend, verify
@@ -263,7 +263,7 @@ class Rebuilding(RuleBasedStateMachine):
         lines = (json.dumps({"file_name": row.file, "text": row.caption}) for row in self.list)
         (self.folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines))
         source = source_of(how, PER_SHARD, LAYOUTS["imagefolder"])
-        return [source, gather_of(how), Look("filter", rules), Select("filter", rules)]
+        return [source, gather_of(how), FeatureStage("filter", rules), Select("filter", rules)]
 
     def rebuild(self, edits: int = 1, added: Sequence[Row] = ()) -> None:
         """Runs all stages; what each of them does must be what the model says is touched.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infra.errors import Refused
 from infra.records.commits import commit
-from infra.records.forgotten import Forgotten, add_request, salt_of
+from infra.records.forgotten import Forgotten, add_request, url_salt
 from infra.records.manifest import Action, Manifest, Record
 from infra.records.schemas import UID
 from infra.store.base import Store
@@ -113,7 +113,7 @@ def test_the_stages_of_a_run_are_compared_by_row(chain: Chain, data: Data, tmp_p
     own = chain.copy(tmp_path / "store")
     row = next(row for row in own.index() if row["uid"] in own.stays("curate"))
     add_request(own.store, Forgotten(uids=frozenset({row["uid"]})))
-    salt_of(own.store)
+    url_salt(own.store)
     for entry in list(own.store.list("records/download-1/")):
         lose(own.store, entry.name)
     made = run(own.store, data, own.made["source"])

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import Refused
-from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, salt_of
+from infra.records.forgotten import FORGOTTEN, Forgotten, ForgottenNames, add_request, url_salt
 from infra.store.opening import open_store
 from pipelines.engine.graph import resolve
 from pipelines.engine.versions import reconcile
-from pipelines.promote.ledger import unfolded
+from pipelines.promote.ledger import view_folder
 from pipelines.reports.release import TEMPLATE
 from pipelines.versions.forget import forget, names_of
 from tests.fixtures.chain import Chain, run, traces
@@ -76,7 +76,7 @@ def test_only_the_shards_that_held_it_are_redone(own: Chain, data: Data) -> None
 def test_a_rewritten_shard_is_what_a_download_gives_that_obeys_the_list(own: Chain, data: Data, tmp_path: Path) -> None:
     row = row_of(own)
     fresh = open_store(str(tmp_path / "fresh"))
-    add_request(fresh, Forgotten.of(named(row, "url"), salt_of(fresh)))
+    add_request(fresh, Forgotten.of(named(row, "url"), url_salt(fresh)))
     obeyed = make(fresh, download(data.server.port), make(fresh, source(data.rows)))
     forget(own.store, named(row, "url"))
     rewritten = make(own.store, download(data.server.port), own.made["source"])
@@ -88,7 +88,7 @@ def test_a_picture_is_known_by_its_digest_wherever_it_comes_from(data: Data, cha
     row = row_of(chain)
     fresh = open_store(str(tmp_path / "fresh"))
     add_request(fresh, Forgotten.of(named(row, "sha256"), b""))
-    salt_of(fresh)
+    url_salt(fresh)
     rows = pa.table({"url": [row["url"]], "caption": ["another caption of it"]})
     pq.write_table(rows, tmp_path / "list.parquet")
     made = make(fresh, download(data.server.port), make(fresh, source(tmp_path / "list.parquet")))
@@ -121,7 +121,7 @@ def test_reports_that_show_it_go_and_others_stay(own: Chain) -> None:
     for uid in (row["uid"], next(iter(kept))):
         page = f"<figure><code>{uid.hex()[:12]}</code></figure>"
         made = put(own.store, "report", lambda out, page=page: (out / "report.html").write_text(page), uid.hex())
-        pages[uid] = unfolded(own.store, made.version, list(made.records)) / "report.html"
+        pages[uid] = view_folder(own.store, made.version, list(made.records)) / "report.html"
     forget(own.store, named(row, "uid"))
     assert [page.exists() for page in pages.values()] == [False, True]
     assert len(list(own.store.list("records/report-1/"))) == 1
@@ -153,7 +153,7 @@ def test_killed_at_any_step_the_same_command_finishes(chain: Chain, data: Data, 
 
 def test_what_a_run_committed_meanwhile_is_found_when_the_list_is_applied_again(own: Chain, data: Data) -> None:
     row = row_of(own)
-    add_request(own.store, Forgotten.of(named(row, "url"), salt_of(own.store)))  # as if killed right behind this
+    add_request(own.store, Forgotten.of(named(row, "url"), url_salt(own.store)))  # as if killed right behind this
     account = forget(own.store, ForgottenNames())
     assert account.samples >= 1
     assert traces(own.store, row["uid"]) == []

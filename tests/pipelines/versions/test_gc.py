@@ -24,7 +24,7 @@ from pipelines.engine.ray_shards import perform
 from pipelines.engine.versions import list_versions
 from pipelines.versions import gc
 from pipelines.versions.forget import forget
-from pipelines.versions.gc import Garbage, Keep, announced, collect
+from pipelines.versions.gc import Garbage, Keep, collect, run_lease
 from pipelines.versions.verify import verify
 from tests.fixtures.chain import Chain, run
 from tests.fixtures.line import put
@@ -218,7 +218,7 @@ def test_what_went_in_the_midst_of_a_commit_is_put_back(store: Store) -> None:
 
 def test_old_versions_and_runs_exclude_each_other(store: Store) -> None:
     do(store, [1])
-    with announced(store):
+    with run_lease(store):
         for options in ({"keep": Keep.NEWEST}, {"abandoned": True}):
             with pytest.raises(Refused, match=r"a run on .* is going on") as caught:
                 collect(store, delete=True, **options)  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ def test_old_versions_and_runs_exclude_each_other(store: Store) -> None:
     collect(store, Keep.NEWEST, delete=True)
     removing = Lease.acquire(store, gc.STRICT)
     assert removing is not None
-    with pytest.raises(Refused, match="being removed"), announced(store):
+    with pytest.raises(Refused, match="being removed"), run_lease(store):
         pass
     other = Lease.acquire(store, gc.LEASE)
     assert other is not None

@@ -13,7 +13,7 @@ from infra.store.opening import open_store
 from pipelines.embed.stage import Embed, EmbedSpec
 from pipelines.engine.versions import reconcile
 from pipelines.select.rules import ClipScore
-from pipelines.select.stage import Look, Select
+from pipelines.select.stage import FeatureStage, Select
 from pipelines.versions import show as versions
 from tests.fixtures.stages import Data, clip, make
 
@@ -23,7 +23,7 @@ def chain(data: Data) -> tuple[Manifest, ...]:
     """Source, download, filter, embed, curate."""
     embed = make(data.store, Embed(EmbedSpec(base=32, batch=16)), data.download, data.filter, clip(data.store))
     rules = (ClipScore(top_fraction=0.75),)
-    looks = make(data.store, Look("curate", rules), embed)
+    looks = make(data.store, FeatureStage("curate", rules), embed)
     return data.source, data.download, data.filter, embed, make(data.store, Select("curate", rules), looks, embed)
 
 

@@ -16,7 +16,7 @@ from infra.errors import Refused
 from infra.records.manifest import Manifest
 from infra.records.objects import object_name
 from infra.store.base import Store
-from infra.store.cache import bound
+from infra.store.cache import cache_bytes
 from infra.store.local import LocalStore
 from infra.store.opening import open_store
 from infra.store.s3 import S3Store
@@ -232,4 +232,4 @@ def test_parts_of_s3_objects_stay_below_the_bound(
         assert np.array_equal(batch.tensors["image"].numpy(), pixels)
         parts = [path.stat().st_size for path in (tmp_path / "cache").rglob("*@*")]
         most = max(most, sum(parts))
-    assert 0 < most <= bound() * 17 // 16 + 20_000  # looked at whenever a sixteenth has come in
+    assert 0 < most <= cache_bytes() * 17 // 16 + 20_000  # looked at whenever a sixteenth has come in

@@ -18,7 +18,7 @@ from tests.training.test_loop import HOW, contents, stopping_after
 from training.data.batches import Data
 from training.job import KINDS
 from training.launch import train_local
-from training.learner import Learner
+from training.learner import LossModule
 from training.optim.averages import TRACKED, Averages
 from training.optim.ema import PowerEma
 from training.optim.optimizer import Optimiser
@@ -26,7 +26,7 @@ from training.optim.posthoc import Average, combination, decay, exponent, shares
 from training.optim.precision import Precision
 from training.options import TrainConfig
 from training.parallel.flat import Flat, Group
-from training.validate import batches, mean_loss, split
+from training.validate import batches, mean_loss, split_held_out
 from unclip.release.model import load_model
 
 CPU = torch.device("cpu")
@@ -161,12 +161,12 @@ def test_the_loss_that_is_told_is_that_of_the_released_model_on_rows_that_were_n
     told = train_local(job, HOW, world.store, tmp_path, NullMonitor())["averages"]
     task, _, _ = furnished(world, "prior")
     rows = Data(world.store, job.data["rows"], job.data["selection"], task.reads, read_text=task.read_text)
-    kept, held = split(rows, job.config)
+    kept, held = split_held_out(rows, job.config)
     assert held is not None
     trained, shown = ({uid for n in range(len(d.counts)) for uid in d.block(n).uids} for d in (kept, held))
     assert not trained & shown
     assert trained | shown == {uid for n in range(len(rows.counts)) for uid in rows.block(n).uids}
-    learner = Learner(load_model(tmp_path, "prior"), task, Group())
+    learner = LossModule(load_model(tmp_path, "prior"), task, Group())
     loss = mean_loss(learner, batches(held, job.config), Precision("float32", CPU))
     losses = {one["length"]: one["loss"] for one in told["candidates"]}
     assert loss == losses[told["released"]]

@@ -11,7 +11,7 @@ from torch import nn
 
 from infra.errors import Refused
 from training.optim.ema import Ema, ema_decay
-from training.optim.muon import dealt, is_inner, orthogonal
+from training.optim.muon import assigned, is_inner, orthogonalise
 from training.optim.optimizer import MAX_SKIPPED_IN_A_ROW, Optimiser, learning_rate
 from training.options import TrainConfig
 from training.parallel.flat import Flat, Group
@@ -158,7 +158,7 @@ def test_the_average_is_the_recurrence_over_weights_and_running_statistics():
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 90), (90, 20), (30, 30)])
 def test_muons_update_is_orthogonal_and_keeps_the_gradients_directions(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    update = orthogonal(x)
+    update = orthogonalise(x)
     values = torch.linalg.svdvals(update)
     assert float(values.max()) < 1.3
     assert float(values.median()) > 0.7
@@ -220,7 +220,7 @@ def test_ranks_that_share_muons_products_take_the_step_that_one_takes(ranks):
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 64), st.integers(1, 64)), max_size=6), st.integers(1, 8))
 def test_each_matrix_is_dealt_to_one_rank(shapes, ranks):
-    shares = dealt(shapes, ranks)
+    shares = assigned(shapes, ranks)
     for stack, (count, _, _) in enumerate(shapes):
         assert [n for share in shares for n in range(count)[share[stack]]] == list(range(count))
 

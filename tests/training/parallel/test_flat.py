@@ -18,13 +18,13 @@ def _resumed(rank: int, root: Path, answers: Any) -> None:
     import torch.distributed
 
     from training.parallel.flat import Group
-    from training.state import newest
+    from training.state import newest_checkpoint
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
     for key in ("same", "newer", "none", "damaged"):
         try:
-            found = newest(Checkpoints(LocalStore(root / str(rank)), key), Group(rank, 2))
+            found = newest_checkpoint(Checkpoints(LocalStore(root / str(rank)), key), Group(rank, 2))
             answers.put((key, rank, found and found.samples))
         except ValueError as error:
             answers.put((key, rank, str(error)))

@@ -14,10 +14,10 @@ from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
 from tests.fixtures.fits import Tiny, tiny
 from tests.fixtures.ranks import Ask, Told, stopping_after, together
-from training.checkpoint.store import Checkpoints, deliver
+from training.checkpoint.store import Checkpoints, deliver_model
 from training.job import FitHow, Job
 from training.launch import train_local
-from training.learner import built, is_sharded
+from training.learner import build_model, is_sharded
 from training.objectives.choice import objective
 from training.parallel.flat import Group
 from unclip.files import read_tensors
@@ -44,7 +44,7 @@ def job(world: Tiny, kind: str, key: str, **train: Any) -> Job:
 
 
 def delivered(world: Tiny, job: Job, out: Path) -> dict[str, torch.Tensor]:
-    assert deliver(world.store, job, out / job.key) is not None
+    assert deliver_model(world.store, job, out / job.key) is not None
     return read_tensors(out / job.key / "model.safetensors")
 
 
@@ -72,7 +72,7 @@ def test_shards_flat_vectors_and_one_process_train_the_same_model(world, tmp_pat
     torch.testing.assert_close(delivered(world, job(world, "decoder", "to"), tmp_path), alone, **CLOSE)
     # of several averages each is put into the shards, and all ranks see the loss that a whole model has
     fits = [job(world, "decoder", f"chosen-{how}", **choosing) for how in ("flat", "fsdp")]
-    facts = [deliver(world.store, fit, tmp_path / f"{fit.key}-facts")["averages"] for fit in fits]
+    facts = [deliver_model(world.store, fit, tmp_path / f"{fit.key}-facts")["averages"] for fit in fits]
     losses = [[one["loss"] for one in told["candidates"]] for told in facts]
     assert losses[0][0] != losses[0][1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -99,7 +99,8 @@ def test_of_a_sharded_model_rank_0_alone_has_weights_at_the_start_and_they_are_a
     fit = world.startable(kind, "start", **SHORT)
     task = objective(fit, world.store, torch.device("cpu"))
     whole, first, second = (
-        built(fit, task, how, Group(rank, 2), torch.device("cpu")) for how, rank in ((FLAT, 1), (FSDP, 0), (FSDP, 1))
+        build_model(fit, task, how, Group(rank, 2), torch.device("cpu"))
+        for how, rank in ((FLAT, 1), (FSDP, 0), (FSDP, 1))
     )
     assert [sharded for _, sharded in (whole, first, second)] == [False, True, True]
     held = [dict((*model.named_parameters(), *model.named_buffers())) for model, _ in (whole, first, second)]

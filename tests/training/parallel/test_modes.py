@@ -20,7 +20,7 @@ from training.job import KINDS, FitHow, Job
 from training.launch import train_local
 from training.objectives.choice import objective
 from training.parallel.flat import Flat, Group
-from training.parallel.modes import compile_parts, determinism, prepare, seed
+from training.parallel.modes import compile_parts, determinism, prepare_model, seed
 from unclip.files import read_tensors
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_a_models_own_randomness_is_that_of_torchs_seed(number: int) -> None:
 def test_recomputing_gives_the_same_gradient_to_the_bit_with_dropout(world: Tiny, kind: str):
     task, model, batch = furnished(world, dropping(world, kind))
     less, times = copy.deepcopy(model), list[int]()
-    prepare(less, FitHow(recompute=True), sharded=False)
+    prepare_model(less, FitHow(recompute=True), sharded=False)
     blocks = [module for module in less.modules() if type(module).__name__.endswith("Block")]
     for module in blocks:
         next(module.children()).register_forward_pre_hook(lambda *_: times.append(1))
@@ -87,7 +87,7 @@ def test_channels_last_is_the_same_model_in_another_layout(world: Tiny, tmp_path
     job = replace(world.job(kind, **SHORT), model=VIT) if kind == "clip" else world.job(kind, **SHORT)
     task, model, batch = furnished(world, job)
     last = copy.deepcopy(model)
-    prepare(last, FitHow(channels_last=True), sharded=False)
+    prepare_model(last, FitHow(channels_last=True), sharded=False)
     expected, found = (torch.cat([g.flatten() for g in _named(task, m, batch)]) for m in (model, last))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
     turned = [p for p in last.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]

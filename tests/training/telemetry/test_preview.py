@@ -26,12 +26,12 @@ from training.optim.precision import Precision
 from training.parallel.modes import compile_parts, recompute
 from training.telemetry.preview import GUIDANCE, NAME, STEPS, Previews
 from unclip.clip.text import Text
-from unclip.diffusion.guidance import classifier_free, clipped
+from unclip.diffusion.guidance import classifier_free, clip_x0
 from unclip.diffusion.samplers import ddim, noise_for
 from unclip.diffusion.settings import Sampling
 from unclip.pictures import to_uint8
 from unclip.release.model import load_model
-from unclip.sample import draw_embeddings
+from unclip.sample import sample_embeddings
 
 CPU = torch.device("cpu")
 ALWAYS = FitHow(checkpoint_seconds=1000, log_seconds=0, preview_share=1)
@@ -89,7 +89,7 @@ def test_a_decoders_last_picture_is_what_its_released_average_draws(world: Tiny,
         context = model.context(*(rows[name] for name in ("image_embedding", *TEXT)))
         denoise = classifier_free(model.denoise, context, model.null_context(3), GUIDANCE)
         noise = noise_for(range(3), (3, side, side), stream=NAME)(0)
-        drawn = to_uint8(ddim(clipped(denoise, model.schedule), noise, model.schedule.respace(STEPS)))
+        drawn = to_uint8(ddim(clip_x0(denoise, model.schedule), noise, model.schedule.respace(STEPS)))
     sheet = pixels(seen.images[8])[:: 64 // side, :: 64 // side]
     expected = torch.cat([torch.cat([*rows["image"]], 2), torch.cat([*drawn], 2)], 1)
     assert np.array_equal(sheet, expected.permute(1, 2, 0))
@@ -143,7 +143,7 @@ def test_a_priors_cosine_is_that_of_its_samples_to_the_rows_embeddings(world: Ti
     model = task.build().train()
     Previews(job, HOW, task, model, rows, seen, Precision("float32", CPU)).show(1, dict(model.state_dict()))
     told = rows.batch([(0, row) for row in range(3)], 0).tensors
-    z = draw_embeddings(model.eval(), Text(*(told[name] for name in TEXT)), range(3), Sampling("ddim", steps=STEPS))
+    z = sample_embeddings(model.eval(), Text(*(told[name] for name in TEXT)), range(3), Sampling("ddim", steps=STEPS))
     expected = F.cosine_similarity(z, told["image_embedding"]).mean()
     assert seen.values[-1][f"{NAME}/cosine"] == pytest.approx(float(expected), abs=1e-5)
 

@@ -13,12 +13,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from unclip.degrade.bsr import BSR_FULL, BSR_LIGHT, OPERATIONS, Bsr, Plan, bsr_degrade, gaussian_blur, gaussian_noise
+from unclip.degrade.bsr import (
+    BSR_FULL,
+    BSR_LIGHT,
+    OPERATIONS,
+    BsrRanges,
+    Plan,
+    bsr_degrade,
+    gaussian_blur,
+    gaussian_noise,
+)
 from unclip.degrade.filters import filtered, gaussian_kernel, mirrored, resampled
 from unclip.degrade.jpeg import CHROMINANCE, LUMINANCE, jpeg, quantisation
 from unclip.errors import Refused
 
-NOTHING = Bsr(isotropic=0, anisotropic=0, shrink=1, noise=(0, 0), quality=(100, 100))
+NOTHING = BsrRanges(isotropic=0, anisotropic=0, shrink=1, noise=(0, 0), quality=(100, 100))
 """Ranges that change nothing; the tests below turn single operations on."""
 
 
@@ -122,7 +131,7 @@ def test_any_size_keeps_its_shape_and_range(height, width, seed):
 
 
 def test_a_plain_picture_keeps_its_colour_and_nothing_moves():
-    ranges = Bsr(noise=(0, 0), isotropic=2.2, anisotropic=5, blurs=2)
+    ranges = BsrRanges(noise=(0, 0), isotropic=2.2, anisotropic=5, blurs=2)
     plain = torch.tensor([0.5, -0.25, 0.75])[None, :, None, None].expand(8, 3, 32, 32)
     assert (bsr_degrade(plain, range(8), ranges) - plain).abs().max() < 2.5 / 127.5
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
@@ -136,7 +145,7 @@ def test_a_plain_picture_keeps_its_colour_and_nothing_moves():
 def test_noise_is_as_strong_as_asked():
     """48 pictures of 64² pixels: a picture's deviation has a relative standard error of at most 1.1 % (grey). A level
     that is 10 % off would be seen in every one; by chance a test at 5 % fails once in 3,000 runs."""
-    ranges = Bsr(isotropic=0, anisotropic=0, shrink=1, noise=(10, 10), quality=(100, 100))
+    ranges = BsrRanges(isotropic=0, anisotropic=0, shrink=1, noise=(10, 10), quality=(100, 100))
     grey = torch.zeros(48, 3, 64, 64)
     noise = bsr_degrade(grey, range(48), ranges) * 127.5
     kinds = [Plan.drawn(seed, ranges).mixing for seed in range(48)]
@@ -248,14 +257,14 @@ def test_mirrored_places_are_numpys_reflection(place, length):
     [
         (lambda: gaussian_blur(torch.zeros(1, 3, 8, 8), torch.ones(1), kernel=4), "must be odd"),
         (lambda: gaussian_blur(torch.zeros(1, 3, 1, 8), torch.ones(1)), "picture's side"),
-        (lambda: Bsr(isotropic=-1), "isotropic"),
-        (lambda: Bsr(anisotropic=float("nan")), "anisotropic"),
-        (lambda: Bsr(blurs=3), "blurs"),
-        (lambda: Bsr(shrink=0.5), "shrink"),
-        (lambda: Bsr(shrunk=1.5), "shrunk"),
-        (lambda: Bsr(noise=(3, 2)), "noise"),
-        (lambda: Bsr(noise=(-1, 2)), "noise"),
-        (lambda: Bsr(quality=(0, 50)), "quality"),
+        (lambda: BsrRanges(isotropic=-1), "isotropic"),
+        (lambda: BsrRanges(anisotropic=float("nan")), "anisotropic"),
+        (lambda: BsrRanges(blurs=3), "blurs"),
+        (lambda: BsrRanges(shrink=0.5), "shrink"),
+        (lambda: BsrRanges(shrunk=1.5), "shrunk"),
+        (lambda: BsrRanges(noise=(3, 2)), "noise"),
+        (lambda: BsrRanges(noise=(-1, 2)), "noise"),
+        (lambda: BsrRanges(quality=(0, 50)), "quality"),
         (lambda: BSR_LIGHT.scaled(-0.5), "strength"),
         (lambda: BSR_LIGHT.scaled(float("inf")), "strength"),
         (lambda: bsr_degrade(torch.zeros(2, 3, 8, 8), [1]), "b seeds"),

@@ -10,7 +10,7 @@ import torch
 
 from tests.fixtures.gaussian import CORRELATED, Gaussian
 from unclip.diffusion.analytic import estimate_gamma, optimal_variance
-from unclip.diffusion.guidance import classifier, clip_guided, log_gradient
+from unclip.diffusion.guidance import classifier_guidance, clip_guidance, log_gradient
 from unclip.diffusion.samplers import analytic_dpm, ddim, ddim_invert, ddpm, dpm_solver_pp
 from unclip.diffusion.schedule import Prediction, Schedule
 from unclip.errors import Refused
@@ -181,7 +181,7 @@ def log_likelihood(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("step", [0, 100, 500, 900, 999])
 def test_a_perfect_classifier_makes_the_denoiser_of_the_posterior(step):
     x, t = normal(50)(0), torch.full((50,), step)
-    guided = classifier(CORRELATED.denoiser(SCHEDULE), log_likelihood, 1.0, SCHEDULE)(x, t)
+    guided = classifier_guidance(CORRELATED.denoiser(SCHEDULE), log_likelihood, 1.0, SCHEDULE)(x, t)
     exact = posterior().denoiser(SCHEDULE)(x, t)
     assert torch.allclose(guided.x0, exact.x0, atol=1e-6)
     assert torch.allclose(guided.eps, exact.eps, atol=1e-6)
@@ -193,7 +193,7 @@ def test_classifier_guidance_samples_the_posterior(way):
     """Limit and power as above, with 5,000 samples: a mean off by 0.1 deviations or a variance off by 14 %."""
     denoise, noise = CORRELATED.denoiser(SCHEDULE), normal(5000)
     if way == "score":
-        x = ddim(classifier(denoise, log_likelihood, 1.0, SCHEDULE), noise(0), SCHEDULE.respace(250))
+        x = ddim(classifier_guidance(denoise, log_likelihood, 1.0, SCHEDULE), noise(0), SCHEDULE.respace(250))
     else:
         x = ddpm(denoise, noise(0), SCHEDULE, gradient=log_gradient(log_likelihood, 1.0), noise=noise)
     assert deviation(x, posterior()) < LIMIT
@@ -213,7 +213,7 @@ def test_clip_guidance_follows_the_gradient_of_the_cosine():
     slope = torch.stack([(cosine(x + step) - cosine(x - step)) / (2 * h) for step in steps], 1)
     unguided = CORRELATED.denoiser(SCHEDULE)(x, t)
     with torch.no_grad():
-        guided = clip_guided(CORRELATED.denoiser(SCHEDULE), lambda x, t: x @ tower.T, caption, scale, SCHEDULE)(x, t)
+        guided = clip_guidance(CORRELATED.denoiser(SCHEDULE), lambda x, t: x @ tower.T, caption, scale, SCHEDULE)(x, t)
     sigma = (1 - SCHEDULE.alphas_cumprod[300]).sqrt()
     assert torch.allclose(guided.eps, unguided.eps - scale * sigma * slope, atol=1e-7)
     assert torch.allclose(SCHEDULE.q_sample(guided.x0, guided.eps, t), x, atol=1e-9)
@@ -228,7 +228,10 @@ def test_clip_guidance_follows_the_gradient_of_the_cosine():
         (lambda: optimal_variance(SCHEDULE, -torch.ones(1000)), "none below 0"),
         (lambda: optimal_variance(SCHEDULE, torch.ones(1000), data_variance=0.0), "above 0, not 0.0"),
         (lambda: optimal_variance(SCHEDULE, torch.ones(1000), levels=-1.0), "above 0, not -1.0"),
-        (lambda: classifier(lambda x, t: Prediction(x, x), log_likelihood, math.inf, SCHEDULE), "finite number.*inf"),
+        (
+            lambda: classifier_guidance(lambda x, t: Prediction(x, x), log_likelihood, math.inf, SCHEDULE),
+            "finite number.*inf",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_value(impossible, named):

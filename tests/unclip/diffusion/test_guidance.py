@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unclip.diffusion.guidance import classifier_free, conditional, dynamically_clipped
+from unclip.diffusion.guidance import classifier_free, conditional, threshold_dynamically
 from unclip.diffusion.schedule import PREDICTIONS, Prediction, Schedule
 from unclip.errors import Refused
 
@@ -142,11 +142,11 @@ def test_a_dynamic_threshold_leaves_pictures_in_range_and_those_in_range_alone(s
     def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
         return Prediction(clean[: len(x)], x)
 
-    found = dynamically_clipped(denoise, SCHEDULE, percentile)(x, t)
+    found = threshold_dynamically(denoise, SCHEDULE, percentile)(x, t)
     assert found.x0.abs().max() <= 1
     assert torch.equal(found.x0[0], clean[0])
     assert torch.allclose(SCHEDULE.q_sample(found.x0, found.eps, t), x, atol=1e-9)
-    assert torch.equal(dynamically_clipped(denoise, SCHEDULE, percentile)(x[:2], t[:2]).x0, found.x0[:2])
+    assert torch.equal(threshold_dynamically(denoise, SCHEDULE, percentile)(x[:2], t[:2]).x0, found.x0[:2])
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_guidance_out_of_range_is_refused_with_value_and_range(options, named):
 @pytest.mark.parametrize(("percentile", "most"), [(0.0, 2.0), (1.1, 2.0), (math.nan, 2.0), (0.9, 0.5)])
 def test_a_threshold_out_of_range_is_refused_with_the_value(percentile, most):
     with pytest.raises(Refused, match=f"not ({percentile}|{most})"):
-        dynamically_clipped(lambda x, t: Prediction(x, x), SCHEDULE, percentile, most)
+        threshold_dynamically(lambda x, t: Prediction(x, x), SCHEDULE, percentile, most)

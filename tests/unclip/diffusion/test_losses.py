@@ -7,7 +7,7 @@ from scipy.special import ndtr
 
 from tests.fixtures.gaussian import Gaussian
 from unclip.diffusion.analytic import optimal_variance
-from unclip.diffusion.losses import WEIGHTINGS, bits_per_dim, hybrid_loss, simple_loss, weights
+from unclip.diffusion.losses import WEIGHTINGS, bits_per_dim, hybrid_loss, loss_weights, simple_loss
 from unclip.diffusion.schedule import PREDICTIONS, Schedule
 from unclip.errors import Refused
 
@@ -33,7 +33,7 @@ def test_a_weighting_means_the_same_for_every_kind_of_prediction(weighting):
     x0, noise, guess = draw()
     losses = [
         simple_loss(
-            SCHEDULE, output_for(kind, guess, x0, noise), x0, noise, T, kind, weights(SCHEDULE, T, kind, weighting)
+            SCHEDULE, output_for(kind, guess, x0, noise), x0, noise, T, kind, loss_weights(SCHEDULE, T, kind, weighting)
         )
         for kind in PREDICTIONS
     ]
@@ -42,7 +42,7 @@ def test_a_weighting_means_the_same_for_every_kind_of_prediction(weighting):
 
 
 def test_min_snr_plus_one_never_vanishes_and_is_capped():
-    x0_weights = weights(SCHEDULE, torch.tensor([0, 999]), "x0", "min_snr_plus_one", cap=6.0)
+    x0_weights = loss_weights(SCHEDULE, torch.tensor([0, 999]), "x0", "min_snr_plus_one", cap=6.0)
     assert x0_weights.tolist() == pytest.approx([6.0, 1.0], abs=1e-6)
 
 
@@ -195,4 +195,4 @@ def test_a_negative_weight_of_the_bound_is_refused():
 
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(Refused):
-        weights(SCHEDULE, T, "x0", "soft")
+        loss_weights(SCHEDULE, T, "x0", "soft")

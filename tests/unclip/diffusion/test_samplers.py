@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from unclip.diffusion.guidance import clipped, dynamically_clipped
+from unclip.diffusion.guidance import clip_x0, threshold_dynamically
 from unclip.diffusion.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpm_solver_pp, noise_for
 from unclip.diffusion.schedule import PREDICTIONS, Prediction, Schedule
 from unclip.errors import Refused
@@ -143,13 +143,13 @@ def test_thresholds_are_those_of_diffusers(name, most):
     generator = torch.Generator().manual_seed(7)
     extra = {"use_clipped_model_output": True} if name == "DDIMScheduler" else {"generator": generator}
     few = SCHEDULE.respace(10, spacing="leading")
-    dynamic = dynamically_clipped(denoiser("eps", reach=3.0), SCHEDULE, 0.9, most)
+    dynamic = threshold_dynamically(denoiser("eps", reach=3.0), SCHEDULE, 0.9, most)
     sampler = ddim if name == "DDIMScheduler" else ddpm
     ours = sampler(dynamic, start(), few, noise=sequence(7))
     found = walk(scheduler, functools.partial(scheduler.step, **extra), reach=3.0)
     assert torch.allclose(ours, found, rtol=0, atol=1e-5)
     if most == 1:
-        static = sampler(clipped(denoiser("eps", reach=3.0), SCHEDULE), start(), few, noise=sequence(7))
+        static = sampler(clip_x0(denoiser("eps", reach=3.0), SCHEDULE), start(), few, noise=sequence(7))
         assert torch.allclose(static, found, rtol=0, atol=1e-5)
 
 

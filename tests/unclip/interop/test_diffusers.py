@@ -19,7 +19,7 @@ from tests.fixtures.plain import VIT, ours, saved, shaken
 from tests.fixtures.release import MODEL
 from unclip.cascade import UnCLIP
 from unclip.clip.model import Clip, build_clip
-from unclip.diffusion.guidance import clipped
+from unclip.diffusion.guidance import clip_x0
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
 from unclip.interop.diffusers import INDEX, export_diffusers, import_diffusers
@@ -144,13 +144,13 @@ def test_a_step_of_the_exported_scheduler_is_our_ddpm_step_but_for_float32_at_th
         fed.due = list(due)
         next_x = scheduler.step(output, t, x, prev_timestep=scheduler.timesteps[k + 1]).prev_sample
         index = torch.full((2,), steps - 1 - k)
-        prediction = clipped(lambda x, t: model.decoder.predict(output, x, t), model.decoder.schedule)(x, t.expand(2))
+        prediction = clip_x0(lambda x, t: model.decoder.predict(output, x, t), model.decoder.schedule)(x, t.expand(2))
         log_variance = schedule.log_variance(index, x, prediction.fraction)
         mean = schedule.posterior_mean(prediction.x0, x, index)
         assert far(next_x, mean + (0.5 * log_variance).exp() * fed.noises["decoder"](1)) < 2e-5
     # The last step returns x0; by the formula the factor before it is β_0/(1 − ᾱ_0) = 1.
     last = shipped.step(output, torch.tensor(0), x).prev_sample
-    x0 = clipped(lambda x, t: model.decoder.predict(output, x, t), model.decoder.schedule)(x, torch.zeros(2).long()).x0
+    x0 = clip_x0(lambda x, t: model.decoder.predict(output, x, t), model.decoder.schedule)(x, torch.zeros(2).long()).x0
     assert far(last, float(shipped.betas[0] / (1 - shipped.alphas_cumprod[0])) * x0) < 1e-5
     assert 4e-4 < far(last, x0) < 7e-4
 

@@ -19,7 +19,7 @@ from training.options import TrainConfig
 from training.parallel.flat import Flat
 from unclip.diffusion.guidance import join
 from unclip.diffusion.samplers import noise_for
-from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, Reading, gumbel, write_tokens
+from unclip.models.ar_prior import AutoregressivePrior, AutoregressivePriorConfig, CachedDecoding, gumbel, sample_tokens
 from unclip.models.prior import PriorContext
 from unclip.presets import TINY
 
@@ -175,7 +175,7 @@ def recomputed(prior, context, null, noise, guidance, temperature) -> tuple[torc
 @pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (2.5, 1.0), (0.0, 1.0), (1.5, 0.3), (2.0, 0.0)])
 def test_sampling_with_a_cache_is_sampling_without_one(prior, guidance, temperature):
     context, null, noise = captions(), prior.null_context(B), noise_for([3, 1, 4], (prior.config.buckets,))
-    got = write_tokens(prior, context, null, noise, guidance=guidance, temperature=temperature)
+    got = sample_tokens(prior, context, null, noise, guidance=guidance, temperature=temperature)
     expected, _ = recomputed(prior, context, null, noise, guidance, temperature)
     assert torch.equal(got, expected)
 
@@ -183,7 +183,7 @@ def test_sampling_with_a_cache_is_sampling_without_one(prior, guidance, temperat
 @torch.no_grad()
 def test_the_caches_logits_are_the_recomputed_ones_and_one_batched_call_is_two(prior):
     tokens, context, null = sentences(prior.config), captions(), prior.null_context(B)
-    readings = [Reading(prior, join(context, null)), Reading(prior, context), Reading(prior, null)]
+    readings = [CachedDecoding(prior, join(context, null)), CachedDecoding(prior, context), CachedDecoding(prior, null)]
     whole = [prior(tokens[:, :-1], *text) for text in (context, null)]
     for place in range(prior.config.tokens):
         both, given, without = (reading.logits for reading in readings)
@@ -199,10 +199,10 @@ def test_the_caches_logits_are_the_recomputed_ones_and_one_batched_call_is_two(p
 def test_guidance_of_one_is_the_caption_alone_and_of_zero_the_empty_one(prior):
     context, null, noise = captions(), prior.null_context(B), noise_for([0, 1, 2], (prior.config.buckets,))
     nothing = PriorContext(*(torch.full_like(part, math.nan, dtype=torch.float32) for part in null))
-    alone = write_tokens(prior, context, nothing, noise)
+    alone = sample_tokens(prior, context, nothing, noise)
     assert torch.equal(alone, recomputed(prior, context, null, noise, 1.0, 1.0)[0])
-    unguided = write_tokens(prior, null, null, noise)
-    assert torch.equal(write_tokens(prior, context, null, noise, guidance=0.0), unguided)
+    unguided = sample_tokens(prior, null, null, noise)
+    assert torch.equal(sample_tokens(prior, context, null, noise, guidance=0.0), unguided)
     assert not torch.equal(alone, unguided)
 
 
@@ -212,19 +212,19 @@ def test_a_rows_sample_does_not_depend_on_its_neighbours(prior):
     def draw(rows: list[int]) -> torch.Tensor:
         text = PriorContext(*(part[rows] for part in context))
         noise = noise_for([seeds[row] for row in rows], (prior.config.buckets,))
-        return write_tokens(prior, text, prior.null_context(len(rows)), noise, guidance=1.7)
+        return sample_tokens(prior, text, prior.null_context(len(rows)), noise, guidance=1.7)
 
     together = draw([0, 1, 2])
     assert torch.equal(draw([2, 0, 1]), together[[2, 0, 1]])
     assert torch.equal(torch.cat([draw([row]) for row in range(3)]), together)
     noise = noise_for([8, 9, 10], (prior.config.buckets,))
-    assert not torch.equal(write_tokens(prior, context, null, noise, guidance=1.7), together)
+    assert not torch.equal(sample_tokens(prior, context, null, noise, guidance=1.7), together)
 
 
 def test_the_dot_product_is_drawn_from_the_top_half_of_its_buckets(prior):
     context = PriorContext(*(part[:1].expand(200, *part.shape[1:]) for part in captions()))
     noise = noise_for(range(200), (prior.config.buckets,))
-    tokens = write_tokens(prior, context, prior.null_context(200), noise)
+    tokens = sample_tokens(prior, context, prior.null_context(200), noise)
     assert int(tokens[:, 0].min()) >= prior.config.buckets // 2
     assert len(set(tokens[:, 0].tolist())) > 1
     assert int(tokens[:, 1:].min()) < prior.config.buckets // 2
@@ -244,13 +244,13 @@ def test_a_token_is_drawn_with_the_softmaxs_probabilities_at_its_temperature(pri
     count, half = 4000, prior.config.buckets // 2
     context = PriorContext(*(part[:1].expand(count, *part.shape[1:]) for part in captions()))
     with torch.no_grad():
-        spread = float(Reading(prior, context).logits[0].std())
+        spread = float(CachedDecoding(prior, context).logits[0].std())
         prior.out.weight /= spread  # too far apart, and no bucket but one would ever come
         prior.out.bias /= spread
-        logits = Reading(prior, context).logits[0, half:]
+        logits = CachedDecoding(prior, context).logits[0, half:]
     drawn: list[torch.Tensor] = []
     noise = noise_for(range(count), (prior.config.buckets,))
-    write_tokens(
+    sample_tokens(
         prior, context, context, noise, temperature=temperature, callback=lambda _, tokens: drawn.append(tokens)
     )
     counts = np.bincount(drawn[0][:, 0].numpy() - half, minlength=len(logits))
@@ -312,7 +312,7 @@ def test_it_learns_a_mixture_that_depends_on_the_caption():
     def drawn(guidance: float) -> torch.Tensor:
         some, null = PriorContext(*(part[:400] for part in text)), prior.null_context(400)
         noise = noise_for(range(400), (TOY.buckets,), stream="toy")
-        return prior.embedding(write_tokens(prior, some, null, noise, guidance=guidance))
+        return prior.embedding(sample_tokens(prior, some, null, noise, guidance=guidance))
 
     def shares(found: torch.Tensor) -> torch.Tensor:
         """How often each mode is the nearest, [2 captions, 4]."""

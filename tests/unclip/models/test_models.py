@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unclip.degrade.bsr import gaussian_blur
-from unclip.diffusion.guidance import classifier_free, clipped
+from unclip.diffusion.guidance import classifier_free, clip_x0
 from unclip.errors import Refused
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
@@ -165,7 +165,7 @@ def test_guidance_moves_from_unconditional_through_conditional(decoder):
 def test_a_clipped_prediction_is_in_range_and_consistent(decoder):
     context = decoder.context(torch.randn(B, 32), *text())
     x, t = 3 * torch.randn(B, 3, 16, 16), torch.full((B,), 300)
-    prediction = clipped(lambda x, t: decoder.denoise(x, t, context), decoder.schedule)(x, t)
+    prediction = clip_x0(lambda x, t: decoder.denoise(x, t, context), decoder.schedule)(x, t)
     assert prediction.x0.abs().max() <= 1
     assert torch.allclose(decoder.schedule.q_sample(prediction.x0, prediction.eps, t), x, atol=1e-4)
 

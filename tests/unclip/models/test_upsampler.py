@@ -13,9 +13,9 @@ from unclip import UnCLIP
 from unclip.diffusion.settings import Sampling
 from unclip.errors import Refused
 from unclip.models.layers import bfloat16_convolutions
-from unclip.models.strips import in_strips
+from unclip.models.strips import apply_in_strips
 from unclip.models.unet import UNet
-from unclip.models.upsampler import Upsampler, UpsamplerConfig, filled_up
+from unclip.models.upsampler import Upsampler, UpsamplerConfig, pad_to_multiple
 from unclip.presets import PAPER, TINY
 
 DEEP = replace(TINY.upsamplers[0], multiples=(1, 2, 3), depth=2, learned_range=True)
@@ -122,8 +122,8 @@ def test_pictures_of_any_size_are_enlarged_in_one_piece_or_in_strips(cascade: Un
 def test_filling_up_mirrors_as_torch_pads(sides):
     low = torch.randn(1, 3, *sides)
     wanted = F.pad(low, [0, -sides[1] % 8, 0, -sides[0] % 8], mode="reflect")
-    assert torch.equal(filled_up(low, 8), wanted)
-    assert filled_up(low[:, :, :1, :3], 8).shape == (1, 3, 8, 8)
+    assert torch.equal(pad_to_multiple(low, 8), wanted)
+    assert pad_to_multiple(low[:, :, :1, :3], 8).shape == (1, 3, 8, 8)
 
 
 def test_the_papers_upsamplers_take_any_multiple_of_their_grain():
@@ -144,4 +144,4 @@ def test_the_impossible_is_refused():
     with pytest.raises(Refused, match="at least 1 byte"):
         model.denoise_in_strips(x, t, low, workspace=0)
     with pytest.raises(Refused, match="attention"):
-        in_strips(UNet(TINY.decoder.unet), torch.zeros(1, 3, 16, 16), t[:1], workspace=1)
+        apply_in_strips(UNet(TINY.decoder.unet), torch.zeros(1, 3, 16, 16), t[:1], workspace=1)

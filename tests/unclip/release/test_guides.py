@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.fixtures.release import SAMPLING, shaken, write_parts
 from unclip import manipulate
 from unclip.cascade import UnCLIP
-from unclip.diffusion.guidance import classifier, clip_guided, clipped
+from unclip.diffusion.guidance import classifier_guidance, clip_guidance, clip_x0
 from unclip.diffusion.samplers import ddim
 from unclip.diffusion.schedule import Denoiser, Prediction, Schedule
 from unclip.errors import Refused
@@ -149,7 +149,7 @@ class Bars:
         """Share of 64 samples whose nearest picture has a standing bar, from the same noise always."""
         x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            made = ddim(clipped(denoise, self.schedule), x, self.schedule.respace(25), noise=lambda _: x)
+            made = ddim(clip_x0(denoise, self.schedule), x, self.schedule.respace(25), noise=lambda _: x)
         nearest = (made.flatten(1)[:, None] - self.pictures.flatten(1)[None]).square().sum(2).argmin(1)
         return float(self.standing[nearest].float().mean())
 
@@ -196,7 +196,7 @@ def test_classifier_guidance_makes_the_wanted_class(told_apart: Classifier):
 
     def share(scale: float, wanted: str = "standing") -> float:
         log_prob = told_apart.log_prob({"bar": wanted})
-        return BARS.share_standing(classifier(BARS.denoise, log_prob, scale, BARS.schedule))
+        return BARS.share_standing(classifier_guidance(BARS.denoise, log_prob, scale, BARS.schedule))
 
     assert 0.3 < share(0) < 0.7
     assert share(0) == BARS.share_standing(BARS.denoise)
@@ -219,7 +219,7 @@ def test_clip_guidance_makes_what_the_text_says():
 
     def share(caption: int) -> float:
         scale = 3 * float(model.scale)
-        return BARS.share_standing(clip_guided(BARS.denoise, model, texts[[caption] * 64], scale, BARS.schedule))
+        return BARS.share_standing(clip_guidance(BARS.denoise, model, texts[[caption] * 64], scale, BARS.schedule))
 
     assert share(0) < 0.25 < 0.75 < share(1)
 
