@@ -1,4 +1,5 @@
-"""How the tests are shared out where several processes run them, a file to each (`pytest -n 3 --dist loadfile`)."""
+"""Fixtures for all tests, and how the tests are shared out where several processes run them, a file to each
+(`pytest -n 3 --dist loadfile`)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
+
+# In one conftest, the one for all: a fixture is another one in each conftest that imports it, a session's too.
+from tests.fixtures.disk import disk  # noqa: F401
+from tests.fixtures.faulty_s3 import proxy  # noqa: F401
+from tests.fixtures.s3 import s3_endpoint, s3_server, s3_uri  # noqa: F401
 
 HERE = Path(__file__).parent
 CHAINS = ("chain/test_chain.py", "chain/test_chain_stopped.py")
