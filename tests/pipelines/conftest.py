@@ -10,5 +10,6 @@ from tests.fixtures.chain import chain  # noqa: F401  fixtures are found by thei
 from tests.fixtures.stages import data  # noqa: F401
 from tests.fixtures.tiny_run import copy, finished  # noqa: F401
 
+settings.register_profile("all")
 # make proof-algebra; fewer where there is no hour
 settings.register_profile("proof", max_examples=int(os.environ.get("UNCLIP_PROOF_EXAMPLES", "1000")))
