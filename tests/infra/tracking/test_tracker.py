@@ -199,7 +199,7 @@ def test_a_server_that_does_not_answer_and_a_uri_of_no_kind_are_refused() -> Non
     began = time.monotonic()
     with pytest.raises(Refused, match=r"MLflow server at http://127\.0\.0\.1:9 does not answer"):
         check_server("http://127.0.0.1:9")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 60  # MLflow itself tries for minutes
     for uri in ("./mlruns", "file:///tmp/mlruns"):
         with pytest.raises(Refused, match="use an MLflow server"):
             check_server(uri)
