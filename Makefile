@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 STORE ?= store
 
-.PHONY: demo test test-fast lint bench peers lock clean help
+.PHONY: demo test test-all test-fast lint bench peers lock clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -32,11 +32,15 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)  ## the whole chain on this machine: web server, data, training, a promoted release
 	$(BIN)/unclip run demo --store $(STORE)
 
-test: $(STAMP)  ## every test (about 17 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## every test; of grids of kinds and features a choice in which each kind and each feature is
+	$(PYTEST) -n 3 -m "not full" --durations=25
 
-test-fast: $(STAMP)  ## tests without Ray and long training (under 4 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile -m "not slow and not ray"
+test-all: $(STAMP)  ## the same and the grids in full; before a release and each night
+	$(PYTEST) -n 3 --hypothesis-profile=all --durations=25
+
+test-fast: $(STAMP)  ## tests without Ray and long training
+	$(PYTEST) -n 2 -m "not slow and not ray"
 
 lint: $(STAMP)  ## ruff, import floors, types
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""How the tests are shared out where several processes run them, a file to each (`pytest -n 3 --dist loadfile`)."""
+"""Fixtures for all tests, and how the tests are shared out where several processes run them (`pytest -n 3`)."""
 
 from __future__ import annotations
 
@@ -6,39 +6,64 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
+from xdist.scheduler import LoadScopeScheduling
+
+# In one conftest, the one for all: a fixture is another one in each conftest that imports it, a session's too.
+from tests.fixtures.disk import disk  # noqa: F401
+from tests.fixtures.faulty_s3 import proxy  # noqa: F401
+from tests.fixtures.s3 import s3_endpoint, s3_server, s3_uri  # noqa: F401
 
 HERE = Path(__file__).parent
-CHAINS = ("chain/test_chain.py", "chain/test_chain_stopped.py")
-LONG = (
-    "training/parallel/test_modes.py",
+STOPPED = "chain/test_chain_stopped.py"
+FIRST = (
+    "chain/test_chain.py",
+    f"{STOPPED}::test_two_runs_at_once_both_end_well_and_train_nothing_twice",
     "training/test_loop.py",
+    "training/parallel/test_modes.py",
+    "training/test_launch.py",
     "training/parallel/test_fsdp.py",
-    "training/test_tracked.py",
-    "training/optim/test_precision.py",
-    "training/optim/test_averages.py",
     "pipelines/versions/test_algebra.py",
+    STOPPED,
+    "training/test_tracked.py",
     "infra/store/test_s3_faults.py",
     "training/test_interrupt.py",
+    "training/optim/test_precision.py",
+    "training/optim/test_averages.py",
     "pipelines/engine/test_killed.py",
 )
-"""Files without Ray that take half a minute or more, the longest first."""
+"""What takes half a minute or more, the longest first, and what shares a machine badly not at once."""
 ALONE = "infra/test_cluster.py"
 PLACES = ("first", "second")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, and the others that start Ray last, of which the last waits for them."""
+    """What is long comes first, and the other files that start Ray last, of which the last waits for them."""
     ray = {item.path for item in items if item.get_closest_marker("ray")}
-    begin = [*CHAINS, *LONG]
 
     def place(item: pytest.Item) -> tuple[int, bool, bool]:
         name = item.path.relative_to(HERE).as_posix()
-        return begin.index(name) if name in begin else len(begin), item.path in ray, name == ALONE
+        begin = next((n for n, first in enumerate(FIRST) if first in (name, f"{name}::{item.name}")), len(FIRST))
+        return begin, item.path in ray, name == ALONE
 
     items.sort(key=place)
+
+
+class ByFile(LoadScopeScheduling):
+    """One process runs a file, whose tests share what they build; but of the runs that are stopped each is by itself,
+    since together they would take longer than all else."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.split("::")[0]
+        return nodeid if name.endswith(STOPPED) else name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="module", autouse=True)

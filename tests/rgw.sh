@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # A real S3 server for the tests: Ceph's RADOS gateway over one in-memory OSD, on loopback, installed nowhere.
 #   rgw.sh install        unpack Debian's packages into the cache (once, some 300 MB; needs apt-get and dpkg)
-#   rgw.sh start DIR PORT serve http://127.0.0.1:PORT (its monitor takes PORT+1); keys "testkey" and "testsecret"
+#   rgw.sh start DIR PORT [PID]
+#                         serve http://127.0.0.1:PORT (its monitor takes PORT+1); keys "testkey" and "testsecret"; until
+#                         the process PID is gone, where it is given; exits with 3 where somebody else has a port
 #   rgw.sh stop DIR       end what start started
 set -euo pipefail
-command=${1:?usage: rgw.sh install|start|stop [DIR] [PORT]}
+command=${1:?usage: rgw.sh install|start|stop [DIR] [PORT] [PID]}
 cache=${UNCLIP_RGW_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/unclip/radosgw}
 libraries=$cache/usr/lib/$(uname -m)-linux-gnu
 
@@ -71,30 +73,44 @@ rgw run sync thread = false
 CONF
 }
 
+listening() {  # $1 port: the socket that listens there, if there is one
+  awk -v at="0100007F:$(printf %04X "$1")" '$2 == at && $4 == "0A" {print "socket:[" $10 "]"}' /proc/net/tcp
+}
+
+wait_until_it_listens() {  # $1 pid, $2 port: a connection would not tell our server from another one
+  local attempt socket
+  for attempt in $(seq 1200); do
+    socket=$(listening "$2")
+    if [[ -n $socket ]] && readlink "/proc/$1/fd"/* 2>/dev/null | grep -qxF "$socket"; then return; fi
+    kill -0 "$1" 2>/dev/null || { [[ -z $socket ]] || return 3; return 1; }
+    sleep 0.05
+  done
+  return 1
+}
+
 start_daemons() {  # $1 folder, $2 port
   export LD_LIBRARY_PATH=$libraries:$cache/lib/$(uname -m)-linux-gnu:$libraries/ceph
   export CEPH_CONF=$1/ceph.conf PATH=$cache/usr/bin:$PATH PYTHONPATH=$cache/usr/lib/python3/dist-packages
+  [[ -z $(listening "$2")$(listening $(($2 + 1))) ]] || return 3
   local osd; osd=$(cat /proc/sys/kernel/random/uuid)
   ceph-authtool --create-keyring "$1/keyring" --gen-key -n mon. --cap mon 'allow *' >/dev/null
   monmaptool --create --addv a "[v2:127.0.0.1:$(($2 + 1))]" \
     --fsid "$(sed -n 's/^fsid = //p' "$1/ceph.conf")" "$1/monmap" >/dev/null
   ceph-mon --mkfs -i a --monmap "$1/monmap" --keyring "$1/keyring"
   ceph-mon -f -i a >"$1/log/mon.out" 2>&1 & echo $! >>"$1/pids"
+  wait_until_it_listens $! $(($2 + 1)) || return
   timeout 60 /usr/bin/python3 "$cache/usr/bin/ceph" osd new "$osd" >"$1/log/osd-new.out" 2>&1
   ceph-osd -i 0 --mkfs --osd-uuid "$osd" >"$1/log/mkfs.out" 2>&1
   ceph-osd -f -i 0 >"$1/log/osd.out" 2>&1 & echo $! >>"$1/pids"
   timeout 90 radosgw-admin user create --uid=test --display-name=test \
     --access-key=testkey --secret-key=testsecret >"$1/log/user.out" 2>&1
   radosgw -f -n client.admin >"$1/log/rgw.out" 2>&1 & echo $! >>"$1/pids"
-  local attempt
-  for attempt in $(seq 600); do
-    # It must live: one that finds its port taken ends, and another's server would answer in its place.
-    kill -0 "$(tail -1 "$1/pids")" 2>/dev/null || break
-    (exec 3<>"/dev/tcp/127.0.0.1/$2") 2>/dev/null && return
-    sleep 0.1
-  done
-  echo "rgw.sh: the gateway did not come up, see $1/log" >&2
-  return 1
+  wait_until_it_listens $! "$2"
+}
+
+stop_with() {  # $1 folder, $2 pid
+  while kill -0 "$2" 2>/dev/null; do sleep 1; done
+  stop_daemons "$1"
 }
 
 case $command in
@@ -104,8 +120,15 @@ case $command in
     folder=$(realpath -m "${2:?folder}"); port=${3:?port}
     [[ -e $cache/complete ]] || { echo "rgw.sh: not installed; run: tests/rgw.sh install" >&2; exit 1; }
     stop_daemons "$folder"
+    rm -rf "$folder"/{mon,osd,rgw,log,run,keyring,monmap}  # an earlier server's, whose objects were in memory
     mkdir -p "$folder"/{mon,osd,rgw,log,run}
     write_configuration "$folder" "$port"
-    start_daemons "$folder" "$port" || { stop_daemons "$folder"; exit 1; } ;;
+    code=0; start_daemons "$folder" "$port" || code=$?
+    if [[ $code != 0 ]]; then
+      echo "rgw.sh: the server did not come up, see $folder/log" >&2
+      stop_daemons "$folder"
+      exit "$code"
+    fi
+    if [[ -n ${4:-} ]]; then stop_with "$folder" "$4" </dev/null >/dev/null 2>&1 & fi ;;
   *) echo "rgw.sh: unknown command $command" >&2; exit 2 ;;
 esac

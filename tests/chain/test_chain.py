@@ -36,7 +36,7 @@ def test_a_run_ends_with_a_champion_and_says_how_to_use_it(finished: tuple[Path,
 
 def test_a_second_run_starts_no_ray_and_changes_nothing(copy: Path) -> None:
     before = objects(copy)
-    said = unclip("run", "tiny", "--store", copy)
+    said = here("run", "tiny", "--store", copy)
     assert "starting Ray" not in said
     assert objects(copy) == before
     assert todo(copy) == {}

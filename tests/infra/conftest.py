@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.disk import disk  # noqa: F401
-from tests.fixtures.faulty_s3 import proxy  # noqa: F401
-from tests.fixtures.s3 import s3_endpoint, s3_uri  # noqa: F401  fixtures are found by their names here
-
 
 @pytest.fixture(params=["folder", "s3"])
 def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:

@@ -37,6 +37,7 @@ def _acquire(store: Store, start: object, answers: object) -> None:
     start.wait()  # type: ignore[attr-defined]  # the winner must live while the others try
 
 
+@pytest.mark.slow
 def test_of_processes_that_race_for_a_lease_one_has_it(store_uri: str) -> None:
     store = open_store(store_uri)
     spawn = multiprocessing.get_context("spawn")

@@ -7,11 +7,9 @@ import os
 from hypothesis import settings
 
 from tests.fixtures.chain import chain  # noqa: F401  fixtures are found by their names here
-from tests.fixtures.disk import disk  # noqa: F401
-from tests.fixtures.faulty_s3 import proxy  # noqa: F401
-from tests.fixtures.s3 import s3_endpoint, s3_uri  # noqa: F401
 from tests.fixtures.stages import data  # noqa: F401
 from tests.fixtures.tiny_run import copy, finished  # noqa: F401
 
+settings.register_profile("all")
 # make proof-algebra; fewer where there is no hour
 settings.register_profile("proof", max_examples=int(os.environ.get("UNCLIP_PROOF_EXAMPLES", "1000")))

@@ -26,7 +26,7 @@ from tests.fixtures.faulty_s3 import FaultyS3, failing
 from tests.fixtures.holding import ROOT, Holding, Step, drawn, release
 from tests.fixtures.nodes import Nodes, nodes
 from tests.fixtures.ports import free_port
-from tests.fixtures.s3 import SCRIPT
+from tests.fixtures.s3 import ENVIRONMENT, SCRIPT
 
 STAGES = ("source", "download", "filter-look", "filter", "embed", "curate-look", "curate", "statistics")
 """Of the data, in their order. CLIP, which is trained between filter and embed, is no data, and nobody disturbs it."""
@@ -154,13 +154,7 @@ class Scene:
 def scene(folder: Path) -> Iterator[Scene]:
     """Starts the cluster and the S3 server; ends what it started."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "testkey",
-        "AWS_SECRET_ACCESS_KEY": "testsecret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    shutil.rmtree(folder / "rgw", ignore_errors=True)  # its objects were in memory
+    os.environ |= ENVIRONMENT
     port = free_port()
     direct = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:

@@ -123,6 +123,7 @@ class Living(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 def test_more_samples_take_as_much_more_memory_as_the_cost_says(precision, again):
@@ -147,6 +148,7 @@ def test_more_samples_take_as_much_more_memory_as_the_cost_says(precision, again
     assert 0.85 * each < found.activations < 1.2 * each
 
 
+@pytest.mark.slow
 def test_a_second_computation_costs_a_third_more_and_half_precision_a_copy_of_the_weights():
     plain, low = (cost("decoder", asdict(TINY.decoder), precision=p, recompute=True) for p in ("float32", "bfloat16"))
     assert 0.25 * plain.flops < plain.again < plain.flops / 3
@@ -162,6 +164,7 @@ def test_clips_towers_are_computed_again_as_well():
     assert 0.25 * plain.flops < again.again < plain.flops / 3
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_norms_in_float32():
     on_cpu, on_gpu = (cost("decoder", asdict(TINY.decoder), precision="bfloat16", gpu=gpu) for gpu in (False, True))
     whole = cost("decoder", asdict(TINY.decoder))

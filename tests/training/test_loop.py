@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from infra.documents import canonical, digest_file
 from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
+from tests.fixtures.cells import marked
 from tests.fixtures.fits import Tiny, tiny
 from training.checkpoint.store import EARLIER, Checkpoints
 from training.job import FitHow, Job
@@ -83,16 +86,19 @@ def case(world: Tiny, name: str, key: str) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    made = {}
-    for name in CASES:
+def undisturbed(world: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """What the fit of a case ends in that nobody disturbs; made when it is first asked for."""
+
+    @cache
+    def made(name: str) -> dict[str, bytes]:
         out = tmp_path_factory.mktemp(name)
         train_local(case(world, name, "undisturbed"), HOW, world.store, out, Seen())
-        made[name] = contents(out)
+        return contents(out)
+
     return made
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, ["prior"], pytest.mark.slow))
 def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undisturbed, tmp_path, name):
     job = case(world, name, "interrupted")
     for lease, more in enumerate((0, 4, 1), 1):
@@ -100,10 +106,11 @@ def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undis
             train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=lease, stop=stopping_after(more))
     assert Checkpoints(world.store, job.key).newest().samples == (1 + 5 + 2) * 6
     facts = train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=4)
-    assert contents(tmp_path) == undisturbed[name]
+    assert contents(tmp_path) == undisturbed(name)
     assert facts["samples"] == 72
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -114,7 +121,7 @@ def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(world, undis
 def test_how_a_model_is_trained_does_not_change_a_byte(world, undisturbed, tmp_path, how):
     job = world.job("decoder", f"how-{how.prefetch}", **SHORT)
     train_local(job, how, world.store, tmp_path, Seen())
-    assert contents(tmp_path) == undisturbed["decoder"]
+    assert contents(tmp_path) == undisturbed("decoder")
 
 
 def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(world, undisturbed, tmp_path, caplog):
@@ -127,7 +134,7 @@ def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(world, undistur
     newest.write_bytes(newest.read_bytes()[:-1] + b"!")
     train_local(job, HOW, world.store, tmp_path, Seen(), lease_number=3)
     assert "passed over" in caplog.text
-    assert contents(tmp_path) == undisturbed["prior"]
+    assert contents(tmp_path) == undisturbed("prior")
 
 
 def test_a_checkpoint_of_an_earlier_release_is_gone_on_from(world, undisturbed, tmp_path):
@@ -154,13 +161,13 @@ def test_a_checkpoint_of_an_earlier_release_is_gone_on_from(world, undisturbed, 
     seen = Seen()
     train_local(job, FitHow(log_seconds=0), world.store, tmp_path / "out", seen, lease_number=2)
     assert seen.steps[0] == 7
-    assert contents(tmp_path / "out") == undisturbed["prior"]
+    assert contents(tmp_path / "out") == undisturbed("prior")
 
 
 def test_a_finished_fit_is_delivered_again_without_training(world, undisturbed, tmp_path):
-    seen = Seen()
+    expected, seen = undisturbed("prior"), Seen()
     train_local(world.job("prior", "undisturbed-prior", **SHORT), HOW, world.store, tmp_path, seen)
-    assert contents(tmp_path) == undisturbed["prior"]
+    assert contents(tmp_path) == expected
     assert seen.steps == []
 
 
@@ -246,4 +253,4 @@ def test_a_run_killed_at_any_moment_ends_in_the_bytes_of_an_undisturbed_one(worl
             break
         kills += 1
     assert kills >= 2
-    assert contents(tmp_path) == undisturbed["decoder"]
+    assert contents(tmp_path) == undisturbed("decoder")

@@ -11,6 +11,7 @@ import torch
 from infra.errors import Stopped
 from infra.store.base import Store
 from infra.tracking.monitor import NullMonitor
+from tests.fixtures.cells import FULL
 from tests.fixtures.fits import Tiny, stored_tree, tiny
 from tests.training.test_loop import HOW, contents
 from training.job import KINDS, Job
@@ -32,7 +33,14 @@ def released(store: Store, folder: Path) -> str:
     return stored_tree(store, folder)
 
 
-@pytest.mark.parametrize("kind", ["prior", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "prior")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "prior",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ar_prior", "upsampler")),
+        *(pytest.param(kind, marks=FULL) for kind in KINDS if kind not in ("prior", "ar_prior", "upsampler")),
+    ],
+)
 def test_every_kind_goes_on_from_a_release_at_its_own_rate(world: Tiny, tmp_path: Path, kind: str):
     first = world.startable(kind, f"first-{kind}", **SHORT)
     train_local(first, HOW, world.store, tmp_path / "release" / kind, NullMonitor())

@@ -80,6 +80,7 @@ print(json.dumps(slow))
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_is_imported_for_none_of_them() -> None:
     ran = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
     assert json.loads(ran.stdout) == []

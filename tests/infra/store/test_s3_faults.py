@@ -98,6 +98,7 @@ def test_a_server_that_says_nothing_is_asked_again(s3_uri: str, proxy: FaultyS3)
     assert not store.exists("objects/never")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.RESET, Fault.HALF, Fault.LOST])
 @pytest.mark.parametrize("step", ["?uploads", "partNumber=2", "?uploadId="])
 def test_an_upload_in_parts_survives_a_fault_at_every_step(
@@ -195,6 +196,7 @@ def test_an_upload_whose_process_was_killed_is_no_data_and_is_given_up_a_day_lat
     assert store.put_new("objects/large", parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_under_faults_at_random_a_store_holds_just_what_was_put(s3_uri: str, proxy: FaultyS3, seed: int) -> None:
     store = opened(s3_uri, proxy)

@@ -114,6 +114,7 @@ def _put_my_number(store: object, start: object, number: int, answers: object) -
     answers.put((number, won))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_of_processes_that_race_for_a_name_just_one_wins(store_uri: str) -> None:
     store = open_store(store_uri)
     spawn = multiprocessing.get_context("spawn")

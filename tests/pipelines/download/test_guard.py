@@ -196,7 +196,7 @@ def test_seconds_bound_the_whole_answer_however_it_trickles(web, head):
     web.answers["/slow.png"] = lambda asked: trickle(asked, head)
     began = time.monotonic()
     assert state(guard(web), "http://a.web.test/slow.png", seconds=0.3) == "timeout"
-    assert time.monotonic() - began < 5  # each byte comes well within 0.3 s; all of them would take minutes
+    assert time.monotonic() - began < 60  # each byte comes well within 0.3 s; all of them would take minutes
 
 
 def test_redirects_share_one_budget_of_time(web):

@@ -77,6 +77,7 @@ def test_a_disk_without_room_for_one_more_file_is_told_by_every_write(disk: Disk
     assert store.put_new("a", b"")
 
 
+@pytest.mark.slow
 def test_every_stage_says_that_its_disk_is_full_and_with_room_goes_on_to_the_same_bytes(disk: Disk, data: Data) -> None:
     store = open_store(str(disk.root / "store"))
     assert isinstance(store, LocalStore)

@@ -17,6 +17,7 @@ from pipelines.recipe import schema as recipe
 from pipelines.recipe import stages as workflow
 from pipelines.recipe import yaml as document
 from pipelines.stage import error_context
+from tests.fixtures.cells import marked
 
 RULES = """[{rule: size, min_side: 64}, {rule: aspect, max_ratio: 2}, {rule: caption}, {rule: exact_duplicates},
             {rule: clip_score, min_score: 0.1}, {rule: blank}, {rule: language, languages: [en]},
@@ -89,7 +90,7 @@ def test_the_walk_reaches_every_corner() -> None:
             "sampling.upsamplers.64.gamma", "ar_prior.train.ema", "evaluate.cpus", "cluster.cpus"} <= found  # fmt: skip
 
 
-@pytest.mark.parametrize("bad", [-1, 2**63, math.nan, math.inf, "many", True])
+@pytest.mark.parametrize("bad", marked([-1, 2**63, math.nan, math.inf, "many", True], ["many"], pytest.mark.slow))
 def test_every_number_of_a_recipe_refuses_what_it_cannot_be(bad: Any) -> None:
     accepted = []
     for path, kind, listed in NUMBERS:

@@ -18,6 +18,7 @@ from tests.fixtures.stages import RULES, Data, download, source
 FAULTS = [fault for fault in Fault if fault is not Fault.STALL]  # which costs seconds each; see tests/infra
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_stages_on_a_server_that_fails_again_and_again_give_the_same_data(
     data: Data, s3_uri: str, proxy: FaultyS3, tmp_path: Path

@@ -211,6 +211,7 @@ print(rows, *peaks)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_a_list_ten_times_as_long_is_read_in_the_same_memory(tmp_path, ending):
     """Of 100 MB, a list's reader holds but a few more than of 10 MB."""

@@ -310,7 +310,9 @@ class Rebuilding(RuleBasedStateMachine):
         assert len(set(self.embedded.values())) == len(self.embedded)
 
 
-EXAMPLES, STEPS = (10, 12) if settings.get_current_profile_name() != "proof" else (settings().max_examples, 40)
+EXAMPLES, STEPS = {"proof": (settings().max_examples, 40), "all": (10, 12)}.get(
+    str(settings.get_current_profile_name()), (3, 8)
+)
 """Histories of a list, and changes in each."""
 
 

@@ -127,6 +127,7 @@ def test_reports_that_show_it_go_and_others_stay(own: Chain) -> None:
     assert len(list(own.store.list("records/report-1/"))) == 1
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_same_command_finishes(chain: Chain, data: Data, tmp_path: Path) -> None:
     row = row_of(chain)
     undisturbed = chain.copy(tmp_path / "undisturbed")

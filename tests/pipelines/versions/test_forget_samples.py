@@ -207,6 +207,7 @@ def test_beside_a_run_nothing_of_it_is_left(tmp_path: Path) -> None:
     assert meddled(tmp_path, lambda store: taken(store, how), forgets, how, begun=False) > 6
 
 
+@pytest.mark.slow
 def test_beside_gc_nothing_of_it_is_left_and_nothing_else_is_lost(tmp_path: Path) -> None:
     how = pictures(tmp_path / "source", range(4, 13))
     assert meddled(tmp_path / "a", forgets, collects, how, begun=True) > 6

@@ -133,6 +133,7 @@ def uids(world: Tiny, ranks: int, **how: Any) -> bytes:
     return b"".join(found[place] for place in sorted(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [False, True])
 def test_1_2_3_and_8_ranks_read_the_same_samples_byte_for_byte(world: Tiny, spread: bool) -> None:
     alone = uids(world, 1, spread=spread)

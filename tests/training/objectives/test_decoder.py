@@ -188,6 +188,7 @@ def test_a_start_of_another_kind_or_clip_is_refused(world: Tiny, tmp_path: Path)
         InpainterTrain(steps=1, drop_known=2)
 
 
+@pytest.mark.slow
 def test_what_is_known_is_used_to_draw_what_is_erased(world: Tiny, tmp_path: Path):
     """Pictures of one colour each: under much noise only the known part tells which."""
     config = replace(TINY.decoder, prediction="x0", learned_range=False)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from infra.errors import Refused, Stopped
 from infra.store.local import LocalStore
 from infra.tracking.monitor import NullMonitor
+from tests.fixtures.cells import FULL
 from tests.fixtures.fits import Tiny, tiny
 from tests.training.objectives.test_objectives import again, furnished
 from tests.training.test_loop import HOW, contents, stopping_after
@@ -111,6 +112,7 @@ def test_a_random_walks_averages_of_other_lengths_are_reconstructed(tmp_path: Pa
     assert max(errors.values()) < 1e-3, errors
 
 
+@pytest.mark.slow
 def test_a_trainings_averages_of_other_lengths_are_reconstructed(world: Tiny, tmp_path: Path):
     task, model, batch = furnished(world, "prior")
     flat, config = Flat(model), TrainConfig(steps=200, ema_lengths=OTHERS)
@@ -135,7 +137,16 @@ CHOOSING = {"steps": 12, "batch": 4, "micro": 2, "warmup": 3, "window": 3, "lr":
 
 
 @pytest.mark.parametrize(
-    "kind", ["prior", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS][3:] + [*KINDS][:1])]
+    "kind",
+    [
+        "prior",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("inpainter", "classifier")),
+        *(
+            pytest.param(kind, marks=FULL)
+            for kind in KINDS
+            if kind not in ("prior", "ar_prior", "inpainter", "classifier")
+        ),
+    ],
 )
 def test_the_released_average_is_the_one_of_least_loss_and_survives_a_stop(world: Tiny, tmp_path: Path, kind: str):
     options = {**CHOOSING, "ema_lengths": [0.05, 0.1, 0.25]}

@@ -8,6 +8,7 @@ import torch
 
 from infra.errors import Refused, Stopped
 from infra.tracking.monitor import NullMonitor
+from tests.fixtures.cells import FULL, marked
 from tests.fixtures.fits import Tiny, tiny
 from tests.training.test_loop import HOW, Seen, contents, stopping_after
 from training.checkpoint.store import Checkpoints
@@ -41,7 +42,7 @@ def test_the_scale_moves_as_torchs_own_scaler_moves_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS, ("decoder", "clip", "noised_clip"), *FULL))
 def test_every_kind_trains_in_half_precision_and_goes_on_to_the_same_bytes(world: Tiny, tmp_path: Path, kind: str):
     models = {}
     for precision in ("float32", "bfloat16", "float16"):

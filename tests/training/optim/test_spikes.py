@@ -86,6 +86,7 @@ def spoiled_job(world: Tiny, key: str, **train: object) -> Job:
     return world.job("prior", key, **options | {"rollback_after": 10, "rollback_every": 10} | train)
 
 
+@pytest.mark.slow
 def test_bad_steps_are_skipped_and_the_run_returns_to_an_earlier_state_wherever_it_was_stopped(
     world: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from infra.tracking.monitor import NullMonitor
+from tests.fixtures.cells import FULL, marked
 from tests.fixtures.fits import CLIP, Tiny, tiny
 from tests.training.objectives.test_objectives import again
 from tests.training.test_loop import contents
@@ -138,7 +139,10 @@ def test_in_deterministic_mode_what_depends_on_chance_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "decoder"])  # an inpainter is one that sees more
+@pytest.mark.parametrize(
+    "kind",  # an inpainter is a decoder that sees more
+    marked([kind for kind in KINDS if kind != "decoder"], ("inpainter", "ar_prior"), *FULL),
+)
 def test_what_is_compiled_is_the_same_model(world: Tiny, kind: str):
     """Traced and differentiated ahead of time, without the code generator, which takes a minute a model."""
     task, model, batch = furnished(world, world.startable(kind, **SHORT))

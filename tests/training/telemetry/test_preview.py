@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from infra.errors import Stopped
+from tests.fixtures.cells import marked
 from tests.fixtures.fits import Tiny, tiny
 from tests.training.test_loop import HOW, SHORT, Seen, case, contents, stopping_after
 from training.data.batches import Data
@@ -58,7 +59,9 @@ def drawn_at_each_step(job: Job, world: Tiny, out: Path, seen: Seen, **more: Any
         train_local(job, ALWAYS, world.store, out, seen, **more)
 
 
-@pytest.mark.parametrize("name", ["prior", "ar_prior", "muon", "glide", "upsampler"])
+@pytest.mark.parametrize(
+    "name", marked(["prior", "ar_prior", "muon", "glide", "upsampler"], ["prior"], pytest.mark.slow)
+)
 def test_drawing_at_each_step_changes_no_byte_of_the_model(world: Tiny, tmp_path: Path, name: str) -> None:
     seen, shown, blind = Seen(), case(world, name, f"shown-{name}"), case(world, name, f"blind-{name}")
     for job in (shown, blind):
@@ -79,6 +82,7 @@ def pixels(data: bytes) -> np.ndarray:
         return np.asarray(image)
 
 
+@pytest.mark.slow
 def test_a_decoders_last_picture_is_what_its_released_average_draws(world: Tiny, tmp_path: Path, data: Any) -> None:
     seen = Seen()
     job = world.job("decoder", "average", **SHORT | {"lr": 0.02, "steps": 8})
@@ -96,6 +100,7 @@ def test_a_decoders_last_picture_is_what_its_released_average_draws(world: Tiny,
     assert not np.array_equal(pixels(seen.images[1]), pixels(seen.images[8]))
 
 
+@pytest.mark.slow
 def test_after_a_resume_the_same_rows_are_drawn_from_the_same_noise(world: Tiny, tmp_path: Path) -> None:
     whole, parts = Seen(), Seen()
     drawn_at_each_step(world.job("upsampler", "whole", **SHORT | {"steps": 5}), world, tmp_path / "whole", whole)
@@ -107,6 +112,7 @@ def test_after_a_resume_the_same_rows_are_drawn_from_the_same_noise(world: Tiny,
     assert set(whole.images) - set(parts.images) == {3}  # at which it was asked to stop
 
 
+@pytest.mark.slow
 def test_previews_keep_to_their_share_of_the_time(world: Tiny, tmp_path: Path) -> None:
     seen = Seen()
     job = world.job("prior", "share", **SHORT | {"steps": 200})

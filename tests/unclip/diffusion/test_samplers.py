@@ -10,7 +10,6 @@ from unclip.diffusion.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpm_sol
 from unclip.diffusion.schedule import PREDICTIONS, Prediction, Schedule
 from unclip.errors import Refused
 
-diffusers = pytest.importorskip("diffusers")
 SCHEDULE = Schedule.named("cosine")
 SHAPE = (3, 8, 8)
 THEIR_NAME = {"x0": "sample", "eps": "epsilon", "v": "v_prediction"}
@@ -55,6 +54,8 @@ def sequence(seed: int):
 
 def theirs(kind: str, name: str, **options):
     """Their scheduler over our betas. Its tables are float32, which is 1e-5 off in the noisiest steps: made float64."""
+    import diffusers
+
     cls = getattr(diffusers, name)
     if name == "UnCLIPScheduler":
         scheduler = cls(prediction_type=THEIR_NAME[kind], clip_sample=False, **options)

@@ -6,10 +6,10 @@ import torch
 from unclip.diffusion.schedule import PREDICTIONS, SPACINGS, Schedule
 from unclip.errors import Refused
 
-diffusers = pytest.importorskip("diffusers")
-
 
 def test_the_cosine_schedule_is_that_of_diffusers():
+    import diffusers
+
     theirs = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     ours = Schedule.named("cosine")
     assert torch.allclose(ours.betas.float(), theirs.betas, atol=1e-7)
@@ -17,6 +17,8 @@ def test_the_cosine_schedule_is_that_of_diffusers():
 
 
 def test_the_linear_schedule_is_that_of_diffusers():
+    import diffusers
+
     theirs = diffusers.DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     assert torch.allclose(Schedule.named("linear").betas.float(), theirs.betas, atol=1e-7)
 
@@ -31,6 +33,8 @@ def test_a_respaced_schedule_keeps_noise_levels_and_original_timesteps():
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_are_spaced_as_in_diffusers(spacing):
+    import diffusers
+
     """At every number of steps at which theirs has that number: their `trailing` has one too many at, say, 61."""
     theirs, karlo = diffusers.DDPMScheduler(timestep_spacing=spacing), diffusers.UnCLIPScheduler()
     schedule, compared = Schedule.named("cosine"), 0

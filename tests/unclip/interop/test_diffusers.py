@@ -234,6 +234,7 @@ def loadable(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_an_imported_folder_draws_the_same_pictures_from_the_same_noise(karlo, tmp_path, monkeypatch):
     made = import_diffusers(karlo, tmp_path / "release", name="karlo")
     assert (made.name, made.upsamplers) == ("karlo", ["upsampler-32"])
