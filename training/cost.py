@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from training.meta import Weightless, shapes
 from training.options import KINDS, named
 from training.parallel import STATE_BYTES, recomputed
-from unclip.clip import build_clip
+from unclip.clip import TextTower, build_clip, foreign_settings, foreign_vision_settings, image_tower
 from unclip.meta import weightless
 from unclip.models import AutoregressivePrior, Decoder, DiffusionPrior, Upsampler
 from unclip.release import config_from
@@ -87,11 +87,33 @@ def cost(
 def _built(kind: str, model: dict[str, Any]) -> nn.Module:
     if kind != "clip":
         return shapes(kind, config_from(kind, model, kind))
+    if not foreign_settings(model) and not foreign_vision_settings(model):
+        with weightless():
+            return _Towers(model)
     if model["vision_cfg"].get("timm_model_name"):  # timm reads numbers out of tensors while it builds
         with Weightless():
             return build_clip(model).to("meta")
     with weightless():
         return build_clip(model)
+
+
+class _Towers(nn.Module):
+    """A CLIP of our own towers, to be counted: open_clip's takes seconds to import."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.visual, self.text = image_tower(model), TextTower(model)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        if "init_logit_bias" in model:
+            self.logit_bias = nn.Parameter(torch.zeros(()))
+        self.visual.image_size = model["vision_cfg"].get("image_size", 224)
+        self.context_length = len(self.text.positional_embedding)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.visual(pixels)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.text(ids).embedding
 
 
 def _count(network: nn.Module) -> int:

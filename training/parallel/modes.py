@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from training.job import FitHow
+from unclip.clip import ImageBlock, TextBlock
 from unclip.models import ContextAttention, ResBlock, SelfAttention, TransformerBlock
 
-BLOCKS = (ResBlock, ContextAttention, SelfAttention, TransformerBlock)
+BLOCKS = (ResBlock, ContextAttention, SelfAttention, TransformerBlock, TextBlock, ImageBlock)
 """What is computed a second time under `recompute`: blocks of U-Nets and transformers."""
 
 
@@ -52,7 +53,7 @@ def recomputed(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that are computed again; of open_clip's models those that its own switch means, which its ResNets,
     having batch norms, take no notice of."""
     if hasattr(model, "set_grad_checkpointing"):
-        # By name: its file may have been loaded by itself (unclip/clip/open_clip.py).
+        # By name, since its class is only there where open_clip is imported.
         return (module for module in model.modules() if type(module).__name__ == "ResidualAttentionBlock")
     return (module for module in model.modules() if isinstance(module, BLOCKS))
 

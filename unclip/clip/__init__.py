@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from unclip.clip.config import ClipConfig
     from unclip.clip.model import MERGES, Clip, Preprocess, build_clip, check_clip, clip_widths
     from unclip.clip.open_clip_folder import PREFIX, files_of, model_config
-    from unclip.clip.text import Text, TextTower, foreign_settings, real_tokens
+    from unclip.clip.text import Text, TextBlock, TextTower, foreign_settings, real_tokens
     from unclip.clip.tokenizer import CLIP_VOCABULARY, FIXED, Tokenizer
+    from unclip.clip.vision import ImageBlock, foreign_vision_settings, image_tower
 else:
     __getattr__ = exports(__name__)

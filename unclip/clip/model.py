@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.clip.open_clip import model_module
 from unclip.clip.open_clip_folder import files_of, model_config
 from unclip.clip.text import Text, TextTower, foreign_settings
 from unclip.clip.tokenizer import CLIP_VOCABULARY, Tokenizer
+from unclip.clip.vision import foreign_vision_settings, image_tower
 from unclip.config import SIDE, Range, mistyped, outside
 from unclip.errors import Refused
 from unclip.files import (
@@ -95,10 +95,15 @@ class Preprocess:
 def build_clip(model: dict[str, Any]) -> nn.Module:
     """A new, random open_clip model from open_clip's own configuration (`embed_dim`, `vision_cfg`, `text_cfg`, …).
 
-    This is what CLIP training trains. Raises Refused for what the adapter cannot hold or open_clip does not know.
+    This is what CLIP training trains. It imports all of open_clip, which takes seconds of a core: what a finished CLIP
+    computes goes through `Clip.images` and `Clip.text`, which do without where they can. Raises Refused for what the
+    adapter cannot hold or open_clip does not know, and where it is not installed.
     """
     check_clip(model)
-    classes = model_module(model)
+    try:
+        import open_clip.model as classes
+    except ImportError as error:
+        raise Refused(f"open_clip cannot be imported ({error}); install unclip with its dependencies") from None
     settings = dict(model)
     custom = settings.pop("custom_text", False)
     # Weights come from the release; a tower must never fetch its own.
@@ -278,7 +283,7 @@ class Clip:
         """
         self.device = torch.device(device)
         dtype = self.dtype if precision is None else PRECISIONS[precision]
-        for part in ("model", "text"):
+        for part in ("model", "images", "text"):
             if part in self.__dict__ and dtype == self.dtype:
                 self.__dict__[part].to(self.device)
             else:
@@ -287,13 +292,26 @@ class Clip:
         return self
 
     @cached_property
-    def model(self) -> nn.Module:
-        """The whole open_clip model, frozen and in evaluation mode (BatchNorm by its running statistics)."""
+    def images(self) -> nn.Module:
+        """The image tower, in evaluation mode (BatchNorm by its running statistics): ours where it can hold the model,
+        else open_clip's."""
+        if foreign_vision_settings(self.config):
+            return self.model.visual  # type: ignore[return-value]
+        self._check_image_tower()
+        state = {name.removeprefix("visual."): t for name, t in self.state.items() if name.startswith("visual.")}
+        return self._filled(image_tower, state)
+
+    def _check_image_tower(self) -> None:
         if not any(name.startswith("visual.") for name in self.state):
             raise Refused(
                 "this CLIP has no image tower, so it reads texts only: it was imported from a folder without an "
                 "image_encoder. Import it again together with one (unclip releases import --images)."
             )
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The whole open_clip model, frozen and in evaluation mode."""
+        self._check_image_tower()
         # timm's towers read numbers out of tensors while they are built, which only real ones have.
         return self._filled(build_clip, self.state, on_meta=not self.config["vision_cfg"].get("timm_model_name"))
 
@@ -350,7 +368,7 @@ class Clip:
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """What `preprocess` gives, [b, 3, size, size] on this CLIP's device → raw embeddings [b, d]."""
-        return self.model.encode_image(pixels.to(self.dtype)).float()  # type: ignore[operator]
+        return self.images(pixels.to(self.dtype)).float()
 
     def encode_text(self, texts: Sequence[str]) -> Text:
         """Raw embeddings [b, d], token states after the final norm [b, L, w], and which of them are no padding."""

@@ -50,7 +50,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Block(nn.Module):
+class TextBlock(nn.Module):
     """Pre-norm attention and MLP."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
@@ -75,7 +75,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """Only there to give parameters open_clip's names."""
 
-    def __init__(self, blocks: list[Block]) -> None:
+    def __init__(self, blocks: list[TextBlock]) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
 
@@ -91,7 +91,9 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(text.get("vocab_size", 49_408), width)
         self.positional_embedding = nn.Parameter(torch.zeros(text.get("context_length", 77), width))
         quick_gelu, mlp_ratio = bool(model.get("quick_gelu", False)), text.get("mlp_ratio", 4.0)
-        self.transformer = Blocks([Block(width, heads, mlp_ratio, quick_gelu) for _ in range(text.get("layers", 12))])
+        self.transformer = Blocks(
+            [TextBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(text.get("layers", 12))]
+        )
         self.ln_final = nn.LayerNorm(width)
         if text.get("proj_bias", False):
             self.text_projection: nn.Module | nn.Parameter = nn.Linear(width, model["embed_dim"])
