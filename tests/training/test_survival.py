@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def fit(job: Job, how: FitHow, store: Store, out: Path, at: dict[int, Callable[[
     return bytes_of(out)
 
 
+def wait_for_a_checkpoint(store: Store, job: Job) -> None:
+    """Returns once the fit, which saves beside its steps, has saved one."""
+    until = time.monotonic() + 120
+    while Checkpoints(store, job.key).newest() is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, bytes]:
     """A store, and the model that a fit on it gives."""
@@ -77,6 +86,7 @@ def test_training_goes_on_while_the_store_does_not_answer(undisturbed, s3_uri, p
         newest.append(Checkpoints(store, job.key).newest())
 
     def go() -> None:
+        wait_for_a_checkpoint(store, job)
         proxy.plan = gone
 
     assert fit(job, OFTEN, store, tmp_path / "out", {FROM: go, TO: note}) == expected
@@ -91,6 +101,7 @@ def test_a_fit_whose_store_stays_away_ends_and_goes_on_from_what_is_there(undist
     job = data.job("prior", **SHORT)
 
     def go() -> None:
+        wait_for_a_checkpoint(store, job)
         proxy.plan = gone
 
     with pytest.raises(Unavailable, match="does not answer") as caught:
@@ -120,12 +131,16 @@ def test_training_goes_on_while_the_disk_is_full(undisturbed, disk: Disk, tmp_pa
     store = copied(data, open_store(str(disk.root / "store")))
     job, newest = data.job("prior", **SHORT), []
 
+    def fill() -> None:
+        wait_for_a_checkpoint(store, job)
+        disk.fill(leave=4096)
+
     def free() -> None:
         disk.free()
         newest.append(Checkpoints(store, job.key).newest())
 
     with caplog.at_level(logging.WARNING):
-        assert fit(job, OFTEN, store, tmp_path / "out", {FROM: lambda: disk.fill(leave=4096), TO: free}) == expected
+        assert fit(job, OFTEN, store, tmp_path / "out", {FROM: fill, TO: free}) == expected
     assert newest[0].samples <= FROM * SHORT["batch"]
     assert "No space left on device. Make room there" in caplog.text
     assert "It is waited for, up to 60 s." in caplog.text
@@ -135,8 +150,13 @@ def test_a_disk_that_stays_full_ends_a_fit_that_goes_on_once_there_is_room(undis
     data, expected = undisturbed
     store = copied(data, open_store(str(disk.root / "store")))
     job = data.job("prior", **SHORT)
+
+    def fill() -> None:
+        wait_for_a_checkpoint(store, job)
+        disk.fill(leave=4096)
+
     with pytest.raises(Unavailable, match=r"No space left on device\. Make room there") as caught:
-        fit(job, FitHow(checkpoint_seconds=0, store_wait_s=0), store, tmp_path, {FROM: lambda: disk.fill(leave=4096)})
+        fit(job, FitHow(checkpoint_seconds=0, store_wait_s=0), store, tmp_path, {FROM: fill})
     assert caught.value.code == 5
     disk.free()
     assert list((disk.root / "store" / "tmp").iterdir()) == []
