@@ -1,4 +1,4 @@
-"""The one error type of this floor that is meant for the person at the terminal."""
+"""Errors for the person at the terminal: what was wrong, where, what to do. The command line prints no traceback."""
 
 from __future__ import annotations
 

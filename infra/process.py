@@ -1,4 +1,4 @@
-"""Who is running: a name for a process that outlives it, so that another process can tell whether it is dead.
+"""A name for a running process that outlives it, so that others can tell whether it is dead.
 
 A process is named by its host, process id and start time. Of a process on this very host (same boot, same process
 namespace) we can know that it is gone; of any other we cannot, and must wait for its lease to expire.

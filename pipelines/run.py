@@ -1,4 +1,4 @@
-"""`unclip run`, `plan` and `submit`: from a recipe's name and a store to an execution, and what is said at its end."""
+"""`unclip run` and `plan`: from a recipe's name and a store to an execution, and what is said at its end."""
 
 from __future__ import annotations
 

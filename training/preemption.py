@@ -1,4 +1,4 @@
-"""Why a worker should save at once: its process was told to end (SIGTERM), or its node will be taken away.
+"""Signs that a worker should save at once: SIGTERM, or a node that is being drained.
 
 Neither ends the run: a checkpoint is written after the step, and the fit goes on from there on other nodes, or with
 fewer workers.

@@ -1,4 +1,4 @@
-"""What one does with a release beyond text → picture: variations, interpolations, text diffs and edits (section 3).
+"""Variations, interpolations, text diffs, inpainting, redrawing and the PCA probe (section 3).
 
 A picture is two latents: z_i, what CLIP sees in it, and x_T, all else that the decoder needs to draw this very picture
 again. x_T comes from DDIM inversion under z_i (Song et al. 2020; Dhariwal & Nichol 2021, appendix F). Everything here

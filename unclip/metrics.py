@@ -1,4 +1,4 @@
-"""Numbers about pictures, and how sure they are. NumPy alone.
+"""Metrics of pictures with their uncertainty: intervals, CMMD, Fréchet distance, precision and recall. NumPy alone.
 
 Of one picture: CLIP score. Of a set beside a set of true ones: CMMD, Fréchet distance, precision and recall. Of all:
 intervals and paired differences.

@@ -1,4 +1,4 @@
-"""What a generation tells while it goes on."""
+"""Progress of a generation, for callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A record's files under their own names in a folder, as whoever reads models wants them."""
+"""A record as a folder: its files under their own names, as links or copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that is waited for: weeks of work in memory do not end since a server restarts, or a disk is full."""
+"""A store whose calls are tried again: a restarting server or a full disk does not end weeks of work in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store in S3, or in anything that speaks it: the only room of boto3.
+"""The store in S3, or in anything that speaks it; with s3_client.py the only code that imports boto3.
 
 `put_new` is a PUT with `If-None-Match: *`. Credentials, region and proxies come from the environment, as for every AWS
 tool, and never travel with the store. What is read through `local` is kept in a folder of this machine: names are

@@ -1,4 +1,4 @@
-"""What is known of a run's progress: the latest of each stage, and of stages of many shards the account of their rows.
+"""Progress of a run: the latest of each stage, and for stages of many shards how many rows ended in which state.
 
 Pure bookkeeping, without Ray and MLflow; monitor.py holds one, and tells others of it.
 """

@@ -1,4 +1,4 @@
-"""Where a run stands, told by whoever works on it: a progress board and a Tracker, in one Ray actor beside the driver.
+"""The monitor: a progress board and a tracker in one Ray actor beside the driver, which workers and trainers send to.
 
 Trainers and workers hold a `Monitor`, a small picklable handle whose methods send and never wait. The actor stays on
 the driver's node, where the tracker's spool and an SQLite database lie, and takes no CPU from the work. What the board

@@ -1,4 +1,4 @@
-"""How the machine and this process fare: CPU, memory, disk, network, GPUs, under the names that MLflow's page knows.
+"""Figures of the machine and this process: CPU, memory, disk, network and GPUs, under MLflow's names.
 
 Read from /proc and nvidia-smi, so that a trainer needs neither MLflow nor another package; where there is none of them
 (another system, no GPU) their figures are missing.

@@ -1,4 +1,4 @@
-"""What MLflow is told, without ever making anybody wait for it.
+"""Sends events to MLflow without ever making anybody wait: a spool file first, a thread behind it.
 
 Each event is a line of a spool file; a thread writes them to MLflow, and tries again for as long as the server does
 not answer. What a killed process left in its spool the next one catches up on.

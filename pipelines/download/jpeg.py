@@ -1,4 +1,4 @@
-"""Does a JPEG go on to its end? Told from its markers (ITU-T T.81, annex B), at a hundredth of what decoding costs.
+"""Whether a JPEG is complete, by its markers (ITU-T T.81, annex B), at a hundredth of what decoding costs.
 
 A decoder gives up on a JPEG, or fills the rest with grey, where the bytes end before the end marker does. Damage within
 a scan it paints over, as long as another marker follows. So whoever only wants to know whether the file is whole need

@@ -1,4 +1,4 @@
-"""Whose turn it is: which URL of a shard is asked next, so that every host gets its share and none holds up the rest.
+"""Which URL of a shard is fetched next, so that every host gets its share and none holds up the rest.
 
 Hosts take turns, and no host has more than so many requests at a time. What may pass is asked again after a random,
 growing wait, and as late as the host says (Retry-After); no thread sleeps meanwhile. A host that lets an attempt time

@@ -1,7 +1,7 @@
 """A slice of the list → a shard of pictures: webdataset tar and an index in which every row of the slice has its state.
 
 Fetching is ours (guard, turns, opt-outs), decoding and resizing img2dataset's. How many threads, which ports and how
-many attempts it took is nowhere in a shard (pack.py writes it).
+many attempts it took is nowhere in a shard (shard.py writes it).
 """
 
 from __future__ import annotations

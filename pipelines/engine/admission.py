@@ -1,4 +1,4 @@
-"""What the cluster holds: which stages never, which fits at once (first come, first served), how many actors."""
+"""Admission: which stages the cluster can never hold, which fits run at once, how many actors a pool gets."""
 
 from __future__ import annotations
 

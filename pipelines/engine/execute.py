@@ -1,9 +1,9 @@
-"""Does what the graph says is to do, and says what became of it.
+"""Runs the stages of a plan in threads, each as soon as its inputs are there, and tells how each ended.
 
 Each stage runs in a thread of the driver as soon as the manifests it needs are there, so independent stages (the
 trainers above all) overlap. Every action commits its own record, so nothing that finished is lost or done again,
 whatever dies. Ray is started by the first stage that needs it and not at all when there is nothing to do; how
-stages use it is in shards.py and fitting.py.
+stages use it is in ray_shards.py and fits.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fit as a run sees it: let in by its size, done under a lease by one run of all, stopped when asked, settled."""
+"""Runs fits: admitted by size, under a lease, stopped when asked, and tidied up once their record is committed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages that train: CLIP, prior, decoder, upsamplers, guides; and the one that loads a CLIP instead."""
+"""The stages that train: CLIP, prior, decoder, upsamplers, inpainter and guides, each a fit on Ray Train."""
 
 from __future__ import annotations
 

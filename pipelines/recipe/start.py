@@ -1,4 +1,4 @@
-"""Recipes that go on from a release: which version `start` means, and a release's CLIP taken as it is."""
+"""Which version of which release a recipe's `start` means."""
 
 from __future__ import annotations
 

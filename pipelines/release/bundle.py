@@ -1,4 +1,4 @@
-"""A release: one bundle of all models, judged by the gate, entered into the ledger.
+"""A release: one bundle of all models of a run, as files of one record.
 
 Stages `bundle`, `gate` and `promote`; how a release is found and opened again is in opening.py. The ledger is the truth
 about which release is champion; what a person does with it by hand is in releases.py, its mirror in MLflow in
@@ -33,7 +33,7 @@ class BundleSpec:
 
 @dataclass(frozen=True)
 class Bundle(StageBase):
-    """Stage: all models → one release folder (unclip/release/release.py), checked to fit together."""
+    """Stage: all models → one release folder (unclip/release/folder.py), checked to fit together."""
 
     spec: BundleSpec
     models: tuple[str, ...]

@@ -1,6 +1,6 @@
 """What a run is made from → slices: a URL list, tars that exist already, or a folder of pictures.
 
-A slice is what one shard of every later data stage is made from (slices.py says where one ends). A list's rows are
+A slice is what one shard of every later data stage is made from (cut.py says where one ends). A list's rows are
 fetched by `download`, those of tars and folders, whose pictures are there, are taken by `gather` in its place.
 """
 

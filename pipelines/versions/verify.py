@@ -1,4 +1,4 @@
-"""Is what a store holds what was put there? Every digest is computed again; what is wrong is named, and can be mended.
+"""Recomputes every digest of a store, names what is wrong, and marks it to be made anew if asked.
 
 Objects are read in pieces by some threads, so memory is bounded by them; what several versions share is read once.
 Mending removes what is damaged and notes that the records which name it no longer hold: the next

@@ -1,4 +1,4 @@
-"""Saving while the model trains: the loop stands still for the rest of a copy at most, the writing is a thread's.
+"""Saves checkpoints beside training: the loop waits for the rest of a copy at most; a thread writes.
 
 The state is copied (staged) while the next micro-batches are computed, which do not change it; before the weights
 change, the loop waits for the copy. It is written while training goes on. A second save waits for the first.

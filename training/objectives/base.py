@@ -1,6 +1,6 @@
-"""What a model learns: the rows it reads, the network, and its loss on a micro-batch; here of priors and upsamplers.
+"""What a model learns: the rows it reads, the network, and its loss on a micro-batch. What all kinds share.
 
-Decoders have theirs in decoders.py, CLIP in contrastive.py. An objective is the whole difference between fits; the loop
+Each kind has a file of its own beside this one. An objective is the whole difference between fits; the loop
 knows no kind of model. Randomness comes from the micro-batch's own generator, drawn on the CPU, so that a sample's
 noise depends on neither device nor worker.
 """

@@ -1,4 +1,4 @@
-"""What a fit multiplies in: autocast to half precision, and the scale that keeps float16's gradients from vanishing.
+"""Mixed precision: autocast, and the loss scale that keeps float16's gradients from vanishing.
 
 Weights, gradients, moments and averages stay float32 whatever is chosen (Micikevicius et al. 2018, "Mixed Precision
 Training"): autocast turns the inputs of convolutions and matrix products alone, and losses are computed in float32.

@@ -1,4 +1,4 @@
-"""Steps that are not taken, since loss or gradient leaps out of what came before, and the way back after too many.
+"""Skips steps whose loss or gradient spikes, and rolls back after too many in a row.
 
 A spike is judged by the logarithms of the batch's mean loss and of the gradient's norm, against the median and the
 median absolute deviation of the steps last taken: neither is moved by the outliers that they are to find. All that

@@ -1,4 +1,4 @@
-"""Several workers on one model: who takes which micro-batches, and one gradient added in one fixed order.
+"""Data parallelism over flat vectors: who takes which micro-batches, and one gradient summed in one fixed order.
 
 Weights and gradients of a model lie in one flat vector each, of which its parameters are views: one all-reduce, one
 norm, one optimiser kernel and one moving average, whatever the number of layers. (DDP reorders its buckets after the

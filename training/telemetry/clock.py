@@ -1,4 +1,4 @@
-"""What a fit does by the clock on the wall: it tells how it goes, and when a checkpoint is due."""
+"""Wall-clock duties of a fit: when metrics are reported, and when a checkpoint is due."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of training goes, by parts of a step, on the device's own line of time."""
+"""Measures where the time of training goes, by parts of a step, on the device's own timeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building bricks that the transformers and the U-Nets share.
+"""Layers that the transformers and the U-Nets share.
 
 With the defaults each has the structure that diffusers' counterpart has, so that weights can be mapped one to one.
 """

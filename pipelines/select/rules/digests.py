@@ -1,4 +1,4 @@
-"""Which digests came before, over any number of rows: exact, with little in memory.
+"""Finds digests that occurred before, over any number of rows: exact, by way of the disk.
 
 Digests are dealt by their first byte into parts of a file, and equal ones are then found part by part. A few rows need
 no disk. In memory is one byte a row, and one part: a 256th of the rows (24 bytes each, and as much again to sort them).

@@ -21,7 +21,7 @@ class ExactDuplicates(BaseRule):
 
     The caption does not count: what a model memorises is the picture, and a second caption for it is as often wrong as
     the first. 16 bytes of SHA-256 are compared; they wait on disk (24 bytes a row in $TMPDIR) and one byte a row in
-    memory, beside what repeats.py holds of one part at a time.
+    memory, beside what digests.py holds of one part at a time.
     """
 
     rule: Literal["exact_duplicates"] = "exact_duplicates"
