@@ -3,8 +3,8 @@
 Decoders are C, and a crash there cannot be caught: it takes the worker with it, and the next one, which is given the
 same pictures. So a shard that ended its workers is done again apart (ray_shards.py): a process decodes one picture at a
 time, and the row at which it dies ends as `decoder_died`. Nor can a decoder be stopped that never comes back: elsewhere
-that ends the worker (watchdog.py), here the process alone, and the row as `decoder_hung`. Bytes go over a pipe, which is
-why this is not the rule.
+that ends the worker (watchdog.py), here the process alone, and the row as `decoder_hung`. Bytes go over a pipe,
+which is why this is not the rule.
 """
 
 from __future__ import annotations
