@@ -1,8 +1,8 @@
 """Ends its own process, as a crash would, where a decoder never comes back; the shard is then done again in isolation.
 
 No thread can be called back from C. So a process that decodes watches what its own threads have in hand, and ends once
-a picture has been with its decoder for too long; done again (ray_shards.py, isolate.py) that costs the
-picture's row, and here nothing but time. Whoever watches in Python needs the interpreter's lock, which a decoder may hold for ever: so
+a picture has been with its decoder for too long. Done again (ray_shards.py, isolate.py), that costs the picture's row,
+and here nothing but time. Whoever watches in Python needs the interpreter's lock, which a decoder may hold for ever: so
 the watch only keeps putting off a timer of faulthandler's, which needs no lock. Where each thread was goes to standard
 error, that is into the worker's log.
 """
