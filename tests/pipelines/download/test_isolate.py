@@ -47,12 +47,12 @@ WATCHED = """
 import sys, threading, time
 from pathlib import Path
 from pipelines.download import images as pictures
-from pipelines.download.isolate import preparing
+from pipelines.download.isolate import picture_decoder
 whole, large, bad = (Path(name).read_bytes() for name in sys.argv[1:])
 spec = pictures.PictureSpec(size=32)
-pictures.prepare(whole, spec)  # imports what it needs
-with preparing(spec, apart=False, seconds=2.0) as prepare:
-    with pictures.room(100_000, 100_000):
+pictures.prepare_picture(whole, spec)  # imports what it needs
+with picture_decoder(spec, apart=False, seconds=2.0) as prepare:
+    with pictures.decode_slot(100_000, 100_000):
         waiting = threading.Thread(target=prepare, args=(large,))
         waiting.start()
         time.sleep(3.0)
